@@ -1,0 +1,46 @@
+# Everything runs in .venv, made on first use. PYTHON chooses the interpreter, one of 3.10 to 3.13.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   := tests/data/panoramas
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs clean
+
+help:  ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing torch, tritonserver and the rest into $(VENV): a few GB, some minutes ..."
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.installed  ## install into .venv
+
+model_repository/.small: $(VENV)/.installed $(wildcard export/*.py export/osediff/*.py export/small/*/*)
+	$(BIN)/panotriton export --preset small
+	touch $@
+
+demo: model_repository/.small  ## two panoramas through the whole pipeline, on a server of its own
+	$(BIN)/panotriton process --local $(DEMO)/courtyard.jpg $(DEMO)/interior.jpg --seed 7 -o out/demo
+
+test: model_repository/.small  ## all tests, a real tritonserver included
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types, duplicates of docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/architecture.py --check
+
+bench: model_repository/.small  ## measurements; see tests/bench
+	$(BIN)/python tests/bench/crop.py
+
+docs: setup  ## rewrite what is generated from the configs
+	$(BIN)/python docs/architecture.py
+
+clean:  ## remove what was built, keep .venv
+	rm -rf out build *.egg-info model_repository/.small
+	git clean -fdXq model_repository

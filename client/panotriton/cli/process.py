@@ -1,0 +1,242 @@
+"""`panotriton process`: two panoramas to a group folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from panotriton.cli.serve import add_repository_argument
+from panotriton.client import Client
+from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.folder import next_group_id, write_group
+from panotriton.repository import check_exported
+from panotriton.results import Group, StageTime
+from panotriton.server import LocalServer
+
+_EXAMPLES = """\
+examples:
+  panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001
+  panotriton process a.jpg b.jpg -o out --local          start a server for this run alone
+  panotriton process a.jpg b.jpg -o out --seed 7 --threshold 0.6 --interpolations 4
+  panotriton process a.jpg b.jpg -o out --json           one JSON object on stdout
+"""
+_POLL_S = 0.5
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the argument parser."""
+    parser = commands.add_parser(
+        "process",
+        help="run the pipeline on two panoramas",
+        description="Send two panoramas through the whole pipeline as one request and write the "
+        "group's folder: pairs, scores, descriptions and the sequences of the kept intervals.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
+    parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
+    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
+    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
+    parser.add_argument("--align", default="adain", help="adain, wavelet or nofix (%(default)s)")
+    parser.add_argument("--prompt", default="", help="for the super-resolution (none)")
+    parser.add_argument("--threshold", type=float, default=0.7, help="0 to 1 (%(default)s)")
+    parser.add_argument(
+        "--interpolations", type=int, default=9, help="in-between views (%(default)s)"
+    )
+    parser.add_argument("--url", default="localhost:8001", help="of the server (%(default)s)")
+    parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
+    parser.add_argument("--local", action="store_true", help="start a server for this run alone")
+    add_repository_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Process one pair of panoramas and write its folder."""
+    for path in options.panoramas:
+        if not path.is_file():
+            raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
+    console = Console(quiet=options.json)
+    with _server(options, console) as (url, protocol), Client(url, protocol=protocol) as client:
+        group, stages = _process(client, options, console)
+    group_id = next_group_id(options.output)
+    bases = (options.panoramas[0].stem, options.panoramas[1].stem)
+    folder = write_group(group, options.output, group_id, bases, _about(options, group, stages))
+    if options.json:
+        print(json.dumps(_summary(group, folder, stages)))
+    else:
+        _show(console, group, folder, stages)
+    return 0
+
+
+@contextlib.contextmanager
+def _server(options: argparse.Namespace, console: Console) -> Iterator[tuple[str, str]]:
+    """Where to send the request: the named server, or one of our own for the time being."""
+    if not options.local:
+        yield options.url, options.protocol
+        return
+    check_exported(options.repository)
+    with contextlib.ExitStack() as stack:
+        with _progress(console) as progress:
+            progress.add_task("starting tritonserver")
+            server = stack.enter_context(LocalServer(options.repository))
+        yield (server.grpc_url if options.protocol == "grpc" else server.http_url), options.protocol
+
+
+def _process(
+    client: Client, options: argparse.Namespace, console: Console
+) -> tuple[Group, list[StageTime]]:
+    before = client.statistics()
+    with _progress(console) as progress, _watch(client, before, progress):
+        group = client.process(
+            *options.panoramas,
+            seed=options.seed,
+            crop_size=options.crop_size,
+            upscale=options.upscale,
+            align=options.align,
+            prompt=options.prompt,
+            threshold=options.threshold,
+            interpolations=options.interpolations,
+            intermediates=True,
+        )
+    return group, _difference(before, client.statistics())
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def _watch(client: Client, before: dict[str, StageTime], progress: Progress) -> Iterator[None]:
+    """Show which stage the server is at, read from its statistics on a connection of its own."""
+    task = progress.add_task("sending the panoramas")
+    done = threading.Event()
+
+    def poll() -> None:
+        with Client(client.url, protocol=client.protocol) as watcher:
+            while not done.wait(_POLL_S):
+                with contextlib.suppress(PanotritonError):
+                    stages = {s.model: s for s in _difference(before, watcher.statistics())}
+                    progress.update(task, description=_stage(stages))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _stage(stages: dict[str, StageTime]) -> str:
+    images = stages["osediff_vae_decoder"].inferences if "osediff_vae_decoder" in stages else 0
+    if "interpolate" in stages:
+        return f"super-resolving in-between views: {max(images - 16, 0)} done"
+    if "qwen_scorer" in stages:
+        return "describing and interpolating"
+    if "osediff" in stages:
+        return "scoring 16 pairs"
+    return f"super-resolving pairs: {images} of 16" if "preprocess" in stages else "cropping pairs"
+
+
+def _difference(before: dict[str, StageTime], after: dict[str, StageTime]) -> list[StageTime]:
+    """What was done between two readings, models in the order of the pipeline."""
+    stages = [
+        StageTime(
+            name,
+            now.executions - was.executions,
+            now.inferences - was.inferences,
+            now.queue_ms - was.queue_ms,
+            now.compute_ms - was.compute_ms,
+        )
+        for name, now in after.items()
+        if (was := before.get(name, StageTime(name, 0, 0, 0.0, 0.0)))
+    ]
+    order = [name for names in _STAGES for name in names]
+    done = [stage for stage in stages if stage.executions and stage.model in order]
+    return sorted(done, key=lambda stage: order.index(stage.model))
+
+
+# Each stage, and below it the models that it calls: their time is part of its own.
+_STAGES = (
+    ("decode",),
+    ("preprocess",),
+    (
+        "osediff",
+        "osediff_text_encoder",
+        "osediff_vae_encoder",
+        "osediff_unet",
+        "osediff_vae_decoder",
+    ),
+    ("qwen_scorer", "qwen_describer", "qwen"),
+    ("select",),
+    ("interpolate",),
+)
+_PARTS = {
+    "osediff_text_encoder",
+    "osediff_vae_encoder",
+    "osediff_unet",
+    "osediff_vae_decoder",
+    "qwen",
+}
+
+
+def _about(options: argparse.Namespace, group: Group, stages: list[StageTime]) -> dict[str, Any]:
+    names = ("seed", "crop_size", "upscale", "align", "prompt", "threshold", "interpolations")
+    return {
+        "panoramas": [str(path) for path in options.panoramas],
+        "options": {name: getattr(options, name) for name in names},
+        "version": metadata.version("panotriton"),
+        "seconds": round(group.seconds, 3),
+        "stages": [asdict(stage) for stage in stages],
+    }
+
+
+def _summary(group: Group, folder: Path, stages: list[StageTime]) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "kept": list(group.kept),
+        "images": group.image_count,
+        "seconds": round(group.seconds, 3),
+        "stages": [asdict(stage) for stage in stages],
+    }
+
+
+def _show(console: Console, group: Group, folder: Path, stages: list[StageTime]) -> None:
+    table = Table("stage", "calls", "rows", "queue s", "compute s", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in stages:
+        name = f"  {stage.model}" if stage.model in _PARTS else stage.model
+        times = (f"{stage.queue_ms / 1e3:.2f}", f"{stage.compute_ms / 1e3:.2f}")
+        table.add_row(name, str(stage.executions), str(stage.inferences), *times)
+    console.print(table)
+    console.print(_intervals(group))
+    if group.intervals:
+        per = len(group.intervals[0].sequences[0].images)
+        result = f"{len(group.kept)} of 8 intervals kept, {group.image_count} images in sequences of {per}"
+    else:
+        result = "no interval reached the threshold: nothing to interpolate"
+    console.print(f"[bold]{result}[/bold], {group.seconds:.1f} s → {folder}", highlight=False)
+
+
+def _intervals(group: Group) -> Table:
+    table = Table("interval", "panorama 1", "panorama 2", "", box=None, header_style="bold")
+    for first, second in zip(group.pairs[:8], group.pairs[8:], strict=True):
+        scores = [f"{pair.quality.final_score:.2f}" for pair in (first, second)]
+        kept = "kept" if first.interval in group.kept else "dropped"
+        table.add_row(str(first.interval), *scores, kept)
+    return table

@@ -1,0 +1,97 @@
+"""`panotriton serve`: run the server on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from panotriton.repository import check_exported
+from panotriton.server import Installation, LocalServer, find_installation
+
+_EXAMPLES = """\
+examples:
+  panotriton serve                              model_repository/ on 127.0.0.1:8000 and :8001
+  panotriton serve --log                        the same, with the server's log on the terminal
+  panotriton serve --http-port 9000 --grpc-port 9001 --metrics-port 9002
+  panotriton serve --tritonserver /opt/tritonserver/bin/tritonserver   inside an NGC container
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the argument parser."""
+    parser = commands.add_parser(
+        "serve",
+        help="start the Triton server and keep it until Ctrl-C",
+        description="Start a real tritonserver with the model repository, wait until every model is "
+        "ready, print where it listens, and stop it cleanly on Ctrl-C or SIGTERM.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_repository_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--http-port", type=int, default=8000, help="%(default)s; 0 picks a free one"
+    )
+    parser.add_argument(
+        "--grpc-port", type=int, default=8001, help="%(default)s; 0 picks a free one"
+    )
+    parser.add_argument("--metrics-port", type=int, default=8002, help="%(default)s; 0: a free one")
+    parser.add_argument("--log", action="store_true", help="stream the server's log to stderr")
+    parser.add_argument("--log-file", type=Path, help="keep the server's log here")
+    parser.add_argument("--log-verbose", type=int, default=0, metavar="N", help="Triton's level")
+    parser.add_argument("--tritonserver", type=Path, metavar="PATH", help="a server to run instead")
+    parser.set_defaults(run=run)
+
+
+def add_repository_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --repository, the folder that `panotriton export` fills."""
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        default=Path("model_repository"),
+        metavar="DIR",
+        help="model repository (%(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until interrupted; 1 when the server ends by itself."""
+    check_exported(options.repository)
+    installation: Installation = find_installation(options.tritonserver)
+    print(f"starting tritonserver with {options.repository} …", flush=True)
+    server = LocalServer(
+        options.repository,
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        log_file=options.log_file,
+        log_verbose=options.log_verbose,
+        installation=installation,
+    )
+    with server:
+        print(f"  gRPC     {server.grpc_url}")
+        print(f"  HTTP     http://{server.http_url}")
+        print(f"  metrics  {server.metrics_url}")
+        print("ready; Ctrl-C stops it", flush=True)
+        if options.log:
+            threading.Thread(target=_stream_log, args=(server,), daemon=True).start()
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            print("stopping …", flush=True)
+            return 0
+        print(f"tritonserver ended by itself, exit code {code}:\n{_tail(server)}", file=sys.stderr)
+        return 1
+
+
+def _stream_log(server: LocalServer) -> None:
+    for line in server.log_lines():
+        sys.stderr.write(line)
+
+
+def _tail(server: LocalServer) -> str:
+    return "\n".join(server.log_text().splitlines()[-20:])

@@ -1,0 +1,60 @@
+"""Every error that this package raises on purpose.
+
+PanotritonError
+├── ConnectError          no server answers at that address
+├── RequestTimeout        the server did not answer in time
+├── ServerBusy            the server refused the request because its queues are full
+├── InvalidInput          a request or an argument is wrong; the message says what to send instead
+│   └── InvalidImage      an image is of the wrong kind, too large or broken
+├── ModelUnavailable      the server runs but does not serve that model
+├── InferenceFailed       a model failed on a request that was well formed
+├── SharedMemoryError     a shared-memory region could not be made, registered or removed
+├── ExportError           weights cannot be turned into what the server loads
+└── ServerStartError      the local server did not come up
+"""
+
+from __future__ import annotations
+
+
+class PanotritonError(Exception):
+    """Root of the tree: catch this to catch everything that the package raises on purpose."""
+
+
+class ConnectError(PanotritonError):
+    """No server answers at that address."""
+
+
+class RequestTimeout(PanotritonError):
+    """The server did not answer within the time allowed."""
+
+
+class ServerBusy(PanotritonError):
+    """The server refused the request because its queues are full; try again later."""
+
+
+class InvalidInput(PanotritonError):
+    """A request is wrong; the message names the tensor or file, what was expected and the fix."""
+
+
+class InvalidImage(InvalidInput):
+    """An image has the wrong shape, dtype or size, or its file is broken."""
+
+
+class ModelUnavailable(PanotritonError):
+    """The server is up but does not serve that model."""
+
+
+class InferenceFailed(PanotritonError):
+    """A model failed on a well-formed request; the server's log has the details."""
+
+
+class SharedMemoryError(PanotritonError):
+    """A shared-memory region could not be made, registered or removed."""
+
+
+class ExportError(PanotritonError):
+    """Weights or folders cannot be turned into what the server loads."""
+
+
+class ServerStartError(PanotritonError):
+    """The local server did not come up; the message carries the reason from its log."""

@@ -1,0 +1,418 @@
+"""Run a real tritonserver on this machine: the one that the nvidia-pytriton wheel carries, or any other.
+
+```python
+with LocalServer(Path("model_repository")) as server:
+    print(server.grpc_url)
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from panotriton.errors import ServerStartError
+
+__all__ = ["Installation", "LocalServer", "find_installation"]
+
+# Client regions whose name starts with this prefix are refused by the server, so that no client
+# can register (and overwrite) the memory that it shares with its Python models.
+_RESERVED_SHM_PREFIX = "triton_python_backend_shm_region_"
+_SHM_FOLDER = Path("/dev/shm")  # noqa: S108
+_DOCKER_WAY = "run it in a container instead: see docker/ in the project"
+_TRACEBACK = r"\n\nAt:"
+_LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.+?)\"?$")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver binary and what it needs around it.
+
+    `backends` is the server's own backend folder (None: the binary's default). `library_path`
+    holds folders for LD_LIBRARY_PATH. `stub` is the Python backend's stub to run models with,
+    None where the backend folder already has the right one.
+    """
+
+    binary: Path
+    backends: Path | None = None
+    library_path: tuple[Path, ...] = ()
+    stub: Path | None = None
+    flags: frozenset[str] = field(default=frozenset())
+
+
+def find_installation(binary: Path | None = None) -> Installation:
+    """Find the tritonserver to run: `binary`, or the one inside the nvidia-pytriton wheel.
+
+    Raises ServerStartError, with the way out, for a platform, Python or environment in which the
+    server cannot run or would silently return empty tensors (numpy 2 in its Python models).
+    """
+    if binary is not None:
+        if not os.access(binary, os.X_OK):
+            raise ServerStartError(f"{binary} is not an executable tritonserver")
+        return Installation(binary=binary, flags=_supported_flags(binary, ()))
+    _check_platform()
+    root = _wheel_folder()
+    stub = root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+    if not stub.is_file():
+        served = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
+        raise ServerStartError(
+            f"the pip-installed tritonserver has no stub for Python {_python_version()}; "
+            f"use one of {served}, or {_DOCKER_WAY}"
+        )
+    _check_numpy()
+    libraries = (root.parent.parent / "nvidia_pytriton.libs", _libpython_folder())
+    server = root / "bin" / "tritonserver"
+    return Installation(
+        binary=server,
+        backends=root / "backends",
+        library_path=libraries,
+        stub=stub,
+        flags=_supported_flags(server, libraries),
+    )
+
+
+def _check_platform() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServerStartError(
+            f"the pip-installed tritonserver runs on Linux x86_64, this is {sys.platform} "
+            f"{platform.machine()}; {_DOCKER_WAY}"
+        )
+    name, version = platform.libc_ver()
+    if name == "glibc" and tuple(map(int, version.split("."))) < (2, 35):
+        raise ServerStartError(
+            f"the pip-installed tritonserver needs glibc 2.35, this system has {version}; {_DOCKER_WAY}"
+        )
+
+
+def _wheel_folder() -> Path:
+    spec = util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerStartError(
+            "no tritonserver in this environment: pip install 'panotriton[serve]', "
+            f"or name one with --tritonserver, or {_DOCKER_WAY}"
+        )
+    return Path(spec.submodule_search_locations[0]) / "tritonserver"
+
+
+def _check_numpy() -> None:
+    version = metadata.version("numpy")
+    if int(version.split(".")[0]) >= 2:
+        raise ServerStartError(
+            f"numpy {version} is installed, but with numpy 2 every output of this server's Python "
+            "models is silently empty: pip install 'numpy<2'"
+        )
+
+
+def _libpython_folder() -> Path:
+    name = f"libpython{_python_version()}.so.1.0"
+    for folder in (sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"):
+        if folder and (Path(folder) / name).exists():
+            return Path(folder)
+    raise ServerStartError(
+        f"{name} not found: this Python was built without its shared library, which the server's "
+        f"Python models link. Debian and Ubuntu: apt-get install libpython{_python_version()}; "
+        "pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install"
+    )
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _supported_flags(binary: Path, libraries: Sequence[Path]) -> frozenset[str]:
+    """The flags that this very server takes, from its own help: they differ between releases."""
+    text = subprocess.run(
+        [binary, "--help"], capture_output=True, text=True, env=_environment(libraries), check=False
+    )
+    flags = frozenset(re.findall(r"--[a-z][a-z0-9-]+", text.stdout + text.stderr))
+    if "--model-repository" not in flags:
+        reason = (text.stderr or text.stdout).strip().splitlines()[-1:] or ["no output"]
+        raise ServerStartError(f"{binary} does not run here: {reason[0]}; {_DOCKER_WAY}")
+    return flags
+
+
+def _environment(libraries: Sequence[Path]) -> dict[str, str]:
+    """The server's environment: this Python first on PATH, since the stub runs the one it finds."""
+    env = dict(os.environ)
+    inherited = [env["LD_LIBRARY_PATH"]] if env.get("LD_LIBRARY_PATH") else []
+    env["LD_LIBRARY_PATH"] = os.pathsep.join([*map(str, libraries), *inherited])
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return env
+
+
+class LocalServer:
+    """A tritonserver child process, ready on entry and gone on exit, with nothing left behind.
+
+    Ports of 0 pick free ones. `load_models` serves only the named models (and what they compose);
+    None serves every model of the repository. `strict` fails the start when any model does not
+    load; otherwise the others are served. Raises ServerStartError with the reason from the
+    server's log, which is kept at `log_file` where one is named.
+    """
+
+    def __init__(
+        self,
+        model_repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        log_file: Path | None = None,
+        log_verbose: int = 0,
+        load_models: Sequence[str] | None = None,
+        strict: bool = True,
+        start_timeout_s: float = 300.0,
+        exit_timeout_s: float = 30.0,
+        max_request_bytes: int = 1 << 30,
+        installation: Installation | None = None,
+        extra_args: Sequence[str] = (),
+    ) -> None:
+        self.model_repository = Path(model_repository).absolute()
+        self.host = host
+        self.http_port = http_port or _free_port(host)
+        self.grpc_port = grpc_port or _free_port(host)
+        self.metrics_port = metrics_port or _free_port(host)
+        self.log_file = log_file
+        self.installation = installation
+        self._log_verbose = log_verbose
+        self._load_models = load_models
+        self._strict = strict
+        self._start_timeout_s = start_timeout_s
+        self._exit_timeout_s = exit_timeout_s
+        self._max_request_bytes = max_request_bytes
+        self._extra_args = list(extra_args)
+        self._shm_prefix = f"{_RESERVED_SHM_PREFIX}panotriton_{uuid.uuid4().hex[:12]}_"
+        self._work: tempfile.TemporaryDirectory[str] | None = None
+        self._log: IO[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http_url(self) -> str:
+        return f"{_reachable(self.host)}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{_reachable(self.host)}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{_reachable(self.host)}:{self.metrics_port}/metrics"
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    def log_text(self) -> str:
+        """What the server has written to its log so far."""
+        return self._log_path().read_text(errors="replace")
+
+    def log_lines(self) -> Iterator[str]:
+        """Follow the log line by line until the server ends."""
+        with self._log_path().open(errors="replace") as log:
+            while True:
+                ended = self._process is None or self._process.poll() is not None
+                yield from log
+                if ended:
+                    return
+                time.sleep(0.1)
+
+    def __enter__(self) -> LocalServer:
+        self._work = tempfile.TemporaryDirectory(prefix="panotriton-")
+        try:
+            self._start()
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; returns its exit code."""
+        return self._running().wait()
+
+    def stop(self) -> None:
+        """End the server and its stubs and remove their files; safe to call twice."""
+        if self._process is not None:
+            _end(self._process, self._exit_timeout_s)
+            self._process = None
+        # A clean exit removes the regions; after a hard kill they are ours alone to remove.
+        for region in _SHM_FOLDER.glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._work is not None:
+            self._work.cleanup()
+            self._work = None
+
+    def _start(self) -> None:
+        for port in (self.http_port, self.grpc_port, self.metrics_port):
+            _check_port(self.host, port)
+        installation = self.installation or find_installation()
+        work = Path(self._folder())
+        self._log = self._log_path().open("wb")
+        self._process = subprocess.Popen(
+            self._command(installation, work),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=_environment(installation.library_path),
+            start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
+        )
+
+    def _command(self, installation: Installation, work: Path) -> list[str]:
+        flags = {
+            "--model-repository": str(self.model_repository),
+            "--http-address": self.host,
+            "--http-port": str(self.http_port),
+            "--grpc-address": self.host,
+            "--grpc-port": str(self.grpc_port),
+            "--metrics-address": self.host,
+            "--metrics-port": str(self.metrics_port),
+            "--allow-gpu-metrics": "true" if Path("/dev/nvidiactl").exists() else "false",
+            "--exit-on-error": "true" if self._strict else "false",
+            "--exit-timeout-secs": str(int(self._exit_timeout_s)),
+            "--log-verbose": str(self._log_verbose),
+            "--model-control-mode": "none" if self._load_models is None else "explicit",
+            # Releases from 25.07 cap a request at 64 MB unless told otherwise; from 26.05 clients may
+            # register shared memory only where this is said.
+            "--http-max-input-size": str(self._max_request_bytes),
+            "--allow-client-shm": "true",
+        }
+        command = [str(installation.binary)]
+        command += [
+            f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
+        ]
+        command += [f"--load-model={name}" for name in self._load_models or ()]
+        command += [f"--backend-config=python,{item}" for item in self._python_backend_config()]
+        if installation.backends is not None:
+            command.append(f"--backend-directory={_build_backends(installation, work)}")
+        return command + self._extra_args
+
+    def _python_backend_config(self) -> list[str]:
+        return [
+            f"shm-region-prefix-name={self._shm_prefix}",
+            # Image tensors are tens of MB: few large growth steps instead of many small ones.
+            f"shm-default-byte-size={16 << 20}",
+            f"shm-growth-byte-size={64 << 20}",
+            "stub-timeout-seconds=300",
+        ]
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        process = self._running()
+        while not self._ready():
+            if process.poll() is not None:
+                raise ServerStartError(self._start_failure(f"exit code {process.returncode}"))
+            if time.monotonic() > deadline:
+                late = f"not ready after {self._start_timeout_s:g} s"
+                raise ServerStartError(self._start_failure(late))
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        # A server that serves on despite a broken model (not strict) is live but never ready.
+        probe = "ready" if self._strict else "live"
+        try:
+            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/{probe}", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _start_failure(self, outcome: str) -> str:
+        log = self.log_text()
+        lines = log.splitlines()
+        failures = filter(None, map(_LOAD_FAILURE.search, lines))
+        # A Python model's traceback follows its message on the same line, escaped; the log has it.
+        reasons = [f"model {m[1]}: {m[2].split(_TRACEBACK)[0]}" for m in failures]
+        reasons = list(dict.fromkeys(reasons)) or lines[-5:]
+        where = f" (log: {self.log_file})" if self.log_file else ""
+        return f"tritonserver did not start: {outcome}{where}\n  " + "\n  ".join(reasons)
+
+    def _log_path(self) -> Path:
+        return self.log_file if self.log_file is not None else Path(self._folder()) / "server.log"
+
+    def _folder(self) -> str:
+        if self._work is None:
+            raise ServerStartError("the server is not running: use it inside its `with` block")
+        return self._work.name
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise ServerStartError("the server is not running: use it inside its `with` block")
+        return self._process
+
+
+def _build_backends(installation: Installation, work: Path) -> Path:
+    """Lay out a backend folder of copies: the server refuses links that leave it."""
+    if installation.backends is None or installation.stub is None:
+        raise ServerStartError(f"{installation.binary} brings its own backends")
+    python = work / "backends" / "python"
+    python.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy2(installation.backends / "python" / name, python)
+    shutil.copy2(installation.stub, python)
+    onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
+    (work / "backends" / "onnxruntime").mkdir()
+    shutil.copy2(onnxruntime, work / "backends" / "onnxruntime")
+    return work / "backends"
+
+
+def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """SIGTERM, wait for requests in flight, then SIGKILL whatever of its group is left."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s + 10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerStartError(
+                f"cannot listen on {host}:{port}: {error.strerror}; stop what listens there or choose "
+                "other ports (--http-port, --grpc-port, --metrics-port)"
+            ) from error
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104

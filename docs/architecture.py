@@ -1,0 +1,150 @@
+"""Write ARCHITECTURE.md from the config.pbtxt files: what each hop carries, by name, dtype and shape.
+
+python docs/architecture.py            rewrite it
+python docs/architecture.py --check    exit 1 where it is stale
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "ARCHITECTURE.md"
+ENSEMBLE = "panorama"
+
+INTRO = """\
+# Architecture
+
+One request to the `panorama` ensemble runs the whole pipeline. Every arrow below is a tensor that the server
+hands from one model to the next; none is a file. `panorama_encoded` puts `decode` before it, for callers
+who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
+
+This page is written by `make docs` from the `config.pbtxt` files and `make check` fails when it is stale.
+
+"""
+
+# Calls that a Python model makes itself (business logic scripting): no config knows them.
+CALLS = {
+    "osediff": (
+        "osediff_text_encoder",
+        "osediff_vae_encoder",
+        "osediff_unet",
+        "osediff_vae_decoder",
+    ),
+    "qwen_scorer": ("qwen",),
+    "qwen_describer": ("qwen",),
+}
+CALLS_TEXT = """\
+## Calls between models
+
+`osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so that
+the tiles and images of all requests meet in the same batches and weights exist once.
+
+"""
+
+
+def configs():
+    """Every model's parsed config, by name."""
+    found = {}
+    for path in sorted(ROOT.glob("model_repository/*/config.pbtxt")):
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        found[config.name] = config
+    return found
+
+
+def tensor(io, batched=False):
+    """`uint8 (16, ?, ?, 3)`."""
+    kind = model_config_pb2.DataType.Name(io.data_type).removeprefix("TYPE_").lower()
+    dims = ["B"] if batched else []
+    dims += ["?" if dim < 0 else str(dim) for dim in io.dims]
+    return f"{kind} ({', '.join(dims)})"
+
+
+def diagram(models):
+    """The ensemble as a Mermaid flow chart."""
+    steps = models[ENSEMBLE].ensemble_scheduling.step
+    names = [f"{step.model_name}_{index}" for index, step in enumerate(steps)]
+    lines = ["```mermaid", "flowchart TB", '  caller(["request"])', '  reply(["response"])']
+    lines += [f'  {name}["{step.model_name}"]' for name, step in zip(names, steps, strict=True)]
+    made = {}
+    for name, step in zip(names, steps, strict=True):
+        outputs = {io.name: tensor(io) for io in models[step.model_name].output}
+        made |= {value: (name, outputs[key]) for key, value in step.output_map.items()}
+    hops = {}  # (source, arrow, target) → what it carries: parallel arrows are drawn as one
+    for name, step in zip(names, steps, strict=True):
+        for io in models[step.model_name].input:
+            value = step.input_map[io.name]
+            source, kind = made.get(value, ("caller", tensor(io)))
+            arrow = "-.->" if source == "caller" and io.optional else "-->"
+            hops.setdefault((source, arrow, name), []).append(f"{value} {kind}")
+    for io in models[ENSEMBLE].output:
+        hops.setdefault((made[io.name][0], "-->", "reply"), []).append(f"{io.name} {tensor(io)}")
+    lines += [
+        f'  {a} {arrow}|"{"<br/>".join(kinds)}"| {b}' for (a, arrow, b), kinds in hops.items()
+    ]
+    return "\n".join([*lines, "```", ""])
+
+
+def table(config):
+    """One model's inputs and outputs."""
+    batched = config.max_batch_size > 0
+    kind = config.backend or config.platform
+    batch = f", batches up to {config.max_batch_size}" if batched else ""
+    lines = [
+        f"### {config.name}",
+        "",
+        f"{kind}{batch}",
+        "",
+        "| tensor | | carries |",
+        "|---|---|---|",
+    ]
+    for io in config.input:
+        role = "input, optional" if io.optional else "input"
+        lines.append(f"| `{io.name}` | {role} | {tensor(io, batched)} |")
+    lines += [f"| `{io.name}` | output | {tensor(io, batched)} |" for io in config.output]
+    return "\n".join([*lines, ""])
+
+
+def calls(models):
+    """The calls that Python models make, with what they carry."""
+    lines = ["```mermaid", "flowchart LR"]
+    for caller, called in CALLS.items():
+        for name in called:
+            batched = models[name].max_batch_size > 0
+            sent = "<br/>".join(f"{io.name} {tensor(io, batched)}" for io in models[name].input)
+            lines.append(f'  {caller} -->|"{sent}"| {name}')
+    return "\n".join([*lines, "```", ""])
+
+
+def page():
+    """The whole page."""
+    models = configs()
+    tables = "\n".join(table(config) for config in models.values())
+    parts = [
+        INTRO,
+        diagram(models),
+        "\n",
+        CALLS_TEXT,
+        calls(models),
+        "\n## Every model\n\n",
+        tables,
+    ]
+    return "".join(parts)
+
+
+def main():
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    if parser.parse_args().check:
+        if PAGE.read_text() != page():
+            sys.exit(f"{PAGE.relative_to(ROOT)} is stale: run `make docs`")
+        return
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

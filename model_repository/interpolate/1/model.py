@@ -1,0 +1,24 @@
+"""interpolate: kept intervals → crops from cameras between the left and the right one."""
+
+import cv2
+
+from panotriton import serving
+from panotriton.group import check_cameras, interpolate_cameras, interpolate_views
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        cv2.setNumThreads(1)  # interpolate_views brings its own threads, one a core
+
+    def execute(self, requests):
+        return serving.respond(requests, self._interpolate)
+
+    @staticmethod
+    def _interpolate(request):
+        cameras = serving.required(request, "CAMERAS")
+        check_cameras("CAMERAS", cameras)
+        kept = serving.required(request, "KEPT")
+        count = serving.number(request, "NUM_INTERPOLATIONS", 9)
+        between = interpolate_cameras(cameras, kept, count)
+        views = interpolate_views(serving.required(request, "SPHERES"), between)
+        return {"INTERPOLATED": views, "INTERPOLATED_CAMERAS": between}

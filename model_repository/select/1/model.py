@@ -1,0 +1,23 @@
+"""select: scores → the intervals that reach the threshold, and the views to describe."""
+
+from panotriton import serving
+from panotriton.errors import InvalidInput
+from panotriton.group import filter_intervals
+from panotriton.images import check_images
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return serving.respond(requests, self._select)
+
+    @staticmethod
+    def _select(request):
+        kept = filter_intervals(
+            serving.required(request, "SCORE"), serving.number(request, "THRESHOLD", 0.7)
+        )
+        pairs = serving.required(request, "PAIRS_SR")
+        check_images("PAIRS_SR", pairs)
+        if len(pairs) != 16:
+            raise InvalidInput(f"PAIRS_SR holds {len(pairs)} images; expected 16, one a score")
+        right_2 = pairs[8:, :, pairs.shape[2] // 2 :]  # (8, h, w, 3) panorama 2's right halves
+        return {"KEPT": kept, "RIGHT_VIEWS": right_2[kept - 1]}

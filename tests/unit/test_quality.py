@@ -1,0 +1,89 @@
+import math
+
+import pytest
+
+from panotriton.quality import parse_reply
+
+GOOD = """\
+Correlation: 0.9
+Information Balance: 0.8
+Subject Richness: 0.7
+Image Clarity: 0.6
+Content Coherence: 0.5
+Final Score: 0.75"""
+
+
+def test_six_lines() -> None:
+    quality = parse_reply(GOOD)
+    assert quality.sub_scores() == (0.9, 0.8, 0.7, 0.6, 0.5)
+    assert quality.final_score == 0.75
+
+
+@pytest.mark.parametrize(
+    ("line", "score"),
+    [
+        ("Final Score: 0.8", 0.8),
+        ("final score: 0.8", 0.8),
+        ("FINAL SCORE: 1", 1.0),
+        ("Final Score : 0", 0.0),
+        ("Final Score: [0.85]", 0.85),
+        ("Final Score: (0.85)", 0.85),
+        ("Final Score: {0.85}", 0.85),
+        ("Final Score: <0.85>", 0.85),
+        ("**Final Score:** 0.85", 0.85),
+        ("- Final Score: 0.85", 0.85),
+        ("Final Score：0.85", 0.85),
+        ("Final Score: 0.85.", 0.85),
+        ("Final Score: .85", 0.85),
+        ("Final Score: [0.85] Reason: sharp and rich", 0.85),
+        ("Final Score: 0.85, reason - 3 subjects", 0.85),
+        ("Final Score: 0.85 (Reason: two 0.2 halves)", 0.85),
+        ("  Final Score: 0.85  ", 0.85),
+        ("Final Score (overall): 0.85", 0.85),
+    ],
+)
+def test_accepted_forms(line: str, score: float) -> None:
+    assert parse_reply(line).final_score == score
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "Final Score",
+        "Final Score:",
+        "Final Score: ",
+        "Final Score: high",
+        "Final Score: 0.7-0.9",
+        "Final Score: 0.7 to 0.9",
+        "Final Score: 8/10",
+        "Final Score: 85%",
+        "Final Score: 85",
+        "Final Score: -0.5",
+        "Final Score: 1.01",
+        "Final Score: nan",
+        "Final Score: inf",
+        "Final Score: 1e-1",
+        "Final Score: 0,85",
+        "Final Score: 0.8.5",
+        "Final Score: 0.8 0.9",
+        "Final Score: Reason: 0.9",
+        "Final Score is 0.9",
+        "The Final Score: 0.9",
+        "Final Scor",
+        "I cannot rate this. 0.9",
+        "Image Clarity: 0.9\nContent Coherence: 0.9",
+        "\x00Final\x00Score: 0.9",
+        "Final Score: " + "9" * 10_000,
+        "Final Score: 0.8\nFinal Score: none",
+    ],
+)
+def test_no_score_is_ever_made_up(reply: str) -> None:
+    assert math.isnan(parse_reply(reply).final_score)
+
+
+def test_a_truncated_reply_keeps_what_it_has() -> None:
+    quality = parse_reply(GOOD[: GOOD.index("Content")])
+    assert quality.clarity == 0.6
+    assert math.isnan(quality.coherence)
+    assert math.isnan(quality.final_score)
