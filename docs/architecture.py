@@ -40,8 +40,8 @@ CALLS = {
 CALLS_TEXT = """\
 ## Calls between models
 
-`osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so that
-the tiles and images of all requests meet in the same batches and weights exist once.
+`osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
+that the tiles and images of all requests meet in the same batches and weights exist once.
 
 """
 

@@ -50,13 +50,11 @@ _MAX_FILE_BYTES = 512 << 20
 _ERRORS: dict[str, type[PanotritonError]] = {
     "StatusCode.INVALID_ARGUMENT": InvalidInput,
     "StatusCode.NOT_FOUND": ModelUnavailable,
-    "StatusCode.DEADLINE_EXCEEDED": RequestTimeout,
     "StatusCode.RESOURCE_EXHAUSTED": ServerBusy,
     "400": InvalidInput,
     "404": ModelUnavailable,
-    "499": RequestTimeout,
-    "504": RequestTimeout,
 }
+_TIMED_OUT = ("StatusCode.DEADLINE_EXCEEDED", "499", "504")
 _UNAVAILABLE = ("StatusCode.UNAVAILABLE", "503")
 
 
@@ -180,9 +178,9 @@ class Client:
         return {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
 
     def _mapped(self, error: Exception) -> PanotritonError:
-        if isinstance(error, TimeoutError):
-            return RequestTimeout(f"{self.url} did not answer within {self._timeout_s:g} s")
         status = error.status() if isinstance(error, InferenceServerException) else None
+        if isinstance(error, TimeoutError) or status in _TIMED_OUT:
+            return RequestTimeout(f"{self.url} did not answer within {self._timeout_s:g} s")
         if status is None or status in _UNAVAILABLE:
             if status is not None and self._live():
                 return ServerBusy(f"{self.url}: {_message(error)}")

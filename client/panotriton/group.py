@@ -99,10 +99,13 @@ def interpolate_cameras(cameras: F64, kept: NDArray[np.int32], count: int = 9) -
 
 def interpolate_views(spheres: U8, between: F64) -> U8:
     """Crop the in-between views: spheres (2, S, S, 3), cameras (K, 2, N, 5) → (K·2·N, S, S, 3)."""
+    low, high = CROP_SIZES
     if spheres.ndim != 4 or spheres.shape[0] != 2 or spheres.shape[1] != spheres.shape[2]:
         raise InvalidInput(f"SPHERES has shape {spheres.shape}; expected (2, S, S, 3)")
     kept, _, count, _ = between.shape
     size = spheres.shape[1]
+    if not low <= size <= high:
+        raise InvalidInput(f"SPHERES has sides of {size} px; expected {low} to {high}")
     views = np.empty((kept, 2, count, size, size, 3), np.uint8)
     for p in range(2):
         flat = [view for interval in views[:, p] for view in interval]

@@ -285,6 +285,7 @@ class LocalServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=_environment(installation.library_path),
+            cwd=work,  # the stub imports `model` from its working directory first
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
         )
 

@@ -112,7 +112,8 @@ def test_a_bad_camera_names_its_field_and_limits(field: str, value: float) -> No
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((64, 64, 4), np.uint8), np.zeros((64, 64, 3)), np.zeros((0, 64, 3), np.uint8)]
+    "image",
+    [np.zeros((64, 64, 4), np.uint8), np.zeros((64, 64, 3)), np.zeros((0, 64, 3), np.uint8)],
 )
 def test_crop_refuses_what_is_no_panorama(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="panorama is"):

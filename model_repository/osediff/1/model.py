@@ -38,11 +38,7 @@ class TritonPythonModel:
         check_images("IMAGES", images, min_side_px=8)
         upscale, method = _options(request)
         plan = plan_size(*images.shape[1:3], upscale, self._settings["process_size"])
-        if len(images) * np.prod(plan.output) > 4 * MAX_PIXELS:
-            raise InvalidInput(
-                f"IMAGES {images.shape} at UPSCALE {upscale} makes {len(images)} images of "
-                f"{plan.output}; send fewer a request"
-            )
+        _check_amount(len(images), plan)
         embeds = await self._embed(serving.text(request, "PROMPT", ""))
         results = np.empty((len(images), *plan.output, 3), np.uint8)
         gate = asyncio.Semaphore(self._images_in_flight)
@@ -126,6 +122,21 @@ def _options(request):
     if method not in ALIGNMENTS:
         raise InvalidInput(f"ALIGN is {method!r}; expected one of {', '.join(ALIGNMENTS)}")
     return upscale, method
+
+
+def _check_amount(count, plan):
+    """Bound what a request makes the server allocate, before it does."""
+    height, width = plan.network
+    if height * width > MAX_PIXELS:
+        raise InvalidInput(
+            f"IMAGES would be super-resolved at {width}×{height} px; expected at most "
+            f"{MAX_PIXELS / 1e6:.0f} megapixels: send smaller or less elongated images"
+        )
+    if count * height * width > 4 * MAX_PIXELS:
+        raise InvalidInput(
+            f"IMAGES would make {count} images of {width}×{height} px; expected at most "
+            f"{4 * MAX_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
+        )
 
 
 async def _encode_tile(pixels):

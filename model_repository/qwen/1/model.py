@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from panotriton import serving
 from panotriton.errors import InvalidInput
 from panotriton.images import check_images
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 _MAX_NEW_TOKENS = 2048
 

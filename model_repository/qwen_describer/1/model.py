@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from panotriton import serving
 from panotriton.errors import InferenceFailed
 

