@@ -19,14 +19,15 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed  ## install into .venv
 
-model_repository/.small: $(VENV)/.installed $(wildcard export/*.py export/osediff/*.py export/small/*/*)
+SOURCES := $(shell find export model_repository client/panotriton/prompts -type f -not -name '*.pyc')
+repository/.small: $(VENV)/.installed $(SOURCES)
 	$(BIN)/panotriton export --preset small
 	touch $@
 
-demo: model_repository/.small  ## two panoramas through the whole pipeline, on a server of its own
+demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
 	$(BIN)/panotriton process --local $(DEMO)/courtyard.jpg $(DEMO)/interior.jpg --seed 7 -o out/demo
 
-test: model_repository/.small  ## all tests, a real tritonserver included
+test: repository/.small  ## all tests, a real tritonserver included
 	$(BIN)/python -m pytest
 
 check: setup  ## format, lint, types, duplicates of docs
@@ -35,12 +36,11 @@ check: setup  ## format, lint, types, duplicates of docs
 	$(BIN)/mypy
 	$(BIN)/python docs/architecture.py --check
 
-bench: model_repository/.small  ## measurements; see tests/bench
+bench: repository/.small  ## measurements; see tests/bench
 	$(BIN)/python tests/bench/crop.py
 
 docs: setup  ## rewrite what is generated from the configs
 	$(BIN)/python docs/architecture.py
 
 clean:  ## remove what was built, keep .venv
-	rm -rf out build *.egg-info model_repository/.small
-	git clean -fdXq model_repository
+	rm -rf out build *.egg-info repository

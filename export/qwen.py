@@ -72,7 +72,9 @@ def check_folder(model: Path) -> str:
     _check_index(model)
     for kind, names in (("processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer_config.json",))):
         if not any((model / name).is_file() for name in names):
-            raise ExportError(f"{model} has no {kind} ({' or '.join(names)}): copy the whole folder")
+            raise ExportError(
+                f"{model} has no {kind} ({' or '.join(names)}): copy the whole folder"
+            )
     if not _has_chat_template(model):
         raise ExportError(f"{model} has no chat template ({' or '.join(_CHAT_TEMPLATES)})")
     return architecture
@@ -84,7 +86,9 @@ def _check_index(model: Path) -> None:
         shards = set(_json(index)["weight_map"].values())
         missing = sorted(name for name in shards if not (model / name).is_file())
         if missing:
-            raise ExportError(f"{model} lacks {len(missing)} of {len(shards)} shards: {missing[0]} …")
+            raise ExportError(
+                f"{model} lacks {len(missing)} of {len(shards)} shards: {missing[0]} …"
+            )
 
 
 def _has_chat_template(model: Path) -> bool:

@@ -19,8 +19,8 @@ PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """The project's own repository; `make test` has exported it."""
-    folder = ROOT / "model_repository"
+    """The small preset's repository; `make test` has exported it."""
+    folder = ROOT / "repository"
     try:
         check_exported(folder)
     except ServerStartError as error:

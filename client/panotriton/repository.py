@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from importlib import util
 from pathlib import Path
@@ -60,13 +59,3 @@ def _models_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ServerStartError("this installation lacks the model repository; reinstall panotriton")
     return Path(spec.submodule_search_locations[0])
-
-
-def model_names(repository: Path) -> list[str]:
-    """Names of all models that have a config, sorted."""
-    return sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
-
-
-def ensemble_steps(config: str) -> list[str]:
-    """Models that an ensemble's config.pbtxt text calls, in order."""
-    return re.findall(r'model_name:\s*"([^"]+)"', config)

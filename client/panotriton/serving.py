@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,44 +16,61 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput
 
-__all__ = ["call", "number", "optional", "required", "respond", "respond_async", "text", "texts"]
+__all__ = [
+    "answers",
+    "attempt",
+    "call",
+    "number",
+    "optional",
+    "required",
+    "respond",
+    "respond_async",
+    "text",
+    "texts",
+]
 
 Tensors = dict[str, NDArray[Any]]
 # Arrays, or tensors of the request in hand. (The server adds Tensor to pb_utils only after this import.)
 Inputs = Mapping[str, Any]
+_QWEN_IMAGES = 64  # qwen's max_batch_size
 
 
 def respond(requests: Sequence[Any], handle: Callable[[Any], Tensors]) -> list[Any]:
     """Answer each request by `handle`; a bad one gets its error and its batch mates go on."""
-    return [_answer(partial(handle, request)) for request in requests]
+    return answers([attempt(handle, request) for request in requests])
 
 
 async def respond_async(
     requests: Sequence[Any], handle: Callable[[Any], Awaitable[Tensors]]
 ) -> list[Any]:
     """`respond` for handlers that call other models: all requests are worked on together."""
-    results = await asyncio.gather(*(handle(r) for r in requests), return_exceptions=True)
-    return [_answer(partial(_raise_or_return, result)) for result in results]
+    return answers(await asyncio.gather(*map(handle, requests), return_exceptions=True))
 
 
-def _raise_or_return(result: Any) -> Any:
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _answer(work: Callable[[], Tensors]) -> Any:
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, or the exception that it raises."""
     try:
-        tensors = [pb_utils.Tensor(name, value) for name, value in work().items()]
-        return pb_utils.InferenceResponse(tensors)
-    except InvalidInput as error:
-        return _failure(str(error), pb_utils.TritonError.INVALID_ARG)
-    except InferenceFailed as error:
-        return _failure(str(error), pb_utils.TritonError.INTERNAL)
+        return work(*arguments)
     except Exception as error:
-        pb_utils.Logger.log_error(traceback.format_exc())
-        reason = f"{type(error).__name__}: {error} (the server's log has the details)"
+        return error
+
+
+def answers(results: Sequence[Tensors | BaseException]) -> list[Any]:
+    """A response for each result: its tensors, or its error with the code that fits."""
+    return [_answer(result) for result in results]
+
+
+def _answer(result: Tensors | BaseException) -> Any:
+    if isinstance(result, InvalidInput):
+        return _failure(str(result), pb_utils.TritonError.INVALID_ARG)
+    if isinstance(result, InferenceFailed):
+        return _failure(str(result), pb_utils.TritonError.INTERNAL)
+    if isinstance(result, BaseException):
+        pb_utils.Logger.log_error("".join(traceback.format_exception(result)))
+        reason = f"{type(result).__name__}: {result} (the server's log has the details)"
         return _failure(reason, pb_utils.TritonError.INTERNAL)
+    tensors = [pb_utils.Tensor(name, value) for name, value in result.items()]
+    return pb_utils.InferenceResponse(tensors)
 
 
 def _failure(message: str, code: Any) -> Any:
@@ -109,6 +125,22 @@ async def call(model: str, inputs: Inputs, outputs: Sequence[str]) -> Tensors:
     if response.has_error():
         raise InferenceFailed(f"{model}: {response.error().message()}")
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+async def ask_qwen(images: NDArray[np.uint8], system_prompt: str, max_new_tokens: int) -> list[str]:
+    """One reply an image (N, H, W, 3), N ≥ 0, from the model that holds the weights."""
+    parts = [images[i : i + _QWEN_IMAGES] for i in range(0, len(images), _QWEN_IMAGES)]
+    replies = await asyncio.gather(*(_ask(part, system_prompt, max_new_tokens) for part in parts))
+    return [reply.decode() for part in replies for reply in part.flat]
+
+
+async def _ask(images: NDArray[np.uint8], prompt: str, max_new_tokens: int) -> NDArray[Any]:
+    inputs = {
+        "IMAGE": images,
+        "SYSTEM_PROMPT": texts([prompt] * len(images))[:, None],  # (N, 1)
+        "MAX_NEW_TOKENS": np.full((len(images), 1), max_new_tokens, np.int32),
+    }
+    return (await call("qwen", inputs, ["TEXT"]))["TEXT"]
 
 
 def _tensor(name: str, value: Any) -> Any:

@@ -31,9 +31,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("model_repository"),
+        default=Path("repository"),
         metavar="DIR",
-        help="model repository to fill; made where there is none (%(default)s)",
+        help="model repository to build, code and weights (%(default)s)",
     )
     parser.set_defaults(run=run)
 

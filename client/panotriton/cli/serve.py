@@ -13,7 +13,7 @@ from panotriton.server import Installation, LocalServer, find_installation
 
 _EXAMPLES = """\
 examples:
-  panotriton serve                              model_repository/ on 127.0.0.1:8000 and :8001
+  panotriton serve                              repository/ on 127.0.0.1:8000 and :8001
   panotriton serve --log                        the same, with the server's log on the terminal
   panotriton serve --http-port 9000 --grpc-port 9001 --metrics-port 9002
   panotriton serve --tritonserver /opt/tritonserver/bin/tritonserver   inside an NGC container
@@ -51,7 +51,7 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repository",
         type=Path,
-        default=Path("model_repository"),
+        default=Path("repository"),
         metavar="DIR",
         help="model repository (%(default)s)",
     )

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
 from panotriton import serving
 from panotriton.errors import InferenceFailed
+from panotriton.images import check_images
 
 _MAX_NEW_TOKENS = 256
 
@@ -20,16 +18,12 @@ class TritonPythonModel:
         return await serving.respond_async(requests, self._describe)
 
     async def _describe(self, request):
-        images = pb_utils.get_input_tensor_by_name(request, "IMAGES")
-        inputs = {
-            "IMAGES": images,
-            "SYSTEM_PROMPT": serving.texts([self._prompt]),
-            "MAX_NEW_TOKENS": np.array([_MAX_NEW_TOKENS], np.int32),
-        }
+        images = serving.required(request, "IMAGES")
+        check_images("IMAGES", images, min_side_px=28)
         try:
-            replies = (await serving.call("qwen", inputs, ["TEXT"]))["TEXT"]
-            texts, error = [reply.decode().strip() for reply in replies], ""
+            replies = await serving.ask_qwen(images, self._prompt, _MAX_NEW_TOKENS)
+            texts, error = [reply.strip() for reply in replies], ""
         except InferenceFailed as failure:
-            texts, error = [""] * images.shape()[0], str(failure)
+            texts, error = [""] * len(images), str(failure)
         errors = [error] * len(texts)
         return {"DESCRIPTION": serving.texts(texts), "DESCRIPTION_ERROR": serving.texts(errors)}
