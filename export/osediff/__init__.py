@@ -1,0 +1,128 @@
+"""OSEDiff: a Stable Diffusion 2.1-base folder and osediff.pkl → the repository's osediff models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.errors import ExportError
+from panotriton_export.osediff.base import CheckpointError
+from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
+from panotriton_export.osediff.graph import (
+    LIMITS,
+    Component,
+    ParityResult,
+    export_component,
+)
+from panotriton_export.osediff.reference import (
+    LATENT_OVERLAP,
+    LATENT_TILE,
+    PROCESS_SIZE,
+    from_checkpoint,
+    super_resolve,
+)
+from panotriton_export.osediff.text_encoder import text_encoder_component
+from panotriton_export.osediff.tokenizer import write_tokenizer
+from panotriton_export.osediff.unet import unet_component
+from panotriton_export.osediff.vae_decoder import vae_decoder_component
+from panotriton_export.osediff.vae_encoder import vae_encoder_component
+from panotriton_export.osediff.whole_image import psnr_db, run_graphs
+
+__all__ = ["CheckpointError", "ParityResult", "export_osediff"]
+
+_LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0}
+_PROMPT = "building, sky, tree, ,"
+_HEADER = f"{'component':<22} {'shape':<18} {'differs':>8}  {'limit':>7}"
+
+
+def export_osediff(
+    base: Path,
+    checkpoint: Path,
+    repository: Path,
+    *,
+    precision: str = "fp32",
+    fused_attention: bool = True,
+    report: Callable[[str], None] = print,
+) -> list[ParityResult]:
+    """Write the osediff models into `repository`; every graph is compared with PyTorch first.
+
+    base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
+    precision: fp32, or fp16 for the weights of all but the decoder (inputs and outputs keep their
+    types). fused_attention: False for TensorRT (see attention.py). One network is in memory at a
+    time, except in the last check. Raises CheckpointError for files that do not fit, and
+    ExportError where a graph differs from PyTorch.
+    """
+    if precision not in LIMITS:
+        raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
+    source = open_checkpoint(base, checkpoint)
+    report(_HEADER)
+    results: list[ParityResult] = []
+    for compared in _export_graphs(source, repository, precision, fused_attention):
+        results += compared
+        for result in compared:
+            report(str(result))
+    _write_front(source, repository, precision)
+    report(_check_whole_image(source, repository, precision))
+    return results
+
+
+def _export_graphs(
+    source: Checkpoint, repository: Path, precision: str, fused: bool
+) -> Iterator[list[ParityResult]]:
+    """Export the four graphs one after the other; each network is freed before the next is read."""
+    base = source.base
+    build: list[Callable[[], Component]] = [
+        lambda: text_encoder_component(base.load_text_encoder(), precision),
+        lambda: vae_encoder_component(source.load_vae(), precision, fused_attention=fused),
+        lambda: unet_component(source.load_unet(), precision, fused_attention=fused),
+        lambda: vae_decoder_component(source.load_vae(), fused_attention=fused),
+    ]
+    for component in build:
+        yield export_component(component(), repository)
+
+
+def _write_front(source: Checkpoint, repository: Path, precision: str) -> None:
+    """What the `osediff` model itself reads: tokenizer.json and osediff.json."""
+    folder = repository / "osediff" / "1"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(source.base.load_tokenizer(), folder / "tokenizer.json")
+    settings = {
+        "alpha_cumprod": source.base.alpha_cumprod,
+        "latent_channels": source.base.latent_channels,
+        "latent_overlap": LATENT_OVERLAP,
+        "latent_tile": LATENT_TILE,
+        "precision": precision,
+        "process_size": PROCESS_SIZE,
+        "vae_scale_factor": source.base.vae_scale_factor,
+        "weights_sha256": source.fingerprint(),
+    }
+    partial = folder / ".osediff.json.partial"
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(partial, folder / "osediff.json")
+
+
+def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> str:
+    """Compare one image from the graphs with the reference's; a line for the report."""
+    image = _test_image()
+    graphs = run_graphs(repository, image, source.base.alpha_cumprod, prompt=_PROMPT)
+    reference = super_resolve(from_checkpoint(source), image, prompt=_PROMPT, tiled=False)
+    psnr, least = psnr_db(graphs, reference), _LEAST_PSNR_DB[precision]
+    if psnr < least:
+        raise ExportError(
+            f"a whole image from the exported graphs is {psnr:.1f} dB from PyTorch's; expected "
+            f"{least:.0f} dB or more"
+        )
+    return f"whole image, {image.shape[1]}×{image.shape[0]} px ×2: {psnr:.1f} dB (least {least:.0f})"
+
+
+def _test_image() -> NDArray[np.uint8]:
+    """A picture (264, 280, 3) of gradients, an edge and noise."""
+    y, x = np.mgrid[0:264, 0:280]
+    planes = np.stack([x * 0.8, y * 0.8, (x + y) % 96 * 2.0], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 6, planes.shape)
+    return np.clip(planes + noise, 0, 255).astype(np.uint8)

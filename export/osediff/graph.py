@@ -1,0 +1,189 @@
+"""From a PyTorch module to model.onnx: export, cleaning, and comparison on shapes not traced."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from panotriton.errors import ExportError
+
+__all__ = ["LIMITS", "Component", "ParityResult", "Probe", "compare", "export_component", "session"]
+
+OPSET = 18
+MAX_BATCH = 64  # only bounds what the exporter must prove; the repository's configs batch less
+LIMITS = {"fp32": 1e-4, "fp16": 3e-2}
+"""Largest difference from PyTorch in fp32 that is let through, relative to the largest value."""
+
+# Protobuf files end at 2 GB: larger weights go to a file beside the graph.
+_EXTERNAL_ABOVE_BYTES = 1_900_000_000
+_EXTERNAL_NAME = "model.onnx.data"
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Inputs of another shape than the traced ones, and PyTorch's outputs for them."""
+
+    inputs: Tensors
+    expected: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One network as the repository serves it.
+
+    traced: example inputs by name; dynamic: for each input its axes whose size is free;
+    limits: for each compared output the largest relative difference that is let through.
+    """
+
+    name: str
+    module: nn.Module
+    traced: Tensors
+    dynamic: Mapping[str, Mapping[int, Any]]
+    outputs: Sequence[str]
+    probes: Sequence[Probe]
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityResult:
+    """Largest difference between a graph's output and PyTorch's, relative to the largest value."""
+
+    component: str
+    shape: tuple[int, ...]
+    difference: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.limit
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        verdict = "ok" if self.passed else "FAILED"
+        return f"{self.component:<22} {shape:<18} {self.difference:8.1e}  {self.limit:7.1e}  {verdict}"
+
+
+def export_component(component: Component, repository: Path) -> list[ParityResult]:
+    """Write `repository`/NAME/1/model.onnx once its outputs agree with PyTorch's.
+
+    Raises ExportError, and leaves what was there, where they do not.
+    """
+    version = repository / component.name / "1"
+    version.mkdir(parents=True, exist_ok=True)
+    model = _export(component)
+    with tempfile.TemporaryDirectory(dir=version, prefix=".exporting-") as folder:
+        path = Path(folder) / "model.onnx"
+        _save(model, path)
+        del model
+        results = compare(component, path)
+        _publish(path.parent, version)
+    return results
+
+
+def _export(component: Component) -> ir.Model:
+    # Captured by hand: torch.onnx.export alone would retry in other ways, slowly, where this fails.
+    with warnings.catch_warnings(), torch.no_grad():
+        # Two inputs share the batch axis, which the exporter finds worth a warning.
+        warnings.filterwarnings("ignore", ".*axis name: .* will not be used", UserWarning)
+        captured = torch.export.export(
+            component.module.eval(),
+            tuple(component.traced.values()),
+            dynamic_shapes={name: dict(axes) for name, axes in component.dynamic.items()},
+        )
+        program = torch.onnx.export(
+            captured,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(component.traced),
+            output_names=list(component.outputs),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"{component.name}: torch.onnx.export returned no program")
+    _strip(program.model)
+    return program.model
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what differs from machine to machine: stack traces and source paths."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        values = [*graph.inputs, *graph.initializers.values()]
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            values += node.outputs
+        for value in values:
+            value.metadata_props.clear()
+            value.doc_string = None
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    weights = (value.const_value for value in model.graph.initializers.values())
+    large = sum(weight.nbytes for weight in weights if weight is not None) > _EXTERNAL_ABOVE_BYTES
+    ir.save(model, path, external_data=_EXTERNAL_NAME if large else None)
+
+
+def _publish(folder: Path, version: Path) -> None:
+    """Move the files into place, the graph last; drop weights that no graph names any more."""
+    for path in sorted(folder.iterdir(), reverse=True):  # model.onnx.data before model.onnx
+        os.replace(path, version / path.name)
+    data = version / _EXTERNAL_NAME
+    if data.is_file() and (version / "model.onnx").stat().st_size > data.stat().st_size:
+        data.unlink()
+
+
+def compare(component: Component, path: Path) -> list[ParityResult]:
+    """Run the graph on every probe. Raises ExportError where an output is too far off."""
+    graph = session(path)
+    results = []
+    for probe in component.probes:
+        feeds = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
+        for name, got in zip(probe.expected, graph.run(list(probe.expected), feeds), strict=True):
+            difference = relative_difference(got, probe.expected[name].numpy())
+            results.append(
+                ParityResult(component.name, got.shape, difference, component.limits[name])
+            )
+    raise_on_failure(results)
+    return results
+
+
+def session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def relative_difference(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    """max |got − expected| / max |expected|; infinite where a value is not finite."""
+    if got.shape != expected.shape:
+        raise ExportError(f"the graph returns {got.shape}; PyTorch returns {expected.shape}")
+    difference = np.abs(got.astype(np.float64) - expected).max() / np.abs(expected).max()
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def raise_on_failure(results: Sequence[ParityResult]) -> None:
+    failed = [str(result) for result in results if not result.passed]
+    if failed:
+        raise ExportError(
+            "exported graphs differ from PyTorch (component, shape, difference, limit):\n"
+            + "\n".join(failed)
+        )

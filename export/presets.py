@@ -1,0 +1,50 @@
+"""Presets: repositories that can be built without any download."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from panotriton_export.configs import fit_config
+from panotriton_export.osediff import export_osediff
+from panotriton_export.qwen import export_qwen
+
+__all__ = ["export_small", "write_small_checkpoint"]
+
+SMALL = Path(__file__).parent / "small"
+COMPONENTS = (
+    "osediff_text_encoder",
+    "osediff_vae_encoder",
+    "osediff_unet",
+    "osediff_vae_decoder",
+)
+
+
+def export_small(repository: Path, report: Callable[[str], None] = print) -> None:
+    """The small trained networks that come with the project, through the same code as real ones.
+
+    Their model cards, export/small/*/README.md, say what they are and are not.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
+        export_osediff(SMALL / "osediff" / "base", checkpoint, repository, report=report)
+    for name in COMPONENTS:
+        fit_config(repository / name)
+    export_qwen(SMALL / "qwen", repository, copy=True, report=report)
+
+
+def write_small_checkpoint(target: Path) -> Path:
+    """The small adapters, kept as safetensors and JSON, as an osediff.pkl like the original's."""
+    folder = SMALL / "osediff"
+    content: dict[str, Any] = json.loads((folder / "adapters.json").read_text())
+    for name, tensor in load_file(folder / "adapters.safetensors").items():
+        network, _, key = name.partition(".")  # unet.… or vae.…
+        content.setdefault(f"state_dict_{network}", {})[key] = tensor
+    torch.save(content, target)
+    return target
