@@ -18,6 +18,8 @@ from panotriton.images import check_panorama
 __all__ = [
     "CROP_SIZES",
     "check_cameras",
+    "check_interpolations",
+    "check_threshold",
     "filter_intervals",
     "interpolate_cameras",
     "interpolate_views",
@@ -45,6 +47,18 @@ def check_cameras(name: str, cameras: F64) -> None:
             Camera.from_array(cameras[index])
         except ValueError as error:
             raise InvalidInput(f"{name}{list(index)}: {error}") from error
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise InvalidInput unless 0 ≤ threshold ≤ 1."""
+    if not 0.0 <= threshold <= 1.0:
+        raise InvalidInput(f"THRESHOLD is {threshold}; expected 0 to 1")
+
+
+def check_interpolations(count: int) -> None:
+    """Raise InvalidInput unless 0 ≤ count ≤ 255."""
+    if not 0 <= count <= MAX_INTERPOLATIONS:
+        raise InvalidInput(f"NUM_INTERPOLATIONS is {count}; expected 0 to {MAX_INTERPOLATIONS}")
 
 
 def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> tuple[U8, U8]:
@@ -78,8 +92,7 @@ def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDA
         raise InvalidInput(
             f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one a pair"
         )
-    if not 0.0 <= threshold <= 1.0:
-        raise InvalidInput(f"THRESHOLD is {threshold}; expected 0 to 1")
+    check_threshold(threshold)
     by_panorama = scores.reshape(2, INTERVALS)
     lowest = np.fmin(by_panorama[0], by_panorama[1])  # NaN only where both are
     # float32 scores against a float32 threshold: 0.7 must reach 0.7.
@@ -88,8 +101,7 @@ def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDA
 
 def interpolate_cameras(cameras: F64, kept: NDArray[np.int32], count: int = 9) -> F64:
     """The in-between cameras, (K, 2, N, 5): kept interval, panorama, weight i/(N+1) for i = 1…N."""
-    if not 0 <= count <= MAX_INTERPOLATIONS:
-        raise InvalidInput(f"NUM_INTERPOLATIONS is {count}; expected 0 to {MAX_INTERPOLATIONS}")
+    check_interpolations(count)
     if len(kept) and not (kept.min() >= 1 and kept.max() <= INTERVALS):
         raise InvalidInput(f"KEPT is {kept.tolist()}; expected interval ids from 1 to {INTERVALS}")
     ends = cameras[:, kept - 1].transpose(1, 0, 2, 3)[:, :, :, None]  # (K, 2, left|right, 1, 5)

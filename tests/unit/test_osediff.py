@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from panotriton.errors import InvalidInput
-from panotriton.osediff import TileBlend, align, one_step, plan_size, windows
+from panotriton.osediff import TileBlend, align, check_options, one_step, plan_size, windows
 
 RNG = np.random.default_rng(0)
 
@@ -108,4 +108,6 @@ def test_nofix_changes_nothing_and_others_are_refused() -> None:
     image, reference = images()
     assert align(image, reference, "nofix") is image
     with pytest.raises(InvalidInput, match="ALIGN is 'adian'; expected one of adain, wavelet"):
-        align(image, reference, "adian")
+        check_options(2, "adian")
+    with pytest.raises(InvalidInput, match="UPSCALE is 0; expected 1 to 4"):
+        check_options(0, "adain")

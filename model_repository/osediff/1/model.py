@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from panotriton import serving
 from panotriton.errors import InvalidInput
 from panotriton.images import MAX_PIXELS, check_images
-from panotriton.osediff import ALIGNMENTS, TileBlend, align, one_step, plan_size, windows
+from panotriton.osediff import TileBlend, align, check_options, one_step, plan_size, windows
 
 _TILES_A_REQUEST = 4
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
@@ -116,11 +116,8 @@ class TritonPythonModel:
 
 def _options(request):
     upscale = serving.number(request, "UPSCALE", 2)
-    if not 1 <= upscale <= 4:
-        raise InvalidInput(f"UPSCALE is {upscale}; expected 1 to 4")
     method = serving.text(request, "ALIGN", "adain")
-    if method not in ALIGNMENTS:
-        raise InvalidInput(f"ALIGN is {method!r}; expected one of {', '.join(ALIGNMENTS)}")
+    check_options(upscale, method)
     return upscale, method
 
 

@@ -1,0 +1,57 @@
+"""crop: a panorama and cameras → one view a camera."""
+
+import os
+
+import cv2
+import numpy as np
+
+from panotriton import serving
+from panotriton.camera import Camera, Sphere
+from panotriton.errors import InvalidInput
+from panotriton.group import CROP_SIZES
+from panotriton.images import check_panorama, decode_image
+
+_MAX_CAMERAS = 256  # bounds what a request makes the server allocate
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        cv2.setNumThreads(1)  # crops bring their own threads, one a core
+
+    def execute(self, requests):
+        return serving.respond(requests, self._crop)
+
+    @staticmethod
+    def _crop(request):
+        cameras = _cameras(serving.required(request, "CAMERAS"))
+        size = serving.number(request, "CROP_SIZE", 512)
+        low, high = CROP_SIZES
+        if not low <= size <= high:
+            raise InvalidInput(f"CROP_SIZE is {size}; expected {low} to {high} px")
+        views = np.empty((len(cameras), size, size, 3), np.uint8)
+        Sphere(_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
+        return {"CROPS": views}
+
+
+def _cameras(rows):
+    if len(rows) > _MAX_CAMERAS:
+        raise InvalidInput(f"CAMERAS holds {len(rows)}; expected at most {_MAX_CAMERAS} a request")
+    cameras = []
+    for index, row in enumerate(rows):
+        try:
+            cameras.append(Camera.from_array(row))
+        except ValueError as error:
+            raise InvalidInput(f"CAMERAS[{index}]: {error}") from error
+    return cameras
+
+
+def _panorama(request):
+    pixels = serving.optional(request, "PANORAMA")
+    encoded = serving.optional(request, "ENCODED")
+    if (pixels is None) == (encoded is None):
+        both = "neither is" if pixels is None else "both are"
+        raise InvalidInput(f"PANORAMA or ENCODED: {both} given; send exactly one of them")
+    if pixels is None:
+        return decode_image("ENCODED", encoded.item())
+    check_panorama("PANORAMA", pixels)
+    return pixels

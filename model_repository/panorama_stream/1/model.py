@@ -1,0 +1,216 @@
+"""panorama_stream: the pipeline as events, through the other models of this repository."""
+
+import asyncio
+import json
+import math
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from panotriton import serving
+from panotriton.camera import INTERVALS, sample_cameras
+from panotriton.errors import InvalidInput
+from panotriton.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras, filter_intervals
+from panotriton.images import check_panorama, decode_image
+from panotriton.osediff import ALIGNMENTS
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        limits = json.loads(args["model_config"])["parameters"]
+        self._images_in_flight = int(limits["images_in_flight"]["string_value"])
+
+    async def execute(self, requests):
+        await asyncio.gather(*map(self._answer, requests))
+
+    async def _answer(self, request):
+        sender = request.get_response_sender()
+        try:
+            await _Run(request, sender, self._images_in_flight).run()
+        except _Cancelled:
+            pass  # nobody is left to tell
+        except Exception as error:
+            sender.send(serving.answers([error])[0])
+        sender.send(flags=_FINAL)
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class _Run:
+    """One request on its way through the pipeline."""
+
+    def __init__(self, request, sender, images_in_flight):
+        self._request = request
+        self._sender = sender
+        self._gate = asyncio.Semaphore(images_in_flight)
+        self._done, self._total = 0, 0
+
+    async def run(self):
+        self._read_options()
+        cameras, panoramas = _cameras(self._request), await _panoramas(self._request)
+        self._total = 2 * INTERVALS * (1 + self._count)
+        self._send("accepted")
+        inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
+        inputs |= {"GIVEN_CAMERAS": cameras, "CROP_SIZE": np.array([self._size], np.int32)}
+        made = await serving.call("preprocess", inputs, ["PAIRS", "SPHERES"])
+        self._cameras = cameras
+        self._pairs, self._spheres = made["PAIRS"], made["SPHERES"]
+        self._send("cameras", cameras=cameras.reshape(-1, 5))
+        kept = await _all(self._interval(number) for number in range(1, INTERVALS + 1))
+        self._send("done", kept=[number for number in kept if number])
+
+    def _read_options(self):
+        request = self._request
+        self._size = serving.number(request, "CROP_SIZE", 512)
+        self._count = serving.number(request, "NUM_INTERPOLATIONS", 9)
+        self._threshold = serving.number(request, "THRESHOLD", 0.7)
+        upscale = serving.number(request, "UPSCALE", 2)
+        align = serving.text(request, "ALIGN", "adain")
+        _check("CROP_SIZE", self._size, *CROP_SIZES)
+        _check("NUM_INTERPOLATIONS", self._count, 0, MAX_INTERPOLATIONS)
+        _check("THRESHOLD", self._threshold, 0, 1)
+        _check("UPSCALE", upscale, 1, 4)
+        if align not in ALIGNMENTS:
+            raise InvalidInput(f"ALIGN is {align!r}; expected one of {', '.join(ALIGNMENTS)}")
+        self._sr_options = {
+            "UPSCALE": np.array([upscale], np.int32),
+            "ALIGN": serving.texts([align]),
+            "PROMPT": serving.texts([serving.text(request, "PROMPT", "")]),
+        }
+
+    async def _interval(self, number):
+        """One interval; returns its number where it is kept."""
+        scores = np.full((2, INTERVALS), math.nan, np.float32)
+        for p in range(2):
+            sharp = await self._sharpen(self._pairs[p * INTERVALS + number - 1])
+            self._send("pair", images=sharp, panorama=p + 1, interval=number)
+            scores[p, number - 1] = await self._score(sharp, p + 1, number)
+            if scores[p, number - 1] < np.float32(self._threshold):  # false for NaN, "no score"
+                self._drop(number, p, f"panorama {p + 1} scores {scores[p, number - 1]:.2f}")
+                return None
+        if not len(filter_intervals(scores.reshape(-1), self._threshold)):
+            self._drop(number, 1, "neither pair has a score")
+            return None
+        self._send("kept", interval=number)
+        right = np.ascontiguousarray(sharp[:, :, sharp.shape[2] // 2 :])  # (1, H, W, 3), panorama 2's
+        await _all([self._views(number), self._describe(right, number)])
+        return number
+
+    async def _score(self, sharp, panorama, number):
+        outputs = ["SCORE", "SUB_SCORES", "RAW_OUTPUT"]
+        got = await self._call("qwen_scorer", {"IMAGES": sharp}, outputs)
+        values = [float(value) for value in (*got["SUB_SCORES"][0], got["SCORE"][0])]
+        self._send(
+            "scored",
+            panorama=panorama,
+            interval=number,
+            scores=[value if math.isfinite(value) else None for value in values],
+            raw_reply=got["RAW_OUTPUT"][0].decode(),
+        )
+        return got["SCORE"][0]
+
+    def _drop(self, number, p, reason):
+        self._total -= 2 * self._count + 1 - p
+        self._send("dropped", interval=number, reason=reason)
+
+    async def _views(self, number):
+        inputs = {
+            "SPHERES": self._spheres,
+            "CAMERAS": self._cameras,
+            "KEPT": np.array([number], np.int32),
+            "NUM_INTERPOLATIONS": np.array([self._count], np.int32),
+        }
+        got = await self._call("interpolate", inputs, ["INTERPOLATED", "INTERPOLATED_CAMERAS"])
+        cameras = got["INTERPOLATED_CAMERAS"].reshape(-1, 5)  # (2·N, 5)
+        work = (
+            self._view(crop, camera, number, *divmod(index, self._count))
+            for index, (crop, camera) in enumerate(zip(got["INTERPOLATED"], cameras, strict=True))
+        )
+        await _all(work)
+
+    async def _view(self, crop, camera, number, p, i):
+        place = {"panorama": p + 1, "interval": number, "weight_idx": i + 1}
+        self._send("view", images=await self._sharpen(crop), cameras=camera[None], **place)
+
+    async def _describe(self, right, number):
+        outputs = ["DESCRIPTION", "DESCRIPTION_ERROR"]
+        got = await self._call("qwen_describer", {"IMAGES": right}, outputs)
+        text, error = (got[name][0].decode() for name in outputs)
+        self._send("described", interval=number, text=text, error=error)
+
+    async def _sharpen(self, image):
+        """(h, w, 3) → (1, H, W, 3), one image a call: what is under way when a cancel arrives is small."""
+        async with self._gate:
+            inputs = {"IMAGES": image[None], **self._sr_options}
+            sharp = (await self._call("osediff", inputs, ["IMAGES_SR"]))["IMAGES_SR"]
+        self._done += 1
+        return sharp
+
+    async def _call(self, model, inputs, outputs):
+        if self._sender.is_cancelled():
+            raise _Cancelled
+        return await serving.call(model, inputs, outputs)
+
+    def _send(self, event, images=None, cameras=None, **content):
+        if self._sender.is_cancelled():
+            raise _Cancelled
+        content |= {"event": event, "done": self._done, "total": self._total}
+        tensors = {"EVENT": serving.texts([json.dumps(content)]), "IMAGES": images, "CAMERAS": cameras}
+        self._sender.send(
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, value) for name, value in tensors.items() if value is not None]
+            )
+        )
+
+
+def _check(name, value, low, high):
+    if not low <= value <= high:  # also for NaN
+        raise InvalidInput(f"{name} is {value}; expected {low} to {high}")
+
+
+def _cameras(request):
+    """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
+    given = serving.optional(request, "GIVEN_CAMERAS")
+    seed = serving.optional(request, "SEED")
+    _exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
+    if given is not None:
+        check_cameras("GIVEN_CAMERAS", given)
+        return given
+    if seed.item() < 0:
+        raise InvalidInput(f"SEED is {seed.item()}; expected 0 or more")
+    return sample_cameras(seed.item())
+
+
+async def _panoramas(request):
+    """Both panoramas, (H, W, 3); files are decoded side by side."""
+    return await asyncio.gather(*(asyncio.to_thread(_panorama, request, i) for i in (1, 2)))
+
+
+def _panorama(request, i):
+    pixels = serving.optional(request, f"PANORAMA_{i}")
+    encoded = serving.optional(request, f"ENCODED_{i}")
+    _exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
+    if pixels is None:
+        return decode_image(f"ENCODED_{i}", encoded.item())
+    check_panorama(f"PANORAMA_{i}", pixels)
+    return pixels
+
+
+def _exactly_one(name, value, other, other_value):
+    if (value is None) == (other_value is None):
+        both = "neither is" if value is None else "both are"
+        raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
+
+
+async def _all(work):
+    """Run all; on the first failure stop the rest, so that no work outlives its request."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
