@@ -13,7 +13,6 @@ teacher-forced and the answer is the expectation over the next token, in one for
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    DynamicCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -49,19 +47,29 @@ class QwenVL:
     """The weights of one Hugging Face folder on one device; no code of the folder is run.
 
     max_batch bounds how many images are worked on at once, and with the processor's max_pixels the
-    memory. dtype is "auto", "bfloat16", "float16" or "float32".
+    memory. max_pixels of None leaves the folder's own bound. dtype is "auto", "bfloat16", "float16"
+    or "float32".
     """
 
-    def __init__(self, folder: Path, *, dtype: str = "auto", device: str = "cpu", max_batch: int = 16):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        max_batch: int = 16,
+        max_pixels: int | None = None,
+    ) -> None:
         self.device = device
         self.max_batch = max_batch
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"
+        if max_pixels is not None:
+            self.processor.image_processor.size["longest_edge"] = max_pixels
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
         self.model = model.to(device).eval()
-        self._prefixes: dict[str, tuple[int, Any]] = {}  # system prompt → (tokens, their cache)
 
     def reply(
         self, images: Sequence[Image], prompt: str, max_new_tokens: int, stop_after: str = ""
@@ -70,7 +78,9 @@ class QwenVL:
 
         A reply ends early once a line that starts with `stop_after`, in any case, is complete.
         """
-        return self._batched(images, lambda part: self._reply(part, prompt, max_new_tokens, stop_after))
+        return self._batched(
+            images, lambda part: self._reply(part, prompt, max_new_tokens, stop_after)
+        )
 
     def read_number(self, images: Sequence[Image], prompt: str) -> list[float]:
         """The final score that the model expects, 0 to 1, one an image."""
@@ -80,7 +90,9 @@ class QwenVL:
         """The expected level of quality, 0 (bad) to 1 (excellent), one an image."""
         return self._batched(images, lambda part: self._read_level(part, prompt))
 
-    def _batched(self, images: Sequence[Image], work: Callable[[list[Image]], list[Any]]) -> list[Any]:
+    def _batched(
+        self, images: Sequence[Image], work: Callable[[list[Image]], list[Any]]
+    ) -> list[Any]:
         # Similar sizes side by side: less padding.
         order = sorted(range(len(images)), key=lambda index: images[index].size)
         results: list[Any] = [None] * len(images)
@@ -121,7 +133,9 @@ class QwenVL:
         return [float(value) for value in (levels * weights).sum(-1)]
 
     @torch.inference_mode()
-    def _skeleton_logits(self, images: list[Image], prompt: str, skeleton: str, keep: int) -> Tensor:
+    def _skeleton_logits(
+        self, images: list[Image], prompt: str, skeleton: str, keep: int
+    ) -> Tensor:
         """fp32 logits (B, keep, V) of the last positions once the reply has begun with `skeleton`."""
         inputs = self._inputs(images, prompt, skeleton)
         logits: Tensor = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
@@ -160,7 +174,7 @@ class QwenVL:
         return tokens
 
 
-class _LineComplete(StoppingCriteria):
+class _LineComplete(StoppingCriteria):  # type: ignore[misc]
     """Ends each sequence of a batch once its reply holds a whole line that starts with `start`."""
 
     def __init__(self, processor: Any, prompt_tokens: int, start: str) -> None:

@@ -157,6 +157,8 @@ def _environment(libraries: Sequence[Path]) -> dict[str, str]:
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*map(str, libraries), *inherited])
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    # Several processes share the cores: a thread that waits must sleep, not spin on one of them.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
 
 
@@ -308,7 +310,7 @@ class LocalServer:
             "--http-max-input-size": str(self._max_request_bytes),
             "--allow-client-shm": "true",
         }
-        command = [str(installation.binary)]
+        command = [*_die_with_parent(), str(installation.binary)]
         command += [
             f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
         ]
@@ -369,6 +371,12 @@ class LocalServer:
         if self._process is None:
             raise ServerStartError("the server is not running: use it inside its `with` block")
         return self._process
+
+
+def _die_with_parent() -> list[str]:
+    """A prefix that has the kernel end the server when the thread that started it is killed."""
+    setpriv = shutil.which("setpriv")  # util-linux; where it is missing only a hard kill leaks
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def _build_backends(installation: Installation, work: Path) -> Path:

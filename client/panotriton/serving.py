@@ -127,20 +127,31 @@ async def call(model: str, inputs: Inputs, outputs: Sequence[str]) -> Tensors:
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
-async def ask_qwen(images: NDArray[np.uint8], system_prompt: str, max_new_tokens: int) -> list[str]:
-    """One reply an image (N, H, W, 3), N ≥ 0, from the model that holds the weights."""
-    parts = [images[i : i + _QWEN_IMAGES] for i in range(0, len(images), _QWEN_IMAGES)]
-    replies = await asyncio.gather(*(_ask(part, system_prompt, max_new_tokens) for part in parts))
-    return [reply.decode() for part in replies for reply in part.flat]
-
-
-async def _ask(images: NDArray[np.uint8], prompt: str, max_new_tokens: int) -> NDArray[Any]:
-    inputs = {
-        "IMAGE": images,
-        "SYSTEM_PROMPT": texts([prompt] * len(images))[:, None],  # (N, 1)
-        "MAX_NEW_TOKENS": np.full((len(images), 1), max_new_tokens, np.int32),
+async def ask_qwen(
+    images: NDArray[np.uint8],
+    system_prompt: str,
+    *,
+    reading: str = "text",
+    stop_after: str = "",
+    max_new_tokens: int = 1,
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Texts and values (N,) for images (N, H, W, 3), N ≥ 0, from the model that holds the weights."""
+    question = {
+        "SYSTEM_PROMPT": texts([system_prompt]),
+        "READING": texts([reading]),
+        "STOP_AFTER": texts([stop_after]),
+        "MAX_NEW_TOKENS": np.array([max_new_tokens], np.int32),
     }
-    return (await call("qwen", inputs, ["TEXT"]))["TEXT"]
+    parts = [images[i : i + _QWEN_IMAGES] for i in range(0, len(images), _QWEN_IMAGES)]
+    results = await asyncio.gather(*(_ask(part, question) for part in parts))
+    replies = [text.decode() for result in results for text in result["TEXT"].flat]
+    values = [result["VALUE"][:, 0] for result in results]
+    return replies, np.concatenate([np.empty(0, np.float32), *values])
+
+
+async def _ask(images: NDArray[np.uint8], question: Tensors) -> Tensors:
+    repeated = {name: value.repeat(len(images))[:, None] for name, value in question.items()}
+    return await call("qwen", {"IMAGE": images} | repeated, ["TEXT", "VALUE"])  # (N, 1) each
 
 
 def _tensor(name: str, value: Any) -> Any:

@@ -62,6 +62,21 @@ def test_a_killed_server_leaves_no_region(repository: Path) -> None:
     assert regions() == before
 
 
+def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from panotriton.server import LocalServer\n"
+        "server = LocalServer(pathlib.Path(sys.argv[1]), load_models=['decode'])\n"
+        "with server: print(server.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        server = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    psutil.wait_procs([server], timeout=60)
+    assert not server.is_running()
+
+
 def test_a_taken_port_is_named(repository: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

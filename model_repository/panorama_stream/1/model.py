@@ -1,6 +1,7 @@
 """panorama_stream: the pipeline as events, through the other models of this repository."""
 
 import asyncio
+import contextlib
 import json
 import math
 
@@ -10,9 +11,15 @@ import triton_python_backend_utils as pb_utils
 from panotriton import serving
 from panotriton.camera import INTERVALS, sample_cameras
 from panotriton.errors import InvalidInput
-from panotriton.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras, filter_intervals
+from panotriton.group import (
+    CROP_SIZES,
+    check_cameras,
+    check_interpolations,
+    check_threshold,
+    filter_intervals,
+)
 from panotriton.images import check_panorama, decode_image
-from panotriton.osediff import ALIGNMENTS
+from panotriton.osediff import check_options
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -26,14 +33,17 @@ class TritonPythonModel:
         await asyncio.gather(*map(self._answer, requests))
 
     async def _answer(self, request):
-        sender = request.get_response_sender()
+        run = _Run(request, request.get_response_sender(), self._images_in_flight)
         try:
-            await _Run(request, sender, self._images_in_flight).run()
+            await run.run()
         except _Cancelled:
             pass  # nobody is left to tell
+        except InvalidInput as error:
+            run.end("refused", error)
         except Exception as error:
-            sender.send(serving.answers([error])[0])
-        sender.send(flags=_FINAL)
+            serving.answers([error])  # logs what is unexpected
+            run.end("failed", error)
+        run.close()
 
 
 class _Cancelled(Exception):
@@ -63,6 +73,15 @@ class _Run:
         kept = await _all(self._interval(number) for number in range(1, INTERVALS + 1))
         self._send("done", kept=[number for number in kept if number])
 
+    def end(self, event, error):
+        # An event, not an error: those carry no status code in a stream, and where a client asks for
+        # one ("triton_grpc_error"), the server of 24.10 crashes.
+        with contextlib.suppress(_Cancelled):
+            self._send(event, message=str(error))
+
+    def close(self):
+        self._sender.send(flags=_FINAL)
+
     def _read_options(self):
         request = self._request
         self._size = serving.number(request, "CROP_SIZE", 512)
@@ -70,12 +89,12 @@ class _Run:
         self._threshold = serving.number(request, "THRESHOLD", 0.7)
         upscale = serving.number(request, "UPSCALE", 2)
         align = serving.text(request, "ALIGN", "adain")
-        _check("CROP_SIZE", self._size, *CROP_SIZES)
-        _check("NUM_INTERPOLATIONS", self._count, 0, MAX_INTERPOLATIONS)
-        _check("THRESHOLD", self._threshold, 0, 1)
-        _check("UPSCALE", upscale, 1, 4)
-        if align not in ALIGNMENTS:
-            raise InvalidInput(f"ALIGN is {align!r}; expected one of {', '.join(ALIGNMENTS)}")
+        check_interpolations(self._count)
+        check_threshold(self._threshold)
+        check_options(upscale, align)
+        low, high = CROP_SIZES
+        if not low <= self._size <= high:
+            raise InvalidInput(f"CROP_SIZE is {self._size}; expected {low} to {high} px")
         self._sr_options = {
             "UPSCALE": np.array([upscale], np.int32),
             "ALIGN": serving.texts([align]),
@@ -96,7 +115,9 @@ class _Run:
             self._drop(number, 1, "neither pair has a score")
             return None
         self._send("kept", interval=number)
-        right = np.ascontiguousarray(sharp[:, :, sharp.shape[2] // 2 :])  # (1, H, W, 3), panorama 2's
+        right = np.ascontiguousarray(
+            sharp[:, :, sharp.shape[2] // 2 :]
+        )  # (1, H, W, 3), panorama 2's
         await _all([self._views(number), self._describe(right, number)])
         return number
 
@@ -159,17 +180,20 @@ class _Run:
         if self._sender.is_cancelled():
             raise _Cancelled
         content |= {"event": event, "done": self._done, "total": self._total}
-        tensors = {"EVENT": serving.texts([json.dumps(content)]), "IMAGES": images, "CAMERAS": cameras}
+        tensors = {
+            "EVENT": serving.texts([json.dumps(content)]),
+            "IMAGES": images,
+            "CAMERAS": cameras,
+        }
         self._sender.send(
             pb_utils.InferenceResponse(
-                [pb_utils.Tensor(name, value) for name, value in tensors.items() if value is not None]
+                [
+                    pb_utils.Tensor(name, value)
+                    for name, value in tensors.items()
+                    if value is not None
+                ]
             )
         )
-
-
-def _check(name, value, low, high):
-    if not low <= value <= high:  # also for NaN
-        raise InvalidInput(f"{name} is {value}; expected {low} to {high}")
 
 
 def _cameras(request):

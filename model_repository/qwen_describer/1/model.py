@@ -21,7 +21,9 @@ class TritonPythonModel:
         images = serving.required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=28)
         try:
-            replies = await serving.ask_qwen(images, self._prompt, _MAX_NEW_TOKENS)
+            replies, _ = await serving.ask_qwen(
+                images, self._prompt, max_new_tokens=_MAX_NEW_TOKENS
+            )
             texts, error = [reply.strip() for reply in replies], ""
         except InferenceFailed as failure:
             texts, error = [""] * len(images), str(failure)

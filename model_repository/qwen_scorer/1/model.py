@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from panotriton import serving
+from panotriton.errors import InvalidInput
 from panotriton.images import check_images
 from panotriton.quality import parse_reply
 
 _MAX_NEW_TOKENS = 512
+_MIN_SIDE_PX = 28
+_READINGS = {"generate": "text", "expected": "number", "levels": "levels"}
 
 
 class TritonPythonModel:
@@ -21,11 +24,21 @@ class TritonPythonModel:
 
     async def _score(self, request):
         images = serving.required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=28)
-        replies = await serving.ask_qwen(images, self._prompt, _MAX_NEW_TOKENS)
+        check_images("IMAGES", images, min_side_px=_MIN_SIDE_PX)
+        mode = serving.text(request, "MODE", "generate")
+        if mode not in _READINGS:
+            raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(_READINGS)}")
+        replies, values = await serving.ask_qwen(
+            images,
+            self._prompt,
+            reading=_READINGS[mode],
+            stop_after="final score",
+            max_new_tokens=_MAX_NEW_TOKENS,
+        )
         scores = [parse_reply(reply) for reply in replies]
+        final = [score.final_score for score in scores] if mode == "generate" else values
         return {
-            "SCORE": np.array([score.final_score for score in scores], np.float32),
+            "SCORE": np.array(final, np.float32),
             "SUB_SCORES": np.array([s.sub_scores() for s in scores], np.float32).reshape(-1, 5),
             "RAW_OUTPUT": serving.texts(replies),
         }
