@@ -1,4 +1,4 @@
-"""Make the dims of a model's config.pbtxt those of its graph, leaving the rest of the file alone."""
+"""Fit a hand-written config.pbtxt to its graph and to what runs it, leaving the rest of the file alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import onnx
 
 from panotriton.errors import ExportError
 
-__all__ = ["fit_config"]
+__all__ = ["PROVIDERS", "fit_config", "set_provider"]
+
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+
+# Engines are built on the first run of a shape, for minutes: they are kept.
+_TENSORRT = """
+optimization { execution_accelerators { gpu_execution_accelerator [ {
+  name: "tensorrt"
+  parameters { key: "precision_mode" value: "%s" }
+  parameters { key: "trt_engine_cache_enable" value: "1" }
+  parameters { key: "trt_engine_cache_path" value: "/tmp/panotriton-engines" }
+} ] } }
+"""
 
 
 def fit_config(model: Path) -> None:
@@ -29,3 +41,14 @@ def fit_config(model: Path) -> None:
             raise ExportError(f"{config} does not declare the graph's input {tensor.name}")
     if text != config.read_text():
         config.write_text(text)
+
+
+def set_provider(model: Path, provider: str, precision: str) -> None:
+    """Have `model`'s instances run on the CPU or a GPU, there through CUDA or TensorRT."""
+    config = model / "config.pbtxt"
+    text = re.sub(r"\noptimization \{.*\} \] \} \}\n", "", config.read_text(), flags=re.DOTALL)
+    kind = "KIND_CPU" if provider == "cpu" else "KIND_GPU"
+    text = re.sub(r"kind: KIND_(CPU|GPU)", f"kind: {kind}", text)
+    if provider == "tensorrt":
+        text += _TENSORRT % precision.upper()
+    config.write_text(text)

@@ -11,19 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from panotriton_export.configs import fit_config
 from panotriton_export.osediff import export_osediff
 from panotriton_export.qwen import export_qwen
 
 __all__ = ["export_small", "write_small_checkpoint"]
 
 SMALL = Path(__file__).parent / "small"
-COMPONENTS = (
-    "osediff_text_encoder",
-    "osediff_vae_encoder",
-    "osediff_unet",
-    "osediff_vae_decoder",
-)
 
 
 def export_small(repository: Path, report: Callable[[str], None] = print) -> None:
@@ -34,8 +27,6 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
     with tempfile.TemporaryDirectory() as work:
         checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
         export_osediff(SMALL / "osediff" / "base", checkpoint, repository, report=report)
-    for name in COMPONENTS:
-        fit_config(repository / name)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 
 

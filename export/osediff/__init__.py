@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
+from panotriton_export.configs import PROVIDERS, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 from panotriton_export.osediff.graph import (
@@ -46,24 +46,29 @@ def export_osediff(
     repository: Path,
     *,
     precision: str = "fp32",
-    fused_attention: bool = True,
+    provider: str = "cpu",
     report: Callable[[str], None] = print,
 ) -> list[ParityResult]:
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
 
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
     precision: fp32, or fp16 for the weights of all but the decoder (inputs and outputs keep their
-    types). fused_attention: False for TensorRT (see attention.py). One network is in memory at a
-    time, except in the last check. Raises CheckpointError for files that do not fit, and
+    types). provider: cpu, cuda or tensorrt, what the networks' configs ask the server for. One network
+    is in memory at a time, except in the last check. Raises CheckpointError for files that do not fit, and
     ExportError where a graph differs from PyTorch.
     """
     if precision not in LIMITS:
         raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
+    if provider not in PROVIDERS:
+        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
     source = open_checkpoint(base, checkpoint)
     report(_HEADER)
     results: list[ParityResult] = []
-    for compared in _export_graphs(source, repository, precision, fused_attention):
+    fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
+    for compared in _export_graphs(source, repository, precision, fused):
         results += compared
+        fit_config(repository / compared[0].component)
+        set_provider(repository / compared[0].component, provider, precision)
         for result in compared:
             report(str(result))
     _write_front(source, repository, precision)
@@ -103,7 +108,7 @@ def _write_front(source: Checkpoint, repository: Path, precision: str) -> None:
     }
     partial = folder / ".osediff.json.partial"
     partial.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(partial, folder / "osediff.json")
+    partial.replace(folder / "osediff.json")
 
 
 def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> str:
@@ -117,7 +122,9 @@ def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> 
             f"a whole image from the exported graphs is {psnr:.1f} dB from PyTorch's; expected "
             f"{least:.0f} dB or more"
         )
-    return f"whole image, {image.shape[1]}×{image.shape[0]} px ×2: {psnr:.1f} dB (least {least:.0f})"
+    return (
+        f"whole image, {image.shape[1]}×{image.shape[0]} px ×2: {psnr:.1f} dB (least {least:.0f})"
+    )
 
 
 def _test_image() -> NDArray[np.uint8]:
@@ -125,4 +132,5 @@ def _test_image() -> NDArray[np.uint8]:
     y, x = np.mgrid[0:264, 0:280]
     planes = np.stack([x * 0.8, y * 0.8, (x + y) % 96 * 2.0], axis=-1)
     noise = np.random.default_rng(0).normal(0, 6, planes.shape)
-    return np.clip(planes + noise, 0, 255).astype(np.uint8)
+    image: NDArray[np.uint8] = np.clip(planes + noise, 0, 255).astype(np.uint8)
+    return image

@@ -46,7 +46,8 @@ class _FusedAttention:
             result = result.transpose(1, 2).reshape(hidden_states.shape)
         if attention.residual_connection:
             result = result + hidden_states
-        return result / attention.rescale_output_factor
+        rescaled: Tensor = result / attention.rescale_output_factor
+        return rescaled
 
 
 def _operator(attention: Any, tokens: Tensor, context: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from panotriton.errors import ExportError
 
@@ -66,7 +68,8 @@ class Base:
         return self._load(AutoencoderKL, "vae", torch_dtype=torch.float32)
 
     def load_text_encoder(self) -> CLIPTextModel:
-        return self._load(CLIPTextModel, "text_encoder", dtype=torch.float32)
+        with _no_progress_bar():
+            return self._load(CLIPTextModel, "text_encoder", dtype=torch.float32)
 
     def load_tokenizer(self) -> Any:
         return self._load(AutoTokenizer, "tokenizer")
@@ -109,11 +112,24 @@ def open_base(folder: Path) -> Base:
     configs = {part: _read_config(folder / part, name) for part, name in _CONFIGS.items()}
     for part in ("unet", "vae", "text_encoder"):
         if not any(_weight_files(folder / part)):
-            raise CheckpointError(f"{folder / part} has no weights: expected *.safetensors or *.bin")
+            raise CheckpointError(
+                f"{folder / part} has no weights: expected *.safetensors or *.bin"
+            )
     base = Base(folder, configs)
     _check_scheduler(base)
     _check_parts(base)
     return base
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _read_config(part: Path, name: str) -> dict[str, Any]:

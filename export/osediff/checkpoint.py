@@ -8,7 +8,6 @@ conv_in, which replaces the base's) and state_dict_vae (LoRA weights alone).
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,14 @@ from torch import Tensor, nn
 
 from panotriton_export.osediff.base import Base, CheckpointError, open_base
 
-__all__ = ["Checkpoint", "CheckpointError", "Lora", "add_adapters", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Lora",
+    "add_adapters",
+    "open_checkpoint",
+    "save_checkpoint",
+]
 
 LORA_ALPHA = 8  # peft's default, which upstream leaves: at rank 4 the update counts twice
 _UNET_ADAPTERS = ("encoder", "decoder", "others")
@@ -46,7 +52,9 @@ class Lora:
     rank: int
     modules: Mapping[str, Sequence[str]]
     state: Mapping[str, Tensor]
-    replaced: tuple[str, ...] = ()  # parameters stored whole: those whose name contains one of these
+    replaced: tuple[
+        str, ...
+    ] = ()  # parameters stored whole: those whose name contains one of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,9 @@ def open_checkpoint(base: Path, checkpoint: Path) -> Checkpoint:
     """
     opened = open_base(base)
     content = _read(checkpoint)
-    unet_modules = {f"default_{kind}": content[f"unet_lora_{kind}_modules"] for kind in _UNET_ADAPTERS}
+    unet_modules = {
+        f"default_{kind}": content[f"unet_lora_{kind}_modules"] for kind in _UNET_ADAPTERS
+    }
     unet = Lora(content["rank_unet"], unet_modules, content["state_dict_unet"], ("conv_in",))
     vae_modules = {"default_encoder": content["vae_lora_encoder_modules"]}
     vae = Lora(content["rank_vae"], vae_modules, content["state_dict_vae"])
@@ -213,8 +223,7 @@ def save_checkpoint(path: Path, unet: Any, vae: Any) -> Path:
         content[f"unet_lora_{kind}_modules"] = _targets(unet, f"default_{kind}")
     partial = path.with_name(f"{path.name}.partial")
     torch.save(content, partial)
-    os.replace(partial, path)
-    return path
+    return partial.replace(path)
 
 
 def _targets(network: nn.Module, adapter: str) -> list[str]:

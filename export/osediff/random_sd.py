@@ -47,7 +47,7 @@ _TEXT: dict[Size, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "vocab_size": 523,
         "projection_dim": 32,
@@ -78,21 +78,29 @@ def write_random(folder: Path, size: Size = "tiny", *, seed: int = 0, rank: int 
     unet = UNet2DConditionModel(**_UNET[size], sample_size=64, use_linear_projection=True)
     vae.save_pretrained(folder / "vae")
     unet.save_pretrained(folder / "unet")
-    return _write_adapters(folder / "osediff.pkl", unet, vae, rank)
+    checkpoint = folder / "osediff.pkl"
+    _write_adapters(checkpoint, unet, vae, rank)
+    return checkpoint
 
 
 def adapter_modules(unet: nn.Module, vae: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
     """The modules that upstream adapts: by UNet adapter name, and in the VAE."""
-    groups: dict[str, list[str]] = {"encoder": [], "decoder": [], "others": []}
+    of_unet: dict[str, list[str]] = {
+        f"default_{kind}": [] for kind in ("encoder", "decoder", "others")
+    }
     for name in _weights(unet, _UNET_PATTERNS):
-        in_encoder, in_decoder = ("down_blocks", "conv_in"), ("up_blocks", "conv_out")
-        kind = "encoder" if _has(name, in_encoder) else "decoder" if _has(name, in_decoder) else "others"
-        groups[kind].append(name)
+        of_unet[_adapter(name)].append(name)
     of_vae = [n for n in _weights(vae, _VAE_PATTERNS) if n.startswith(("encoder.", "quant_conv"))]
-    return {f"default_{kind}": names for kind, names in groups.items()}, of_vae
+    return of_unet, of_vae
 
 
-def _write_adapters(path: Path, unet: Any, vae: Any, rank: int) -> Path:
+def _adapter(name: str) -> str:
+    if name.startswith(("down_blocks.", "conv_in")):
+        return "default_encoder"
+    return "default_decoder" if name.startswith(("up_blocks.", "conv_out")) else "default_others"
+
+
+def _write_adapters(path: Path, unet: Any, vae: Any, rank: int) -> None:
     of_unet, of_vae = adapter_modules(unet, vae)
     add_adapters(unet, rank, of_unet)
     add_adapters(vae, rank, {"default_encoder": of_vae})
@@ -102,7 +110,7 @@ def _write_adapters(path: Path, unet: Any, vae: Any, rank: int) -> Path:
                 if "lora_B" in name:  # zero before training: no test would see it merged
                     parameter.normal_(std=0.05)
         unet.conv_in.base_layer.weight.add_(0.01)  # trained too
-    return save_checkpoint(path, unet, vae)
+    save_checkpoint(path, unet, vae)
 
 
 def _weights(network: nn.Module, patterns: Iterable[str]) -> list[str]:

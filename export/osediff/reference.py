@@ -21,7 +21,14 @@ from torch import Tensor
 from panotriton_export.osediff.base import PROMPT_TOKENS, TIMESTEP
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 
-__all__ = ["LATENT_OVERLAP", "LATENT_TILE", "PROCESS_SIZE", "Pipeline", "load_pipeline", "super_resolve"]
+__all__ = [
+    "LATENT_OVERLAP",
+    "LATENT_TILE",
+    "PROCESS_SIZE",
+    "Pipeline",
+    "load_pipeline",
+    "super_resolve",
+]
 
 PROCESS_SIZE = 512
 LATENT_TILE = 96
@@ -166,7 +173,8 @@ def _to_uint8(image: Tensor) -> U8:
 
 def _align(image: Image.Image, source: Image.Image, method: str) -> Image.Image:
     content, style = (
-        torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 255 for picture in (image, source)
+        torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 255
+        for picture in (image, source)
     )
     aligned = _adain(content, style) if method == "adain" else _wavelet(content, style)
     return Image.fromarray(_to_uint8(aligned[0].clamp(0, 1)))

@@ -19,9 +19,10 @@ _PROBED_BATCHES = (1, 3)
 class TextEncoder(nn.Module):
     def __init__(self, text_encoder: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.text_encoder = text_encoder.to(dtype)
+        self.text_encoder = text_encoder
+        self.to(dtype)
 
-    def forward(self, INPUT_IDS: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, INPUT_IDS: Tensor) -> Tensor:
         return self.text_encoder(INPUT_IDS)[0].float()  # type: ignore[no-any-return]
 
 

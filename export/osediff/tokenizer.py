@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def write_tokenizer(tokenizer: Any, path: Path) -> None:
         _check_equal(bare, tokenizer, text)
     partial = path.with_name(f".{path.name}.partial")
     bare.save(str(partial))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _check_equal(bare: Tokenizer, tokenizer: Any, text: str) -> None:

@@ -31,10 +31,11 @@ class OneStepUNet(nn.Module):
         super().__init__()
         _fold_time(unet)
         replace_upsamplers(unet.up_blocks)
-        self.unet = unet.to(dtype)
+        self.unet = unet
         self.dtype = dtype
+        self.to(dtype)
 
-    def forward(self, LATENT: Tensor, PROMPT_EMBEDS: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, LATENT: Tensor, PROMPT_EMBEDS: Tensor) -> Tensor:
         sample, embeds = LATENT.to(self.dtype), PROMPT_EMBEDS.to(self.dtype)
         sample = self.unet.conv_in(sample)
         skips = [sample]
@@ -80,7 +81,9 @@ def _fold_time(unet: Any) -> None:
 
 
 @torch.no_grad()
-def unet_component(unet: Any, precision: str = "fp32", *, fused_attention: bool = True) -> Component:
+def unet_component(
+    unet: Any, precision: str = "fp32", *, fused_attention: bool = True
+) -> Component:
     """Takes the network over: it is unusable afterwards, so that it is never in memory twice."""
     probes = [_probe(unet, *shape) for shape in _PROBED]
     traced = _inputs(unet, *_TRACED)

@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.post_quant_conv = vae.post_quant_conv or nn.Identity()
         self.scaling_factor = float(vae.config.scaling_factor)
 
-    def forward(self, LATENT: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
+    def forward(self, LATENT: Tensor) -> tuple[Tensor, Tensor]:
         sample = self.decoder(self.post_quant_conv(LATENT / self.scaling_factor))  # (B, 3, H, W)
         levels = (sample.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)  # truncates
         return levels.permute(0, 2, 3, 1), sample
@@ -56,7 +56,7 @@ def vae_decoder_component(vae: Any, *, fused_attention: bool = True) -> Componen
 def _latent(vae: Any, batch: int, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(height)
     shape = (batch, vae.config.latent_channels, height, width)
-    return torch.randn(shape, generator=generator) * vae.config.scaling_factor
+    return torch.randn(shape, generator=generator) * float(vae.config.scaling_factor)
 
 
 def _probe(vae: Any, *shape: int) -> Probe:

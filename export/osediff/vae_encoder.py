@@ -21,12 +21,13 @@ class Encoder(nn.Module):
 
     def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder = vae.encoder.to(dtype)
-        self.quant_conv = vae.quant_conv.to(dtype) if vae.quant_conv is not None else nn.Identity()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv or nn.Identity()
         self.scaling_factor = float(vae.config.scaling_factor)
         self.dtype = dtype
+        self.to(dtype)
 
-    def forward(self, IMAGE: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, IMAGE: Tensor) -> Tensor:
         pixels = IMAGE.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
         moments = self.quant_conv(self.encoder(pixels.to(self.dtype)))  # (B, 2C, h, w)
         mode = moments[:, : moments.shape[1] // 2]

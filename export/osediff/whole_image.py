@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from panotriton.osediff import align, one_step, plan_size
-from panotriton_export.osediff.graph import ParityResult, session
+from panotriton_export.osediff.graph import session
 
 __all__ = ["psnr_db", "run_graphs"]
 
@@ -20,7 +21,7 @@ def run_graphs(
     repository: Path, image: U8, alpha_cumprod: float, *, upscale: int = 2, prompt: str = ""
 ) -> U8:
     """Super-resolve (H, W, 3) without latent tiles, one graph in memory at a time; adain."""
-    plan = plan_size(*image.shape[:2], upscale)
+    plan = plan_size(image.shape[0], image.shape[1], upscale)
     source = plan.prepare(image)
     tokens = Tokenizer.from_file(str(repository / "osediff" / "1" / "tokenizer.json"))
     ids = np.array([tokens.encode(prompt).ids])  # (1, 77)
@@ -32,9 +33,9 @@ def run_graphs(
     return plan.finish(align(sharp, source, "adain"))
 
 
-def _run(repository: Path, model: str, output: str, **inputs: NDArray[np.generic]) -> NDArray:
+def _run(repository: Path, model: str, output: str, **inputs: NDArray[Any]) -> NDArray[Any]:
     graph = session(repository / model / "1" / "model.onnx")
-    result: NDArray[np.generic] = graph.run([output], inputs)[0]
+    result: NDArray[Any] = graph.run([output], inputs)[0]
     return result
 
 
