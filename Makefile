@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check deploy-check bench docs clean
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,20 @@ check: setup  ## format, lint, types, duplicates of docs
 	$(BIN)/mypy
 	$(BIN)/python docs/architecture.py --check
 
+$(VENV)/.deploy: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[deploy]'
+	touch $@
+
+build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
+	$(BIN)/python tests/deploy/fetch_helm.py build/deploy
+	touch $@
+
+deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
+	$(BIN)/python -m pytest tests/deploy
+
 bench: repository/.small  ## measurements; see tests/bench
 	$(BIN)/python tests/bench/crop.py
+	$(BIN)/python tests/bench/capacity.py
 
 docs: setup  ## rewrite what is generated from the configs
 	$(BIN)/python docs/architecture.py

@@ -12,6 +12,7 @@ import contextlib
 import os
 import platform
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -38,6 +39,8 @@ __all__ = ["Installation", "LocalServer", "find_installation"]
 # can register (and overwrite) the memory that it shares with its Python models.
 _RESERVED_SHM_PREFIX = "triton_python_backend_shm_region_"
 _SHM_FOLDER = Path("/dev/shm")  # noqa: S108
+# What callers of other machines must not do: load and unload models, register memory, change logs.
+_CONTROL = "model-repository,shared-memory,trace,logging"
 _DOCKER_WAY = "run it in a container instead: see docker/ in the project"
 _TRACEBACK = r"\n\nAt:"
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.+?)\"?$")
@@ -308,8 +311,12 @@ class LocalServer:
             # Releases from 25.07 cap a request at 64 MB unless told otherwise; from 26.05 clients may
             # register shared memory only where this is said.
             "--http-max-input-size": str(self._max_request_bytes),
-            "--allow-client-shm": "true",
+            "--allow-client-shm": "true" if _is_local(self.host) else "false",
         }
+        if not _is_local(self.host):
+            # Nobody knows this key. Who needs model control from afar runs the container, where it is a secret.
+            restricted = f"{_CONTROL}:panotriton-admin={secrets.token_hex(24)}"
+            flags |= {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
         command = [*_die_with_parent(), str(installation.binary)]
         command += [
             f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
@@ -421,6 +428,10 @@ def _check_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port}: {error.strerror}; stop what listens there or choose "
                 "other ports (--http-port, --grpc-port, --metrics-port)"
             ) from error
+
+
+def _is_local(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _reachable(host: str) -> str:

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -164,6 +166,19 @@ def test_only_flags_that_the_server_knows_are_passed(repository: Path, tmp_path:
     assert "--http-address" in flags
     assert flags <= find_installation().flags
     assert "--allow-client-shm" not in flags  # 26.05 and later
+
+
+@pytest.mark.parametrize(("host", "control"), [("127.0.0.1", 200), ("0.0.0.0", 403)])
+def test_model_control_is_for_local_callers_only(repository: Path, host: str, control: int) -> None:
+    with LocalServer(repository, host=host, load_models=["decode"]) as server:
+        request = urllib.request.Request(f"http://{server.http_url}/v2/repository/index", b"{}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                status = response.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+            error.close()
+    assert status == control
 
 
 def test_the_log_can_be_followed(repository: Path) -> None:

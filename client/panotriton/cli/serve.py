@@ -17,6 +17,7 @@ examples:
   panotriton serve --log                        the same, with the server's log on the terminal
   panotriton serve --http-port 9000 --grpc-port 9001 --metrics-port 9002
   panotriton serve --tritonserver /opt/tritonserver/bin/tritonserver   inside an NGC container
+  panotriton serve -- --trace-config=rate=100   what follows -- goes to tritonserver as it is
 """
 
 
@@ -43,6 +44,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--log-file", type=Path, help="keep the server's log here")
     parser.add_argument("--log-verbose", type=int, default=0, metavar="N", help="Triton's level")
     parser.add_argument("--tritonserver", type=Path, metavar="PATH", help="a server to run instead")
+    parser.add_argument(
+        "--exit-timeout-s", type=float, default=30.0, help="for requests in flight (%(default)g)"
+    )
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="further flags of tritonserver")
     parser.set_defaults(run=run)
 
 
@@ -70,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
         metrics_port=options.metrics_port,
         log_file=options.log_file,
         log_verbose=options.log_verbose,
+        exit_timeout_s=options.exit_timeout_s,
+        extra_args=options.flags,
         installation=installation,
     )
     with server:

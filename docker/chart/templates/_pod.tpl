@@ -1,0 +1,182 @@
+{{/* The server's pod, shared by the Deployment and KServe's predictor. */}}
+
+{{- define "panotriton.pod" -}}
+serviceAccountName: {{ include "panotriton.serviceAccount" . }}
+automountServiceAccountToken: false
+# Service links would set variables that look like settings.
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "panotriton.graceSeconds" . }}
+securityContext: {{- include "panotriton.podSecurity" . | nindent 2 }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with .Values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.spreadOver }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "panotriton.selector" $ | nindent 8 }}
+{{- end }}
+{{- if eq .Values.repository.source "export" }}
+initContainers:
+  - name: export
+    image: {{ .Values.repository.export.image }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    args: [--preset, {{ .Values.repository.export.preset }}, --output, /models]
+    securityContext: {{- include "panotriton.containerSecurity" . | nindent 6 }}
+    resources:
+      requests: {cpu: "1", memory: 4Gi}
+      limits: {cpu: "4", memory: 16Gi}
+    volumeMounts:
+      - {name: models, mountPath: /models}
+      - {name: tmp, mountPath: /tmp}
+{{- end }}
+containers:
+  - name: {{ ternary "kserve-container" "server" .Values.kserve.enabled }}
+{{- include "panotriton.container" . | nindent 4 }}
+volumes:
+  # The default /dev/shm of a pod is 64 MiB. It counts as the container's memory.
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ .Values.shm.size }}}
+  - name: tmp
+    emptyDir: {sizeLimit: {{ .Values.tmp.size }}}
+{{- include "panotriton.repositoryVolume" . | nindent 2 }}
+{{- end }}
+
+{{- define "panotriton.container" -}}
+image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+{{- with .Values.server.extraArgs }}
+args: {{- toYaml . | nindent 2 }}
+{{- end }}
+ports:
+  - {name: http, containerPort: 8000}
+  - {name: grpc, containerPort: 8001}
+  - {name: metrics, containerPort: 8002}
+env: {{- include "panotriton.environment" . | nindent 2 }}
+{{- if and (eq .Values.repository.source "s3") .Values.repository.s3.secret }}
+envFrom:
+  - secretRef: {name: {{ .Values.repository.s3.secret }}}
+{{- end }}
+# Restarting is right only for a server that no longer answers; loading has its own, longer limit.
+startupProbe:
+  httpGet: {path: /v2/health/ready, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ div (add .Values.startup.timeoutSeconds 4) 5 }}
+readinessProbe:
+  httpGet: {path: /v2/health/ready, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 2
+livenessProbe:
+  httpGet: {path: /v2/health/live, port: http}
+  periodSeconds: 10
+  timeoutSeconds: 10
+  failureThreshold: 6
+lifecycle:
+  # Endpoints are removed while this sleeps: no new request meets a server that unloads its models.
+  preStop:
+    sleep: {seconds: {{ .Values.shutdown.drainSeconds }}}
+securityContext: {{- include "panotriton.containerSecurity" . | nindent 2 }}
+resources:
+  requests: {{- toYaml .Values.resources.requests | nindent 4 }}
+  limits: {{- toYaml .Values.resources.limits | nindent 4 }}
+    {{- if .Values.gpu.count }}
+    {{ required "gpu.resource is empty; expected nvidia.com/gpu or a MIG slice, or gpu.count 0" .Values.gpu.resource }}: {{ .Values.gpu.count }}
+    {{- end }}
+volumeMounts:
+  - {name: shm, mountPath: /dev/shm}
+  - {name: tmp, mountPath: /tmp}
+{{- include "panotriton.repositoryMount" . | nindent 2 }}
+{{- end }}
+
+{{- define "panotriton.environment" -}}
+- {name: PANOTRITON_REPOSITORY, value: {{ include "panotriton.repositoryAddress" . | quote }}}
+- {name: PANOTRITON_LOAD_MODELS, value: {{ .Values.server.loadModels | quote }}}
+- {name: PANOTRITON_MAX_REQUEST_BYTES, value: {{ int64 .Values.server.maxRequestBytes | quote }}}
+- {name: PANOTRITON_EXIT_TIMEOUT_S, value: {{ .Values.shutdown.exitTimeoutSeconds | quote }}}
+- {name: PANOTRITON_LOG_VERBOSE, value: {{ .Values.server.logVerbose | quote }}}
+# Callers are in other pods: none of them shares this pod's memory.
+- {name: PANOTRITON_CLIENT_SHM, value: "false"}
+# Threads by the limit; libraries would count the node's cores.
+- name: OMP_NUM_THREADS
+  valueFrom: {resourceFieldRef: {resource: limits.cpu}}
+{{- with .Values.server.otlp }}
+{{- if .url }}
+- {name: PANOTRITON_OTLP_URL, value: {{ .url | quote }}}
+- {name: PANOTRITON_TRACE_RATE, value: {{ .rate | quote }}}
+{{- end }}
+{{- end }}
+{{- if .Values.server.adminKeySecret }}
+- {name: PANOTRITON_ADMIN_KEY_FILE, value: /run/secrets/panotriton/key}
+{{- end }}
+{{- if and (eq .Values.repository.source "s3") .Values.repository.s3.region }}
+- {name: AWS_DEFAULT_REGION, value: {{ .Values.repository.s3.region | quote }}}
+{{- end }}
+{{- if and (eq .Values.repository.source "gcs") .Values.repository.gcs.secret }}
+- {name: GOOGLE_APPLICATION_CREDENTIALS, value: /run/secrets/gcs/key.json}
+{{- end }}
+{{- with .Values.server.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "panotriton.repositoryVolume" -}}
+{{- with .Values.repository }}
+{{- if eq .source "pvc" }}
+- name: models
+  persistentVolumeClaim: {claimName: {{ .pvc.claimName }}, readOnly: true}
+{{- else if eq .source "image" }}
+- name: models
+  image: {reference: {{ .image.reference }}, pullPolicy: {{ .image.pullPolicy }}}
+{{- else if eq .source "export" }}
+- name: models
+  emptyDir: {sizeLimit: {{ .export.size }}}
+{{- else if and (eq .source "gcs") .gcs.secret }}
+- name: gcs
+  secret: {secretName: {{ .gcs.secret }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+{{- if .Values.server.adminKeySecret }}
+- name: admin-key
+  secret: {secretName: {{ .Values.server.adminKeySecret }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{- define "panotriton.repositoryMount" -}}
+{{- with .Values.repository }}
+{{- if has .source (list "pvc" "image" "export") }}
+- name: models
+  mountPath: /models
+  readOnly: true
+{{- if and (eq .source "pvc") .pvc.subPath }}
+  subPath: {{ .pvc.subPath }}
+{{- end }}
+{{- else if and (eq .source "gcs") .gcs.secret }}
+- {name: gcs, mountPath: /run/secrets/gcs, readOnly: true}
+{{- end }}
+{{- end }}
+{{- if .Values.server.adminKeySecret }}
+- {name: admin-key, mountPath: /run/secrets/panotriton, readOnly: true}
+{{- end }}
+{{- end }}

@@ -1,0 +1,139 @@
+#!/bin/sh
+# Check what a container commonly lacks, then become tritonserver, hardened. Arguments are added to the
+# server's own. Settings, by environment (README.md explains them):
+#   PANOTRITON_REPOSITORY         folder or s3://, gs://, as:// address             /models
+#   PANOTRITON_LOAD_MODELS        names, space-separated; * is all                  *
+#   PANOTRITON_HOST               address to listen on                              0.0.0.0
+#   PANOTRITON_HTTP_PORT, …_GRPC_PORT, …_METRICS_PORT                               8000, 8001, 8002
+#   PANOTRITON_MAX_REQUEST_BYTES  of one HTTP request                               1 GiB
+#   PANOTRITON_EXIT_TIMEOUT_S     what requests in flight get after SIGTERM         60
+#   PANOTRITON_SHM_MIN_BYTES      start only with a /dev/shm of this size           2 GiB
+#   PANOTRITON_CLIENT_SHM         true where all callers share this host's memory   false
+#   PANOTRITON_ADMIN_KEY_FILE     holds the key to the restricted APIs; unset: nobody has one
+#   PANOTRITON_LOG_VERBOSE        Triton's level                                    0
+#   PANOTRITON_OTLP_URL           traces go to this collector, e.g. http://otel:4318/v1/traces; unset: none
+#   PANOTRITON_TRACE_RATE         one request in this many is traced                100
+set -eu
+
+server=${TRITONSERVER:-/opt/tritonserver/bin/tritonserver}
+backends=${TRITON_BACKENDS:-$(dirname "$(dirname "$server")")/backends}
+repository=${PANOTRITON_REPOSITORY:-/models}
+host=${PANOTRITON_HOST:-0.0.0.0}
+http_port=${PANOTRITON_HTTP_PORT:-8000}
+grpc_port=${PANOTRITON_GRPC_PORT:-8001}
+metrics_port=${PANOTRITON_METRICS_PORT:-8002}
+max_request_bytes=${PANOTRITON_MAX_REQUEST_BYTES:-1073741824}
+exit_timeout_s=${PANOTRITON_EXIT_TIMEOUT_S:-60}
+shm_min_bytes=${PANOTRITON_SHM_MIN_BYTES:-2147483648}
+client_shm=${PANOTRITON_CLIENT_SHM:-false}
+log_verbose=${PANOTRITON_LOG_VERBOSE:-0}
+trace_rate=${PANOTRITON_TRACE_RATE:-100}
+
+fail() {
+    printf 'entrypoint: %s\n' "$*" >&2
+    exit 2
+}
+
+check_number() { # NAME VALUE
+    case $2 in
+    '' | *[!0-9]*) fail "$1 is '$2'; expected a whole number" ;;
+    esac
+}
+
+check_settings() {
+    check_number PANOTRITON_HTTP_PORT "$http_port"
+    check_number PANOTRITON_GRPC_PORT "$grpc_port"
+    check_number PANOTRITON_METRICS_PORT "$metrics_port"
+    check_number PANOTRITON_MAX_REQUEST_BYTES "$max_request_bytes"
+    check_number PANOTRITON_EXIT_TIMEOUT_S "$exit_timeout_s"
+    check_number PANOTRITON_SHM_MIN_BYTES "$shm_min_bytes"
+    check_number PANOTRITON_LOG_VERBOSE "$log_verbose"
+    check_number PANOTRITON_TRACE_RATE "$trace_rate"
+    case $client_shm in
+    true | false) ;;
+    *) fail "PANOTRITON_CLIENT_SHM is '$client_shm'; expected true or false" ;;
+    esac
+    [ -x "$server" ] || fail "$server is not an executable; set TRITONSERVER to a tritonserver"
+}
+
+check_repository() {
+    case $repository in
+    *://*) return ;; # an object store: the server says what it finds there
+    esac
+    for config in "$repository"/*/config.pbtxt; do
+        [ -f "$config" ] && return
+    done
+    fail "no model in $repository: expected NAME/config.pbtxt there;" \
+        "mount a repository that 'panotriton export' built, or set PANOTRITON_REPOSITORY"
+}
+
+check_shm() {
+    bytes=$(($(df -Pk /dev/shm | awk 'NR == 2 { print $2 }') * 1024))
+    [ "$bytes" -ge "$shm_min_bytes" ] || fail "/dev/shm has $bytes bytes, expected $shm_min_bytes:" \
+        "tensors pass between models there; docker run --shm-size=2g, in Kubernetes an emptyDir" \
+        "with medium Memory (or lower PANOTRITON_SHM_MIN_BYTES for small panoramas)"
+}
+
+admin_key() {
+    if [ -n "${PANOTRITON_ADMIN_KEY_FILE:-}" ]; then
+        [ -s "$PANOTRITON_ADMIN_KEY_FILE" ] ||
+            fail "PANOTRITON_ADMIN_KEY_FILE names $PANOTRITON_ADMIN_KEY_FILE, which is missing or empty"
+        secret=$(tr -d '\n' <"$PANOTRITON_ADMIN_KEY_FILE")
+        case $secret in
+        *[!A-Za-z0-9._-]*) fail "the key in $PANOTRITON_ADMIN_KEY_FILE has other characters than A-Z a-z 0-9 . _ -" ;;
+        esac
+        printf %s "$secret"
+    else
+        od -An -N24 -tx1 /dev/urandom | tr -d ' \n'
+    fi
+}
+
+check_settings
+check_repository
+check_shm
+key=$(admin_key) # on a line of its own, so that its failure ends the script
+
+restricted='model-repository,trace,logging'
+[ "$client_shm" = true ] || restricted=$restricted,shared-memory
+gpu=false
+[ ! -e /dev/nvidiactl ] || gpu=true
+
+help=$("$server" --help 2>&1 || true)
+takes() { # FLAG: releases differ
+    printf '%s\n' "$help" | grep -q -e "--$1\$" -e "--$1 "
+}
+
+# Added in front of the caller's arguments, whose word is the last.
+if takes http-max-input-size; then # 25.07 and later, where it is 64 MB by default
+    set -- --http-max-input-size="$max_request_bytes" "$@"
+fi
+if takes allow-client-shm; then # 26.05 and later
+    set -- --allow-client-shm="$client_shm" "$@"
+fi
+if [ -n "${PANOTRITON_OTLP_URL:-}" ]; then
+    set -- --trace-config=mode=opentelemetry --trace-config=level=TIMESTAMPS \
+        --trace-config=rate="$trace_rate" --trace-config=opentelemetry,url="$PANOTRITON_OTLP_URL" \
+        --trace-config=opentelemetry,resource=service.name=panotriton "$@"
+fi
+set -f # no file is called *
+for model in ${PANOTRITON_LOAD_MODELS:-*}; do
+    set -- --load-model="$model" "$@"
+done
+
+# exec: the server gets the container's signals and its exit code is the container's.
+exec "$server" \
+    --model-repository="$repository" --model-control-mode=explicit --exit-on-error=true \
+    --strict-readiness=true --exit-timeout-secs="$exit_timeout_s" --backend-directory="$backends" \
+    --http-address="$host" --http-port="$http_port" \
+    --grpc-address="$host" --grpc-port="$grpc_port" \
+    --metrics-address="$host" --metrics-port="$metrics_port" \
+    --allow-gpu-metrics="$gpu" --metrics-config=summary_latencies=true \
+    --http-restricted-api="$restricted:panotriton-admin=$key" \
+    --grpc-restricted-protocol="$restricted:panotriton-admin=$key" \
+    --allow-sagemaker=false --allow-vertex-ai=false \
+    --log-format=ISO8601 --log-verbose="$log_verbose" \
+    --backend-config=python,shm-region-prefix-name=triton_python_backend_shm_region_ \
+    --backend-config=python,shm-default-byte-size=16777216 \
+    --backend-config=python,shm-growth-byte-size=67108864 \
+    --backend-config=python,stub-timeout-seconds=300 \
+    "$@"

@@ -1,0 +1,133 @@
+"""The chart rendered, for every way of deploying it, and validated against Kubernetes's schemas."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+CHART = ROOT / "docker" / "chart"
+HELM = ROOT / "build" / "deploy" / "helm"
+RELEASES = ("1.35", "1.36", "1.37")
+
+Manifest = dict[str, Any]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cpu": yaml.safe_load((CHART / "values-cpu.yaml").read_text()),
+    "mig": {"gpu": {"resource": "nvidia.com/mig-3g.40gb", "count": 1}, "nodeSelector": {"a": "b"}},
+    "pvc": {"repository": {"source": "pvc", "pvc": {"claimName": "models", "subPath": "v1"}}},
+    "s3": {
+        "repository": {
+            "source": "s3",
+            "s3": {"address": "s3://bucket/models", "secret": "s3", "region": "eu-central-1"},
+        },
+        "networkPolicy": {"egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}]},
+    },
+    "gcs": {
+        "repository": {"source": "gcs", "gcs": {"address": "gs://bucket/models", "secret": "gcs"}}
+    },
+    "image": {"repository": {"source": "image", "image": {"reference": "models:1"}}},
+    "export": {"repository": {"source": "export"}},
+    "hpa": {"autoscaling": {"kind": "hpa"}},
+    "keda": {"autoscaling": {"kind": "keda"}},
+    "gateway": {
+        "grpcRoute": {"enabled": True, "parentRefs": [{"name": "gw"}], "hostnames": ["a.example"]}
+    },
+    "kserve": {"kserve": {"enabled": True}},
+    "job": {"job": {"enabled": True, "inputClaim": "panoramas", "outputClaim": "groups"}},
+    "observed": {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "server": {
+            "otlp": {"url": "http://otel:4318/v1/traces"},
+            "adminKeySecret": "admin",
+            "extraArgs": ["--log-verbose=1"],
+            "env": [{"name": "A", "value": "b"}],
+        },
+    },
+    "everywhere": {
+        "image": {"pullSecrets": ["registry"]},
+        "runtimeClassName": "nvidia",
+        "priorityClassName": "high",
+        "podAnnotations": {"a": "b"},
+        "serviceAccount": {"annotations": {"a": "b"}},
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+        "affinity": {"nodeAffinity": {}},
+    },
+}
+
+
+def helm(*arguments: str, values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run helm with the values on its standard input."""
+    command = [str(HELM), *arguments, "--values", "-"]
+    return subprocess.run(
+        command, input=json.dumps(values), capture_output=True, text=True, check=False
+    )
+
+
+def render(values: dict[str, Any], release: str = RELEASES[-1]) -> list[Manifest]:
+    """All manifests that an installation with these values makes."""
+    done = helm(
+        "template",
+        "prod",
+        str(CHART),
+        "--namespace=pano",
+        f"--kube-version={release}",
+        values=values,
+    )
+    if done.returncode:
+        raise ValueError(done.stderr)
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+@functools.cache
+def rendered(variant: str, release: str = RELEASES[-1]) -> str:
+    """`render` of a variant as JSON: a text, so that no test changes another's manifests."""
+    return json.dumps(render(VARIANTS[variant], release))
+
+
+def schema_problems(manifest: Manifest, release: str) -> list[str]:
+    """What the schema of its kind has against a manifest; unknown fields are refused."""
+    return list(_schema_problems(json.dumps(manifest, sort_keys=True), release))
+
+
+@functools.cache
+def _schema_problems(text: str, release: str) -> tuple[str, ...]:
+    manifest = json.loads(text)
+    name = f"{manifest['kind']}/{manifest['metadata']['name']}"
+    custom = HERE / "schemas" / f"{manifest['kind']}.json"
+    try:
+        if custom.exists():
+            schema = json.loads(custom.read_text())
+            jsonschema.Draft202012Validator(schema).validate(manifest)
+            inner = _pod_of_custom(manifest)
+            return _schema_problems(json.dumps(inner), release) if inner else ()
+        kubernetes_validate.validate(manifest, release, strict=True)
+    except jsonschema.ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return (f"{name} in {release}: {where}: {error.message}",)
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return (f"{name} in {release}: {error.message}",)
+    return ()
+
+
+def _pod_of_custom(manifest: Manifest) -> Manifest | None:
+    """The pod that an InferenceService's predictor is, to be held against Kubernetes's own schema."""
+    if manifest["kind"] != "InferenceService":
+        return None
+    own = ("minReplicas", "maxReplicas", "labels")
+    spec = {k: v for k, v in manifest["spec"]["predictor"].items() if k not in own}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": spec}
+
+
+def server_models() -> set[str]:
+    """Names of the repository's models."""
+    return {path.parent.name for path in (ROOT / "model_repository").glob("*/config.pbtxt")}

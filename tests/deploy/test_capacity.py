@@ -1,0 +1,90 @@
+"""The simulated data-set run: every group exactly once, short queues, busy replicas, for fixed seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.bench.capacity import TIMES, Report, Run, Simulation, Times, replicas_for, shard
+
+HARDWARE = Times.load("a100_published")
+TWO_HUNDRED = Run(replicas=200, shards=25, groups=20_000, dying=0.05, seed=3)
+
+
+def simulate(run: Run) -> Report:
+    return Simulation(run, HARDWARE).simulate()
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return simulate(TWO_HUNDRED)
+
+
+def test_every_group_is_finished_exactly_once(report: Report) -> None:
+    assert report.deaths == 10
+    assert report.requeued > 0
+    assert set(report.finished) == set(range(20_000))
+    assert set(report.finished.values()) == {1}
+
+
+def test_the_replicas_stay_busy(report: Report) -> None:
+    assert report.utilisation >= 0.95
+
+
+def test_queues_stay_bounded(report: Report) -> None:
+    """Twice the share while the replicas are divided anew, and rounding at two ends."""
+    assert report.most_pending <= 2 * TWO_HUNDRED.per_replica + 2
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    small = dataclasses.replace(TWO_HUNDRED, replicas=20, shards=4, groups=400)
+    one, two = simulate(small), simulate(small)
+    assert (one.seconds, one.waits_s, one.requeued) == (two.seconds, two.waits_s, two.requeued)
+
+
+@pytest.mark.parametrize("restart_s", [None, 300.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_lost_whoever_dies(seed: int, restart_s: float | None) -> None:
+    run = Run(40, 7, 1200, dying=0.5, restart_s=restart_s, seed=seed)
+    report = simulate(run)
+    assert report.deaths == 20
+    assert (report.lost, report.doubled) == (0, 0)
+
+
+def test_without_back_pressure_queues_grow() -> None:
+    """The bound is the window's doing: the check above can fail."""
+    report = simulate(Run(20, 4, 2000, per_replica=30, most=1000))
+    assert report.most_pending > 25
+
+
+def test_a_lost_request_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that forgets what a dead replica had loses groups, and the report says so."""
+
+    def forget(self: Simulation, replica: object, request: object) -> None:
+        self._returned(replica, request)
+        self._send(request.shard)
+        if not request.shard.todo and not request.shard.in_flight:
+            self._unfinished.remove(request.shard)
+
+    monkeypatch.setattr(Simulation, "_failed", forget)
+    assert simulate(Run(20, 4, 400, dying=0.5)).lost > 0
+
+
+def test_a_worse_choice_of_replica_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always the first replica: the utilisation that is asserted above falls."""
+    monkeypatch.setattr(shard, "pick", lambda parts, load, resting: min(parts))
+    assert simulate(Run(20, 2, 400)).utilisation < 0.5
+
+
+def test_replicas_for_a_day() -> None:
+    per_day = 86400 / HARDWARE.gpu_s(3.2)
+    assert replicas_for(per_day * 0.89, HARDWARE, 3.2) == 1
+    assert replicas_for(per_day * 9.1, HARDWARE, 3.2) == 11
+
+
+def test_what_is_not_measured_says_so() -> None:
+    for name, entry in json.loads(TIMES.read_text()).items():
+        assert isinstance(entry["measured"], bool), name
+        assert ("ASSUMPTION" in entry["source"]) is not entry["measured"], name

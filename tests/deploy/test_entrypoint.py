@@ -1,0 +1,319 @@
+"""The containers' entrypoint, run for real outside a container, on the pip-carried server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from panotriton.server import find_installation
+from tests.deploy.charts import ROOT
+
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+HEALTHCHECK = ROOT / "docker" / "healthcheck.py"
+ADMIN = {"panotriton-admin": "s3cret"}
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[str]
+    http: str
+    metrics: str
+    log: Path
+    port: int
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the CPU image sets, for a server laid out beside the test."""
+    folder = tmp_path_factory.mktemp("opt")
+    found = find_installation()
+    assert found.backends
+    assert found.stub
+    python = folder / "backends" / "python"
+    python.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy2(found.backends / "python" / name, python)
+    shutil.copy2(found.stub, python)
+    return {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": ":".join(map(str, found.library_path)),
+        "TRITONSERVER": str(found.binary),
+        "TRITON_BACKENDS": str(folder / "backends"),
+        "PANOTRITON_REPOSITORY": str(ROOT / "model_repository"),
+        "PANOTRITON_LOAD_MODELS": "decode select",
+        "PANOTRITON_HOST": "127.0.0.1",
+        "PANOTRITON_SHM_MIN_BYTES": "1048576",
+        "PANOTRITON_EXIT_TIMEOUT_S": "10",
+    }
+
+
+@pytest.fixture(scope="module")
+def running(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "key").write_text("s3cret\n")
+    server = start(environment | {"PANOTRITON_ADMIN_KEY_FILE": str(folder / "key")}, folder)
+    try:
+        wait_ready(server)
+        yield server
+    finally:
+        stop(server)
+
+
+def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running:
+    http, grpc, metrics = free_port(), free_port(), free_port()
+    ports = {"HTTP": http, "GRPC": grpc, "METRICS": metrics}
+    environment = environment | {f"PANOTRITON_{k}_PORT": str(v) for k, v in ports.items()}
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["sh", str(ENTRYPOINT), *arguments],
+            env=environment,
+            cwd="/",
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    urls = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}/metrics"
+    return Running(process, *urls, log, http)
+
+
+def wait_ready(server: Running) -> None:
+    deadline = time.monotonic() + 60
+    while status(server, "v2/health/ready") != 200:
+        assert server.process.poll() is None, server.log.read_text()
+        assert time.monotonic() < deadline, server.log.read_text()
+        time.sleep(0.1)
+
+
+def stop(server: Running) -> None:
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            server.process.wait(20)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            server.process.wait()
+
+
+def status(
+    server: Running, path: str, data: bytes | None = None, headers: dict[str, str] | None = None
+) -> int:
+    """The HTTP status of a call; 0 where nobody listens yet."""
+    request = urllib.request.Request(f"{server.http}/{path}", data, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return 0
+
+
+def test_it_becomes_the_server(running: Running) -> None:
+    """The process that gets the container's signals is tritonserver itself, not a shell before it."""
+    assert Path(f"/proc/{running.process.pid}/exe").readlink().name == "tritonserver"
+
+
+def test_inference_and_health_are_open(running: Running) -> None:
+    assert status(running, "v2/models/decode/config") == 200
+    assert status(running, "v2/models/decode/stats") == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("v2/repository/index", b"{}"),
+        ("v2/repository/models/decode/unload", b"{}"),
+        ("v2/repository/models/decode/load", b"{}"),
+        ("v2/systemsharedmemory/status", None),
+        ("v2/systemsharedmemory/region/r/register", b'{"key": "/r", "offset": 0, "byte_size": 1}'),
+        ("v2/cudasharedmemory/status", None),
+        ("v2/trace/setting", None),
+        ("v2/logging", None),
+    ],
+)
+def test_control_and_shared_memory_need_the_key(
+    running: Running, path: str, data: bytes | None
+) -> None:
+    assert status(running, path, data) == 403
+    assert status(running, path, data, {"panotriton-admin": "guess"}) == 403
+
+
+def test_the_key_opens_them(running: Running) -> None:
+    assert status(running, "v2/repository/index", b"{}", ADMIN) == 200
+    assert status(running, "v2/systemsharedmemory/status", None, ADMIN) == 200
+
+
+def test_grpc_is_restricted_as_http_is(running: Running) -> None:
+    import tritonclient.grpc as triton  # noqa: PLC0415
+    from tritonclient.utils import InferenceServerException  # noqa: PLC0415
+
+    command = Path(f"/proc/{running.process.pid}/cmdline").read_bytes().split(b"\0")
+    port = next(part for part in command if part.startswith(b"--grpc-port=")).split(b"=")[1]
+    with triton.InferenceServerClient(f"127.0.0.1:{port.decode()}") as client:
+        assert client.is_model_ready("decode")
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.unload_model("decode")
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_system_shared_memory_status()
+        headers = {"triton-grpc-protocol-panotriton-admin": "s3cret"}
+        assert client.get_model_repository_index(headers=headers).models
+
+
+def test_metrics_have_quantiles(running: Running) -> None:
+    with urllib.request.urlopen(running.metrics, timeout=10) as reply:
+        assert "nv_inference_request_summary_us" in reply.read().decode()
+
+
+def test_the_log_carries_iso_times(running: Running) -> None:
+    assert f"{time.gmtime().tm_year}-" in running.log.read_text()
+
+
+def test_the_healthcheck_follows_the_server(running: Running) -> None:
+    def check(port: int) -> int:
+        environment = {"PANOTRITON_HTTP_PORT": str(port)}
+        return subprocess.run(
+            [sys.executable, HEALTHCHECK], env=environment, capture_output=True, check=False
+        ).returncode
+
+    assert check(running.port) == 0
+    assert check(free_port()) == 1
+
+
+def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    server = start(environment | {"PANOTRITON_LOAD_MODELS": "select"}, tmp_path)
+    try:
+        wait_ready(server)
+        assert status(server, "v2/repository/index", b"{}") == 403
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+    finally:
+        stop(server)
+
+
+def test_local_callers_may_share_memory_when_it_is_said(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    local = {"PANOTRITON_CLIENT_SHM": "true", "PANOTRITON_LOAD_MODELS": "select"}
+    server = start(environment | local, tmp_path, "--log-verbose=1")
+    try:
+        wait_ready(server)
+        assert status(server, "v2/systemsharedmemory/status") == 200
+        assert status(server, "v2/repository/index", b"{}") == 403
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert command[-2] == b"--log-verbose=1"
+    finally:
+        stop(server)
+
+
+def flags(environment: dict[str, str], tmp_path: Path, known: str) -> list[str]:
+    """What the entrypoint would start a server with that knows these flags."""
+    server = tmp_path / "tritonserver"
+    server.write_text(
+        f'#!/bin/sh\n[ "$1" = --help ] && echo "{known}" && exit 1\nprintf "%s\\n" "$@"\n'
+    )
+    server.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(ENTRYPOINT), "--id=x"],
+        env=environment | {"TRITONSERVER": str(server)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_newer_releases_get_their_flags(environment: dict[str, str], tmp_path: Path) -> None:
+    old = flags(environment, tmp_path, "  --http-port <integer>")
+    assert not [flag for flag in old if "max-input-size" in flag or "client-shm" in flag]
+    known = "  --http-max-input-size <integer>\n  --allow-client-shm <boolean>"
+    new = flags(environment, tmp_path, known)
+    assert set(new) - set(old) >= {"--http-max-input-size=1073741824", "--allow-client-shm=false"}
+
+
+def test_all_models_and_tracing_on_demand(environment: dict[str, str], tmp_path: Path) -> None:
+    del (environment := dict(environment))["PANOTRITON_LOAD_MODELS"]
+    plain = flags(environment, tmp_path, "")
+    assert "--load-model=*" in plain
+    assert "--model-control-mode=explicit" in plain
+    assert not [flag for flag in plain if "trace-config" in flag]
+    url = "http://otel:4318/v1/traces"
+    traced = flags(environment | {"PANOTRITON_OTLP_URL": url}, tmp_path, "")
+    assert f"--trace-config=opentelemetry,url={url}" in traced
+    assert "--trace-config=rate=100" in traced
+    assert traced[-1] == "--id=x"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("PANOTRITON_REPOSITORY", "/nowhere", "no model in /nowhere: expected NAME/config.pbtxt"),
+        ("PANOTRITON_SHM_MIN_BYTES", "1000000000000000", "--shm-size=2g"),
+        ("PANOTRITON_HTTP_PORT", "http", "PANOTRITON_HTTP_PORT is 'http'; expected a whole number"),
+        ("PANOTRITON_CLIENT_SHM", "yes", "expected true or false"),
+        ("PANOTRITON_ADMIN_KEY_FILE", "/nowhere", "missing or empty"),
+        ("PANOTRITON_ADMIN_KEY_FILE", "/etc/passwd", "other characters than A-Z"),
+        ("TRITONSERVER", "/nowhere", "not an executable"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    environment: dict[str, str], setting: str, value: str, says: str
+) -> None:
+    done = subprocess.run(
+        ["sh", str(ENTRYPOINT)],
+        env=environment | {setting: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_an_object_store_is_left_to_the_server(environment: dict[str, str], tmp_path: Path) -> None:
+    started = flags(environment | {"PANOTRITON_REPOSITORY": "s3://bucket/models"}, tmp_path, "")
+    assert "--model-repository=s3://bucket/models" in started
+
+
+def test_every_setting_that_a_deployment_makes_is_read() -> None:
+    """One that the entrypoint did not know would be lost in silence."""
+    read = set(re.findall(r"\$\{(PANOTRITON_\w+)", ENTRYPOINT.read_text()))
+    folder = ROOT / "docker"
+    deployments = (folder / "chart" / "templates" / "_pod.tpl", folder / "compose.yaml")
+    for path in deployments:
+        given = set(re.findall(r"PANOTRITON_[A-Z_]+", path.read_text()))
+        assert given
+        assert given <= read, path
+
+
+def test_only_the_models_asked_for_are_loaded(running: Running) -> None:
+    request = urllib.request.Request(f"{running.http}/v2/repository/index", b"{}", ADMIN)
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        index = json.load(reply)
+    ready = {entry["name"] for entry in index if entry.get("state") == "READY"}
+    assert ready == {"decode", "select"}
