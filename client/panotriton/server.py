@@ -314,7 +314,7 @@ class LocalServer:
             "--allow-client-shm": "true" if _is_local(self.host) else "false",
         }
         if not _is_local(self.host):
-            # Nobody knows this key. Who needs model control from afar runs the container, where it is a secret.
+            # Nobody knows this key. Who needs control from afar runs the container, where it is a secret.
             restricted = f"{_CONTROL}:panotriton-admin={secrets.token_hex(24)}"
             flags |= {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
         command = [*_die_with_parent(), str(installation.binary)]
@@ -431,7 +431,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _is_local(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _reachable(host: str) -> str:

@@ -157,15 +157,36 @@ def test_stages_that_no_output_needs_do_not_run(
     server: LocalServer, panoramas: tuple[np.ndarray, np.ndarray]
 ) -> None:
     client = Plain(tritonclient.http, server.http_url)
-
-    def executions() -> int:
-        stats = client.connection.get_inference_statistics("osediff")["model_stats"][0]
-        return int(stats["execution_count"])
-
-    before = executions()
+    before = executions(server, "osediff")
     client.infer("panorama", group_inputs(panoramas), ("PAIRS",))
-    assert executions() == before
+    assert executions(server, "osediff") == before
     client.connection.close()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_any_output_can_be_asked_for_alone(
+    server: LocalServer, panoramas: tuple[np.ndarray, np.ndarray], name: str
+) -> None:
+    client = Plain(tritonclient.grpc, server.grpc_url)
+    one = {"CROP_SIZE": np.array([64], np.int32), "NUM_INTERPOLATIONS": np.array([1], np.int32)}
+    inputs = group_inputs(panoramas, THRESHOLD=threshold(0)) | one
+    got = client.infer("panorama", inputs, (name,))
+    assert len(got[name]) in (2, 8, 16)
+    client.connection.close()
+
+
+@pytest.mark.parametrize("mode", ["expected", "levels"])
+def test_a_score_can_be_read_without_a_reply(plain: Plain, mode: str) -> None:
+    pairs = noise(3, 64, 128, 3)
+    outputs = ("SCORE", "SUB_SCORES", "RAW_OUTPUT")
+    got = plain.infer("qwen_scorer", {"IMAGES": pairs, "MODE": text(mode)}, outputs)
+    assert ((got["SCORE"] >= 0) & (got["SCORE"] <= 1.05)).all()
+    assert np.isnan(got["SUB_SCORES"]).all()
+    assert not any(got["RAW_OUTPUT"])
+    for index in range(3):
+        alone = {"IMAGES": pairs[index : index + 1], "MODE": text(mode)}
+        single = plain.infer("qwen_scorer", alone, ("SCORE",))["SCORE"]
+        np.testing.assert_allclose(single, got["SCORE"][index : index + 1], atol=1e-4)
 
 
 IMAGES = {"IMAGES": noise(1, 64, 64, 3)}
@@ -250,6 +271,7 @@ BAD = [
     ("osediff", {"IMAGES": noise(1, 8, 20_000, 3)}, ["IMAGES", "send"]),
     ("qwen_scorer", {"IMAGES": noise(1, 64, 64, 4)}, ["IMAGES", "[-1,-1,-1,3]"]),
     ("qwen_scorer", {"IMAGES": noise(1, 8, 64, 3)}, ["IMAGES is 64×8 px", "at least 28 px"]),
+    ("qwen_scorer", {"MODE": text("guess")}, ["MODE is 'guess'", "generate, expected, levels"]),
     ("qwen_describer", {"IMAGES": noise(64, 64, 3)}, ["IMAGES", "[-1,-1,-1,3]"]),
     ("select", {"SCORE": FULL[:8]}, ["SCORE", "[16]"]),
     ("select", {"THRESHOLD": threshold(NAN)}, ["THRESHOLD is nan", "0 to 1"]),
@@ -280,11 +302,32 @@ def test_bad_input_is_named_and_the_next_request_served(
     assert plain.infer(model, good, outputs)
 
 
-def test_an_error_inside_the_ensemble_reaches_the_caller(
-    plain: Plain, panoramas: tuple[np.ndarray, np.ndarray]
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"ALIGN": text("x")}, "ALIGN is 'x'; expected one of adain"),
+        ({"THRESHOLD": threshold(2)}, "THRESHOLD is 2.0; expected 0 to 1"),
+        ({"NUM_INTERPOLATIONS": np.array([-1], np.int32)}, "NUM_INTERPOLATIONS is -1; expected 0"),
+        ({"UPSCALE": np.array([0], np.int32)}, "UPSCALE is 0; expected 1 to 4"),
+    ],
+)
+def test_a_bad_option_is_refused_before_any_work(
+    plain: Plain,
+    server: LocalServer,
+    panoramas: tuple[np.ndarray, np.ndarray],
+    option: Tensors,
+    says: str,
 ) -> None:
-    with pytest.raises(InferenceServerException, match="ALIGN is 'x'; expected one of adain"):
-        plain.infer("panorama", group_inputs(panoramas, ALIGN=text("x")), OUTPUTS)
+    before = executions(server, "osediff")
+    with pytest.raises(InferenceServerException, match=says):
+        plain.infer("panorama", group_inputs(panoramas, **option), OUTPUTS)
+    assert executions(server, "osediff") == before
+
+
+def executions(server: LocalServer, model: str) -> int:
+    with tritonclient.http.InferenceServerClient(server.http_url) as client:
+        (stats,) = client.get_inference_statistics(model)["model_stats"]
+    return int(stats["execution_count"])
 
 
 def test_no_images_are_no_error(plain: Plain) -> None:

@@ -18,7 +18,9 @@ ENSEMBLES = [name for name, config in CONFIGS.items() if config.platform == "ens
 def test_a_config_says_what_decides(name: str) -> None:
     config = CONFIGS[name]
     assert config.name == name
-    assert 'runtime: "model.py"' not in (ROOT / "model_repository" / name / "config.pbtxt").read_text()
+    assert (
+        'runtime: "model.py"' not in (ROOT / "model_repository" / name / "config.pbtxt").read_text()
+    )
     if name in ENSEMBLES:
         assert not config.instance_group
         return
