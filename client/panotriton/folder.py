@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,9 +18,17 @@ from numpy.typing import NDArray
 from panotriton.camera import Camera
 from panotriton.results import Group, Interval, Pair
 
-__all__ = ["group_folder", "next_group_id", "write_group"]
+__all__ = [
+    "fill_group",
+    "group_folder",
+    "next_group_id",
+    "read_result",
+    "write_group",
+    "write_json",
+]
 
 JPEG_QUALITY = 95
+_RESULT = ("group_id", "kept", "scores", "intervals")
 _FOLDERS = ("pairs", "params", "osediff", "descriptions", "interpolated", "interpolated_sr")
 
 U8 = NDArray[np.uint8]
@@ -42,20 +51,39 @@ def write_group(
     """Write a group below `root` and add it to `root`/results.json; returns its folder.
 
     bases: what files of panorama 1 and 2 are named after; made distinct where they are equal.
-    about: facts of the run (panoramas, seed, options), kept in group_info.json. Images are JPEG.
+    about: facts of the run (panoramas, seed, options), kept in group_info.json. Images are JPEG. The
+    folder appears when it is complete; one of the same number is replaced.
     """
     folder = group_folder(root, group_id)
+    part = root / f".{folder.name}.{os.getpid()}"
+    result = fill_group(group, part, group_id, bases, about)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    _add_result(root / "results.json", result)
+    return folder
+
+
+def fill_group(
+    group: Group, folder: Path, group_id: int, bases: tuple[str, str], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a group's files to `folder`, emptied first; returns the group's entry of results.json."""
+    shutil.rmtree(folder, ignore_errors=True)
     for name in _FOLDERS:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(parents=True)
     names = bases if bases[0] != bases[1] else (f"{bases[0]}_1", f"{bases[1]}_2")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
         list(pool.map(lambda item: _write_jpeg(folder / item[0], item[1]), _images(group, names)))
     for path, content in _parameters(group, names):
-        _write_json(folder / path, content)
+        write_json(folder / path, content)
     result = _result(group, names, group_id)
-    _write_json(folder / "group_info.json", about | result)
-    _add_result(root / "results.json", result)
-    return folder
+    write_json(folder / "group_info.json", about | result)
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """A complete group's entry of results.json."""
+    content = json.loads((folder / "group_info.json").read_text(encoding="utf-8"))
+    return {name: content[name] for name in _RESULT}
 
 
 def _images(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, U8]]:
@@ -101,12 +129,13 @@ def _stem(names: tuple[str, str], pair: Pair) -> str:
 
 def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, Any]:
     """One group's entry of results.json; paths are relative to its folder, NaN scores are null."""
-    return {
-        "group_id": group_id,
-        "kept": list(group.kept),
-        "scores": [_score(pair) for pair in group.pairs],
-        "intervals": [_interval(group, interval, names) for interval in group.intervals],
-    }
+    content = (
+        group_id,
+        list(group.kept),
+        [_score(pair) for pair in group.pairs],
+        [_interval(group, interval, names) for interval in group.intervals],
+    )
+    return dict(zip(_RESULT, content, strict=True))
 
 
 def _score(pair: Pair) -> dict[str, Any]:
@@ -144,10 +173,11 @@ def _view(index: int, path: str, camera: Camera) -> dict[str, Any]:
 def _add_result(path: Path, result: dict[str, Any]) -> None:
     results = json.loads(path.read_text()) if path.exists() else []
     others = [entry for entry in results if entry["group_id"] != result["group_id"]]
-    _write_json(path, sorted([*others, result], key=lambda entry: int(entry["group_id"])))
+    write_json(path, sorted([*others, result], key=lambda entry: int(entry["group_id"])))
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as JSON, atomically."""
     _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -24,10 +24,10 @@ MAX_PIXELS = 16384 * 8192
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def check_panorama(name: str, image: NDArray[Any]) -> None:
+def check_panorama(name: str, image: NDArray[Any], min_side_px: int = MIN_SIDE_PX) -> None:
     """Raise InvalidImage unless `image` is (H, W, 3) uint8 RGB with sides ≥ 64 px and ≤ 134 MP."""
     _check_layout(name, image, ndim=3)
-    _check_size(name, image.shape[1], image.shape[0], MIN_SIDE_PX)
+    _check_size(name, image.shape[1], image.shape[0], min_side_px)
 
 
 def check_images(name: str, images: NDArray[Any], min_side_px: int = 1) -> None:
@@ -65,7 +65,7 @@ def _check_size(name: str, width: int, height: int, min_side_px: int) -> None:
         )
 
 
-def decode_image(name: str, data: bytes) -> NDArray[np.uint8]:
+def decode_image(name: str, data: bytes, min_side_px: int = MIN_SIDE_PX) -> NDArray[np.uint8]:
     """Decode JPEG, PNG or WebP bytes to (H, W, 3) uint8 RGB; transparency is dropped.
 
     Raises InvalidImage for other formats, truncated data, 16-bit pixels and over-large sizes,
@@ -74,7 +74,7 @@ def decode_image(name: str, data: bytes) -> NDArray[np.uint8]:
     try:
         # Our own limit below answers for size; Pillow's would only warn.
         with PILImage.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(name, *image.size, MIN_SIDE_PX)
+            _check_size(name, *image.size, min_side_px)
             if image.mode.startswith(("I", "F")):
                 raise InvalidImage(f"{name} has {image.mode} pixels; expected 8 bits a channel")
             return np.asarray(image.convert("RGB"))

@@ -7,16 +7,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image as PILImage
 
 import panotriton
+from panotriton import _calls
+from panotriton._pixels import Images
 from panotriton.camera import sample_cameras
-from panotriton.client import Client, _panorama_tensors
+from panotriton.client import Client
 from panotriton.errors import ConnectError, InvalidImage, InvalidInput, PanotritonError
 from panotriton.folder import next_group_id, write_group
 from panotriton.group import interpolate_cameras
 from panotriton.images import decode_image
-from panotriton.results import Group, group_from_tensors
+from panotriton.results import Group, Timings, group_from_tensors
 
 RNG = np.random.default_rng(0)
 PROTOCOLS = ("grpc", "http")
@@ -24,25 +27,37 @@ PROTOCOLS = ("grpc", "http")
 
 def test_public_names_are_pinned() -> None:
     assert panotriton.__all__ == [
+        "AsyncClient",
+        "AsyncSharedMemory",
         "Camera",
         "Client",
         "ConnectError",
+        "Cropped",
+        "Description",
         "ExportError",
         "Group",
+        "Health",
         "InferenceFailed",
         "Interval",
         "InvalidImage",
         "InvalidInput",
+        "Model",
         "ModelUnavailable",
         "Pair",
         "PanotritonError",
         "RequestTimeout",
+        "Score",
         "Sequence",
         "ServerBusy",
         "ServerStartError",
+        "SharedMemory",
         "SharedMemoryError",
         "StageTime",
+        "Timings",
+        "Tls",
+        "Upscaled",
         "crop",
+        "events",
         "lerp",
         "sample_cameras",
     ]
@@ -91,17 +106,36 @@ def test_bad_addresses_are_refused_at_once(arguments: dict[str, str]) -> None:
         Client(**arguments)
 
 
+def group_call(one: object, two: object, **options: object) -> _calls.Call[Group]:
+    defaults = {
+        "seed": 1,
+        "cameras": None,
+        "crop_size": 64,
+        "upscale": 2,
+        "align": "adain",
+        "prompt": "",
+        "threshold": 0.7,
+        "interpolations": 2,
+        "intermediates": False,
+    }
+    return _calls.process(one, two, **(defaults | options))  # type: ignore[arg-type]
+
+
 def test_panoramas_of_every_kind(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 256, (64, 128, 3), np.uint8)
     path = tmp_path / "a.png"
     PILImage.fromarray(pixels).save(path)
-    model, encoded = _panorama_tensors(path, str(path))
-    assert model == "panorama_encoded"
-    assert encoded["ENCODED_1"].item() == path.read_bytes()
-    model, raw = _panorama_tensors(PILImage.fromarray(pixels), path)
-    assert model == "panorama"
-    for tensor in raw.values():
-        np.testing.assert_array_equal(tensor, pixels)
+    encoded = group_call(path, str(path))
+    assert encoded.model == "panorama_encoded"
+    assert encoded.inputs["ENCODED_1"].item() == path.read_bytes()  # type: ignore[union-attr]
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    for one, two in ((PILImage.fromarray(pixels), path), (tensor, tensor.half())):
+        raw = group_call(one, two)
+        assert raw.model == "panorama"
+        for name in ("PANORAMA_1", "PANORAMA_2"):
+            image = raw.inputs[name]
+            assert isinstance(image, Images)
+            np.testing.assert_array_equal(image.joined(), pixels)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +149,17 @@ def test_panoramas_of_every_kind(tmp_path: Path) -> None:
         (PILImage.new("RGBA", (64, 64)), r"convert\('RGB'\)"),
         (b"bytes", "panorama_1 is a bytes"),
         (Path("/nowhere.jpg"), "cannot read /nowhere.jpg: No such file"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), "torch tensor of torch.uint8; expected floats"),
+        (torch.zeros(64, 64, 3), r"shape \(64, 64, 3\); expected \(3, H, W\)"),
+        (torch.zeros(1, 3, 64, 64), "send several as a list"),
+        (torch.full((3, 64, 64), 255.0), "values from 255 to 255; expected .*divide"),
+        (torch.full((3, 64, 64), torch.nan), "values from nan to nan"),
+        (torch.zeros(3, 64, 32), "32×64 px; expected at least 64"),
     ],
 )
 def test_anything_else_is_refused_by_name(image: object, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
-        _panorama_tensors(image, np.zeros((64, 64, 3), np.uint8))  # type: ignore[arg-type]
+        group_call(image, np.zeros((64, 64, 3), np.uint8))
 
 
 def test_seed_and_cameras_exclude_each_other() -> None:
@@ -171,7 +211,7 @@ def example_group(kept: list[int], count: int = 2) -> Group:
         .repeat(16, 2)
         .repeat(3, 3),
     }
-    return group_from_tensors(tensors, 1.5)
+    return group_from_tensors(tensors, Timings(1500.0))
 
 
 def test_a_group_is_assembled_in_order() -> None:

@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from panotriton.cli import export, process, serve
+from panotriton.cli import (
+    bench,
+    dataset,
+    doctor,
+    export,
+    gateway,
+    images,
+    perf_data,
+    process,
+    report,
+    serve,
+)
 from panotriton.errors import ConnectError, InvalidInput, PanotritonError
 
 _EXIT_CODES = """\
@@ -51,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (export, serve, process):
+    for command in (export, serve, process, dataset):
+        command.add_parser(commands)
+    images.add_parsers(commands)
+    for command in (report, gateway, doctor, perf_data, bench):
         command.add_parser(commands)
     return parser

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,19 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from panotriton.cli.serve import add_repository_argument
+from panotriton.cli.connection import (
+    PIPELINE,
+    add_pipeline_arguments,
+    add_server_arguments,
+    client_options,
+    command,
+    connected,
+    console_for,
+    print_json,
+    spinner,
+)
 from panotriton.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.folder import next_group_id, write_group
-from panotriton.repository import check_exported
 from panotriton.results import Group, StageTime
-from panotriton.server import LocalServer
 
 _EXAMPLES = """\
-examples:
   panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001
   panotriton process a.jpg b.jpg -o out --local          start a server for this run alone
   panotriton process a.jpg b.jpg -o out --seed 7 --threshold 0.6 --interpolations 4
@@ -36,30 +42,19 @@ _POLL_S = 0.5
 
 def add_parser(commands: Any) -> None:
     """Add the command to the argument parser."""
-    parser = commands.add_parser(
+    parser = command(
+        commands,
         "process",
-        help="run the pipeline on two panoramas",
-        description="Send two panoramas through the whole pipeline as one request and write the "
+        "run the pipeline on two panoramas",
+        "Send two panoramas through the whole pipeline as one request and write the "
         "group's folder: pairs, scores, descriptions and the sequences of the kept intervals.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
-    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
-    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
-    parser.add_argument("--align", default="adain", help="adain, wavelet or nofix (%(default)s)")
-    parser.add_argument("--prompt", default="", help="for the super-resolution (none)")
-    parser.add_argument("--threshold", type=float, default=0.7, help="0 to 1 (%(default)s)")
-    parser.add_argument(
-        "--interpolations", type=int, default=9, help="in-between views (%(default)s)"
-    )
-    parser.add_argument("--url", default="localhost:8001", help="of the server (%(default)s)")
-    parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
-    parser.add_argument("--local", action="store_true", help="start a server for this run alone")
-    add_repository_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")
+    add_pipeline_arguments(parser)
+    add_server_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -68,77 +63,54 @@ def run(options: argparse.Namespace) -> int:
     for path in options.panoramas:
         if not path.is_file():
             raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
-    console = Console(quiet=options.json)
-    with _server(options, console) as (url, protocol), Client(url, protocol=protocol) as client:
+    console = console_for(options)
+    with connected(options, console) as client:
         group, stages = _process(client, options, console)
     group_id = next_group_id(options.output)
     bases = (options.panoramas[0].stem, options.panoramas[1].stem)
     folder = write_group(group, options.output, group_id, bases, _about(options, group, stages))
     if options.json:
-        print(json.dumps(_summary(group, folder, stages)))
+        print_json(_summary(group, folder, stages))
     else:
         _show(console, group, folder, stages)
     return 0
-
-
-@contextlib.contextmanager
-def _server(options: argparse.Namespace, console: Console) -> Iterator[tuple[str, str]]:
-    """Where to send the request: the named server, or one of our own for the time being."""
-    if not options.local:
-        yield options.url, options.protocol
-        return
-    check_exported(options.repository)
-    with contextlib.ExitStack() as stack:
-        with _progress(console) as progress:
-            progress.add_task("starting tritonserver")
-            server = stack.enter_context(LocalServer(options.repository))
-        yield (server.grpc_url if options.protocol == "grpc" else server.http_url), options.protocol
 
 
 def _process(
     client: Client, options: argparse.Namespace, console: Console
 ) -> tuple[Group, list[StageTime]]:
     before = client.statistics()
-    with _progress(console) as progress, _watch(client, before, progress):
-        group = client.process(
-            *options.panoramas,
-            seed=options.seed,
-            crop_size=options.crop_size,
-            upscale=options.upscale,
-            align=options.align,
-            prompt=options.prompt,
-            threshold=options.threshold,
-            interpolations=options.interpolations,
-            intermediates=True,
-        )
+    arguments = {name: getattr(options, name) for name in ("seed", *PIPELINE)}
+    watching = _watch(client, options, before, spinner(console))
+    with watching if console.is_terminal else contextlib.nullcontext():
+        group = client.process(*options.panoramas, intermediates=True, **arguments)
     return group, _difference(before, client.statistics())
 
 
-def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
-
-
 @contextlib.contextmanager
-def _watch(client: Client, before: dict[str, StageTime], progress: Progress) -> Iterator[None]:
+def _watch(
+    client: Client, options: argparse.Namespace, before: dict[str, StageTime], progress: Progress
+) -> Iterator[None]:
     """Show which stage the server is at, read from its statistics on a connection of its own."""
     task = progress.add_task("sending the panoramas")
     done = threading.Event()
 
     def poll() -> None:
-        with Client(client.url, protocol=client.protocol) as watcher:
+        more = client_options(options)
+        with Client(client.url, protocol=client.protocol, **more) as watcher:
             while not done.wait(_POLL_S):
                 with contextlib.suppress(PanotritonError):
                     stages = {s.model: s for s in _difference(before, watcher.statistics())}
                     progress.update(task, description=_stage(stages))
 
     thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with progress:
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def _stage(stages: dict[str, StageTime]) -> str:
@@ -195,7 +167,7 @@ _PARTS = {
 
 
 def _about(options: argparse.Namespace, group: Group, stages: list[StageTime]) -> dict[str, Any]:
-    names = ("seed", "crop_size", "upscale", "align", "prompt", "threshold", "interpolations")
+    names = ("seed", *PIPELINE)
     return {
         "panoramas": [str(path) for path in options.panoramas],
         "options": {name: getattr(options, name) for name in names},

@@ -1,0 +1,135 @@
+"""Arguments and resources that the commands share: the server to ask, the pipeline's options, output."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from panotriton._wire import Tls
+from panotriton.cli.serve import add_repository_argument
+from panotriton.client import Client
+from panotriton.repository import check_exported
+from panotriton.server import LocalServer
+
+PIPELINE = ("crop_size", "upscale", "align", "prompt", "threshold", "interpolations")
+
+
+def command(
+    commands: Any, name: str, help_line: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose --help ends with examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_line,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which server is asked, and how; and --json."""
+    parser.add_argument("--url", default="localhost:8001", help="of the server (%(default)s)")
+    parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
+    parser.add_argument("--tls", action="store_true", help="encrypt, and check the certificate")
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="who signed it (the system's list)")
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        type=_header,
+        metavar="NAME:VALUE",
+        help="sent with every request, for authentication; may be repeated",
+    )
+    parser.add_argument("--local", action="store_true", help="start a server for this run alone")
+    add_repository_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")
+
+
+def add_sr_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of super-resolution."""
+    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
+    parser.add_argument("--align", default="adain", help="adain, wavelet or nofix (%(default)s)")
+    parser.add_argument("--prompt", default="", help="for the super-resolution (none)")
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a group, all but its seed."""
+    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
+    add_sr_arguments(parser)
+    parser.add_argument("--threshold", type=float, default=0.7, help="0 to 1 (%(default)s)")
+    parser.add_argument(
+        "--interpolations", type=int, default=9, help="in-between views (%(default)s)"
+    )
+
+
+def client_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Client` and `AsyncClient`, all but the address."""
+    tls = Tls(ca=options.ca) if options.ca else options.tls
+    return {"tls": tls, "headers": dict(options.header)}
+
+
+@contextlib.contextmanager
+def address(options: argparse.Namespace, console: Console) -> Iterator[tuple[str, str]]:
+    """URL and protocol: of the named server, or of one of our own for the time being."""
+    if not options.local:
+        yield options.url, options.protocol
+        return
+    check_exported(options.repository)
+    with contextlib.ExitStack() as stack:
+        with spinner(console) as progress:
+            progress.add_task("starting tritonserver")
+            server = stack.enter_context(LocalServer(options.repository))
+        yield (server.grpc_url if options.protocol == "grpc" else server.http_url), options.protocol
+
+
+@contextlib.contextmanager
+def connected(options: argparse.Namespace, console: Console) -> Iterator[Client]:
+    """A client of that server."""
+    with (
+        address(options, console) as (url, protocol),
+        Client(url, protocol=protocol, **client_options(options)) as client,
+    ):
+        yield client
+
+
+def console_for(options: argparse.Namespace) -> Console:
+    """Where people read: silent with --json."""
+    width = None if sys.stdout.isatty() else 200  # a file has no width to fit into
+    return Console(quiet=options.json, highlight=False, width=width)
+
+
+def spinner(console: Console) -> Progress:
+    """A line that moves while something takes its time; nothing where nobody watches."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on one line; numbers that are no number are null."""
+    print(json.dumps(_without_nan(content)))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME:VALUE")
+    return name.strip(), value.strip()

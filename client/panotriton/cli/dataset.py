@@ -1,0 +1,127 @@
+"""`panotriton dataset`: groups from all pairs of many panoramas, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from panotriton.aio import AsyncClient
+from panotriton.cli.connection import (
+    PIPELINE,
+    add_pipeline_arguments,
+    add_server_arguments,
+    address,
+    client_options,
+    command,
+    console_for,
+    print_json,
+)
+from panotriton.dataset import Dataset, Summary, find_panoramas
+from panotriton.errors import InvalidInput, PanotritonError
+
+_RETRIES = 8  # a busy server is waited for, for about two minutes
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the argument parser."""
+    parser = command(
+        commands,
+        "dataset",
+        "make many groups from folders of panoramas",
+        "Run the pipeline on all pairs of the folders' panoramas in seeded order, until enough groups "
+        "are done or enough intervals have passed the filter. Interrupted or killed, the same "
+        "command goes on where it was; the result depends on the seed alone, not on --in-flight.",
+        "  panotriton dataset panoramas/ --sample-n 100 --seed 1 -o out\n"
+        "  panotriton dataset indoor/ outdoor/ --target-n 500 --seed 1 -o out --in-flight 4\n"
+        "  panotriton dataset panoramas/ --sample-n 2 -o out --local --json\n",
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="JPEG, PNG, WebP files"
+    )
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--sample-n", type=int, metavar="N", help="stop after N groups")
+    amount.add_argument("--target-n", type=int, metavar="N", help="stop after N kept intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of order and cameras (%(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="of the run"
+    )
+    parser.add_argument(
+        "--in-flight", type=int, default=2, metavar="K", help="groups at a time (%(default)s)"
+    )
+    add_pipeline_arguments(parser)
+    add_server_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the data set; 1 where the pairs ran out before the number asked for was reached."""
+    console = console_for(options)
+    dataset = _dataset(options)
+    with address(options, console) as place, _reported(dataset, console):
+        try:
+            summary = asyncio.run(_run(dataset, *place, client_options(options)))
+        except InvalidInput:
+            raise
+        except (PanotritonError, KeyboardInterrupt):
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            raise
+    if options.json:
+        print_json({"output": str(options.output), **asdict(summary)})
+    else:
+        console.print(_result(summary, options.output))
+    return 0 if summary.complete else 1
+
+
+async def _run(dataset: Dataset, url: str, protocol: str, more: dict[str, Any]) -> Summary:
+    async with AsyncClient(url, protocol=protocol, retries=_RETRIES, **more) as client:
+        return await dataset.run(client)
+
+
+def _dataset(options: argparse.Namespace) -> Dataset:
+    return Dataset(
+        find_panoramas(options.folders),
+        options.output,
+        options.seed,
+        sample_n=options.sample_n,
+        target_n=options.target_n,
+        in_flight=options.in_flight,
+        options={name: getattr(options, name) for name in PIPELINE},
+    )
+
+
+@contextlib.contextmanager
+def _reported(dataset: Dataset, console: Console) -> Iterator[None]:
+    """A line a group; on a terminal a bar below them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        unit = "groups" if dataset.sample_n else "intervals kept"
+        task = bar.add_task(unit, total=dataset.sample_n or dataset.target_n)
+
+        def report(summary: Summary, line: str) -> None:
+            console.print(line, markup=False)
+            bar.update(
+                task, completed=summary.groups if dataset.sample_n else summary.intervals_kept
+            )
+
+        dataset.report = report
+        yield
+
+
+def _result(summary: Summary, output: Path) -> str:
+    counts = (
+        f"{summary.groups} groups: {summary.intervals_kept} intervals kept, "
+        f"{summary.intervals_dropped} dropped; {summary.failed} pairs failed"
+    )
+    short = "" if summary.complete else "; there are no more pairs"
+    return f"[bold]{counts}[/bold]{short} → {output}"

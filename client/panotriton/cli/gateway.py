@@ -1,0 +1,114 @@
+"""`panotriton gateway`: the file-path services' endpoints and their tensor twins."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from panotriton.errors import PanotritonError
+
+_EXAMPLES = """\
+examples:
+  panotriton gateway -o out --root /data/panoramas      ports 5000, 5001, 5002 on 127.0.0.1
+  panotriton gateway -o out --root /data --url gpu1:8001 --threads 8
+  panotriton gateway -o out --root /data --shared-memory  the server runs on this machine
+  panotriton gateway -o out --preprocess-port 0 --osediff-port 0 --quality-port 0    any free ports
+"""
+_MB = 1 << 20
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the argument parser."""
+    parser = commands.add_parser(
+        "gateway",
+        help="serve the old file-path endpoints and their tensor twins over HTTP",
+        description="Serve the endpoints of the three file-path services, unchanged, in front of a "
+        "Triton server, and beside each the same work on tensors. Files are opened below --root and "
+        "--output only. Ctrl-C stops it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where group folders are made",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder below which requests may read and write; repeatable (--output is one)",
+    )
+    parser.add_argument("--url", default="localhost:8001", help="gRPC of the server (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    for service, port in (("preprocess", 5000), ("osediff", 5001), ("quality", 5002)):
+        parser.add_argument(
+            f"--{service}-port",
+            type=int,
+            default=port,
+            metavar="PORT",
+            help="%(default)s; 0: a free one",
+        )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="group g draws from seed + g (%(default)s)"
+    )
+    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
+    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=4, help="requests at work at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-body-mb",
+        type=int,
+        default=512,
+        metavar="MB",
+        help="of a tensor request (%(default)s)",
+    )
+    parser.add_argument(
+        "--shared-memory",
+        action="store_true",
+        help="images reach a server of this machine through shared memory",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    try:
+        from panotriton.gateway import Settings, create_apps, serve  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise PanotritonError(
+            f"the gateway needs {error.name}: pip install 'panotriton[gateway]'"
+        ) from error
+    settings = Settings(
+        output=options.output,
+        roots=tuple(options.root),
+        url=options.url,
+        seed=options.seed,
+        crop_size=options.crop_size,
+        upscale=options.upscale,
+        threads=options.threads,
+        max_body_bytes=options.max_body_mb * _MB,
+        shared_memory=options.shared_memory,
+    )
+    ports = {
+        "preprocess": options.preprocess_port,
+        "osediff": options.osediff_port,
+        "quality": options.quality_port,
+    }
+    with create_apps(settings) as apps:
+        serve(apps, options.host, ports, _started)
+    print("stopped")
+    return 0
+
+
+def _started(urls: dict[str, str]) -> None:
+    for service, url in urls.items():
+        print(f"  {service:<12}{url}  (API page: {url}/docs)")
+    print("ready; Ctrl-C stops it", flush=True)

@@ -1,0 +1,152 @@
+"""PSNR and SSIM of the small OSEDiff and of bicubic on photographs that it never saw.
+
+    python -m panotriton_export.train_small.measure --images DIR ... --model export/small/osediff
+
+Prints a Markdown table. The pipeline is the server's: bicubic, encoder, one step, decoder, adain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PilImage
+from torch import Tensor, nn
+
+from panotriton_export.train_small import data
+from panotriton_export.train_small.osediff import (
+    SmallOsediff,
+    adain,
+    add_adapters,
+    to_tensor,
+    write_checkpoint,
+)
+
+# Fixed degradations of the half-size image: blur sigma, noise sigma, JPEG quality (None: no JPEG).
+CASES: dict[str, tuple[float, float, int | None]] = {
+    "clean": (0.0, 0.0, None),
+    "light": (0.5, 3.0, 85),
+    "heavy": (1.0, 8.0, 50),
+}
+
+
+def spoil(image: data.Image, case: str) -> data.Image:
+    """(H, W, 3) → (H/2, W/2, 3)."""
+    blur, noise, quality = CASES[case]
+    height, width = image.shape[:2]
+    soft = cv2.GaussianBlur(image, (0, 0), 2 * blur) if blur else image
+    small = np.asarray(
+        PilImage.fromarray(soft).resize((width // 2, height // 2), PilImage.Resampling.BICUBIC)
+    )
+    grain = np.random.default_rng(0).standard_normal(small.shape) * noise
+    small = np.clip(np.rint(small + grain), 0, 255).astype(np.uint8)
+    return data.jpeg(small, quality) if quality else small
+
+
+def psnr(image: data.Image, truth: data.Image) -> float:
+    """dB over all three channels."""
+    error = np.mean((image.astype(np.float64) - truth) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+
+
+def ssim(image: data.Image, truth: data.Image) -> float:
+    """Wang et al. 2004 on luminance: an 11-pixel gaussian window of sigma 1.5."""
+    a, b = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float64) for x in (image, truth))
+
+    def mean(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(cv2.GaussianBlur(x, (11, 11), 1.5)[5:-5, 5:-5])
+
+    ma, mb = mean(a), mean(b)
+    va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = (2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return float(score.mean())
+
+
+def load_model(folder: Path, *, adapters: bool = True) -> SmallOsediff:
+    """The saved base, and the adapters as an osediff.pkl carries them."""
+    model = SmallOsediff()
+    model.vae = type(model.vae).from_pretrained(folder / "base" / "vae")
+    model.unet = type(model.unet).from_pretrained(folder / "base" / "unet")
+    model.text_encoder = type(model.text_encoder).from_pretrained(folder / "base" / "text_encoder")
+    if adapters:
+        add_adapters(model)
+        with tempfile.TemporaryDirectory() as made:
+            path = write_checkpoint(folder, Path(made) / "osediff.pkl")
+            checkpoint = torch.load(path, weights_only=True)
+        for part in (model.unet, model.vae):
+            kind = "unet" if part is model.unet else "vae"
+            left = part.load_state_dict(checkpoint[f"state_dict_{kind}"], strict=False)
+            assert not left.unexpected_keys, left.unexpected_keys  # noqa: S101
+    return model.eval()
+
+
+@torch.inference_mode()
+def upscale(model: SmallOsediff, small: data.Image) -> tuple[data.Image, data.Image, data.Image]:
+    """(h, w, 3) → bicubic, the model's own output, and that after adain; each (2h, 2w, 3)."""
+    enlarged = data.enlarge(small)
+    pixels = to_tensor(enlarged[None])
+    z = model.vae.encode(pixels).latent_dist.mode() * model.vae.config.scaling_factor
+    epsilon = model.unet(z, 999, model.embed([""])).sample
+    x0 = model.gain * model.scaling_factor * z - model.scaling_factor * epsilon
+    raw = model.vae.decode(x0 / model.vae.config.scaling_factor).sample[0].clamp(-1, 1) / 2 + 0.5
+    return enlarged, to_image(raw), to_image(adain(raw[None], pixels / 2 + 0.5)[0])
+
+
+def to_image(pixels: Tensor) -> data.Image:
+    """(3, H, W) in 0 to 1 → uint8 (H, W, 3), truncated as upstream does."""
+    return (pixels.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def held_out(folders: list[Path], longest_px: int = 1100) -> dict[str, data.Image]:
+    """Sides cut to multiples of 16."""
+    images = data.load(folders, data.HELD_OUT, longest_px)
+    return {
+        name: image[: image.shape[0] // 16 * 16, : image.shape[1] // 16 * 16]
+        for name, image in zip(data.HELD_OUT, images, strict=True)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, nargs="+", required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--base-only", action="store_true", help="leave the adapters out")
+    parser.add_argument("--no-unet", action="store_true", help="take epsilon to be 0")
+    parser.add_argument("--pictures", type=Path, help="folder for bicubic | ours | truth PNGs")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model, adapters=not args.base_only)
+    if args.no_unet:
+        nn.init.zeros_(model.unet.conv_out.weight)
+        nn.init.zeros_(model.unet.conv_out.bias)
+    print("| degradation | image | bicubic | raw | with adain |\n|---|---|---|---|---|")
+    photographs = held_out(args.images)
+    for case in CASES:
+        rows = []
+        for name, truth in photographs.items():
+            made = upscale(model, spoil(truth, case))
+            rows.append([(psnr(image, truth), ssim(image, truth)) for image in made])
+            _print_row(case, name, rows[-1])
+            if args.pictures:
+                strip = np.concatenate([made[0], made[2], truth], axis=1)
+                args.pictures.mkdir(parents=True, exist_ok=True)
+                PilImage.fromarray(strip).save(args.pictures / f"{case}_{Path(name).stem}.png")
+        _print_row(case, "mean", np.mean(rows, axis=0).tolist())
+
+
+def _print_row(case: str, name: str, scores: list[tuple[float, float]]) -> None:
+    cells = " | ".join(f"{db:.2f} dB, {likeness:.3f}" for db, likeness in scores)
+    print(f"| {case} | {name} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""The gateway as a process on three ports, before a real tritonserver: old clients, tensors, Ctrl-C."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from panotriton.camera import CAMERA_FIELDS
+from panotriton.client import Client
+from panotriton.results import Group, Sequence
+from panotriton.server import LocalServer
+
+ROOT = Path(__file__).parent.parent
+PANORAMAS = [ROOT / "data" / "panoramas" / f"{name}.jpg" for name in ("courtyard", "interior")]
+COMMAND = [sys.executable, "-m", "panotriton", "gateway"]
+ANY_PORTS = ["--preprocess-port=0", "--osediff-port=0", "--quality-port=0"]
+CROP, BETWEEN, THRESHOLD = 64, 2, 0.5
+
+
+@pytest.fixture(scope="module")
+def quick_server(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    """A server whose super-resolution works at a quarter of the usual size, so that groups take seconds."""
+    copy = tmp_path_factory.mktemp("quick") / "repository"
+    shutil.copytree(repository, copy)
+    settings = copy / "osediff" / "1" / "osediff.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
+    with LocalServer(copy) as running:
+        yield running
+
+
+class Running:
+    """A gateway process: the URL of each service, and the folder that it writes to."""
+
+    def __init__(self, url: str, output: Path) -> None:
+        self.output = output
+        roots = [f"--root={PANORAMAS[0].parent}"]
+        options = ["--url", url, "--output", str(output), "--crop-size", str(CROP)]
+        command = [*COMMAND, *options, *roots, *ANY_PORTS, "--seed=7", "--shared-memory"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.urls: dict[str, str] = {}
+        for line in self.process.stdout:
+            if line.startswith("ready"):
+                return
+            service, address = line.split()[:2]
+            self.urls[service] = address
+        raise AssertionError(f"the gateway ended with {self.process.wait()}")
+
+    def stop(self, number: signal.Signals) -> tuple[int, str]:
+        """Its exit code and last line after a signal."""
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, rest.strip()
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    quick_server: LocalServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    running = Running(quick_server.grpc_url, tmp_path_factory.mktemp("gateway") / "out")
+    yield running
+    assert running.stop(signal.SIGINT) == (0, "stopped")
+    assert not list(Path("/dev/shm").glob(f"panotriton_{running.process.pid}_*"))
+
+
+@pytest.fixture(scope="module")
+def client(quick_server: LocalServer) -> Iterator[Client]:
+    with Client(quick_server.grpc_url) as connected:
+        yield connected
+
+
+def post(url: str, body: Any) -> Any:
+    """The way old clients ask: JSON there and back."""
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        return json.load(reply)
+
+
+class OldClient:
+    """What an orchestrator of the three file-path services does: HTTP, paths, and files of its own."""
+
+    def __init__(self, urls: dict[str, str]) -> None:
+        self.urls = urls
+
+    def call(self, service: str, endpoint: str, body: Any) -> list[Any]:
+        reply = post(f"{self.urls[service]}/{endpoint}", body)
+        assert reply["success"] is True
+        return list(reply["results"])
+
+    def process(self, panoramas: list[Path], group_id: int) -> list[dict[str, Any]]:
+        """Finish a group; returns its kept intervals."""
+        pairs = []
+        for path in panoramas:
+            body = {"image_path": str(path), "group_id": group_id, "is_first": path is panoramas[0]}
+            pairs += self.call("preprocess", "preprocess_for_group", body)
+        folder = Path(pairs[0]["pair_image"]).parent.parent
+        sharp = self.sharpen([pair["pair_image"] for pair in pairs], folder)
+        for pair, path in zip(pairs, sharp, strict=True):
+            pair["pair_image"] = path
+        scored = self.call("quality", "evaluate_pairs", {"pairs_data": pairs})
+        splits = [split(pair, folder) for pair in passed(scored)]
+        self.describe(splits, panoramas[1], folder)
+        body = {
+            "split_results": splits,
+            "panorama1_path": str(panoramas[0]),
+            "panorama2_path": str(panoramas[1]),
+            "group_id": group_id,
+            "num_interpolations": BETWEEN,
+        }
+        groups = self.call("preprocess", "generate_interpolated_images", body)
+        self.sharpen_views(
+            [view for group in groups for view in group["interpolated_images"]], folder
+        )
+        result = assemble(splits, groups)
+        (folder / "group_info.json").write_text(json.dumps({"group_id": group_id}))
+        (folder.parent / "results.json").write_text(json.dumps(result))
+        return result
+
+    def sharpen(self, paths: list[str], folder: Path) -> list[str]:
+        body = {"input_paths": paths, "output_dir": str(folder), "align_method": "adain"}
+        results = self.call("osediff", "super_resolution_batch", body)
+        assert all(result["success"] for result in results)
+        return [result["output_path"] for result in results]
+
+    def sharpen_views(self, views: list[Any], folder: Path) -> None:
+        target = folder / "interpolated_sr"
+        target.mkdir()
+        for view, path in zip(views, self.sharpen([v["path"] for v in views], folder), strict=True):
+            view["super_resolved"] = shutil.move(path, target / Path(path).name)
+
+    def describe(self, splits: list[Any], second: Path, folder: Path) -> None:
+        (folder / "descriptions").mkdir()
+        mine = [entry for entry in splits if Path(entry["pair_image"]).stem.startswith(second.stem)]
+        body = {"image_paths": [entry["right_image"] for entry in mine]}
+        for entry, result in zip(
+            mine, self.call("quality", "generate_descriptions", body), strict=True
+        ):
+            entry["description"] = result["description"]
+        (folder / "descriptions" / "panorama2_right_descriptions.json").write_text(json.dumps(mine))
+
+
+def passed(scored: list[Any]) -> list[Any]:
+    """The pairs of intervals whose lowest score reaches the threshold, as the old filter had it."""
+    intervals = defaultdict(list)
+    for pair in scored:
+        intervals[pair.get("interval", 0)].append(pair)
+    kept = []
+    for pairs in intervals.values():
+        scores = [float(p["final_score"]) for p in pairs if p.get("final_score") is not None]
+        if scores and min(scores) >= THRESHOLD:
+            kept += pairs
+    return kept
+
+
+def split(pair: Any, folder: Path) -> dict[str, Any]:
+    image = cv2.imread(pair["pair_image"])
+    (folder / "interpolated").mkdir(exist_ok=True)
+    middle = image.shape[1] // 2
+    entry = dict(pair)
+    for side, half in (("left", image[:, :middle]), ("right", image[:, middle:])):
+        path = folder / "interpolated" / f"{Path(pair['pair_image']).stem}_{side}.jpg"
+        cv2.imwrite(str(path), half)
+        entry[f"{side}_image"] = str(path)
+    return entry
+
+
+def assemble(splits: list[Any], groups: list[Any]) -> list[dict[str, Any]]:
+    intervals: dict[int, dict[str, Any]] = defaultdict(dict)
+    for entry, group in zip(splits, groups, strict=True):
+        views = sorted(group["interpolated_images"], key=lambda view: view["weight_idx"])
+        intervals[entry["interval"]][group["panorama"]] = {
+            "images": [
+                entry["left_image"],
+                *(str(view["super_resolved"]) for view in views),
+                entry["right_image"],
+            ],
+            "params": [entry["main_params"], *(v["params"] for v in views), entry["rand_params"]],
+            "description": entry.get("description"),
+        }
+    return [
+        {"interval": interval, **panoramas} for interval, panoramas in sorted(intervals.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def old_group(gateway: Running) -> list[dict[str, Any]]:
+    return OldClient(gateway.urls).process(PANORAMAS, 1)
+
+
+@pytest.fixture(scope="module")
+def new_group(gateway: Running, old_group: list[dict[str, Any]], client: Client) -> Group:
+    """The same group by one request, with the cameras that the gateway left in params/."""
+    params = gateway.output / "group_0001" / "params"
+    cameras = np.empty((2, 8, 2, 5))
+    for index in np.ndindex(2, 8, 2):
+        p, k, side = index
+        name = f"{PANORAMAS[p].stem}_yaw{k + 1:02d}_{('left', 'right')[side]}_params.json"
+        fields = json.loads((params / name).read_text())
+        cameras[index] = [fields[field] for field in CAMERA_FIELDS]
+    return client.process(
+        *PANORAMAS,
+        cameras=cameras,
+        crop_size=CROP,
+        threshold=0.0,
+        interpolations=BETWEEN,
+        intermediates=True,
+    )
+
+
+def read(path: str | Path) -> np.ndarray:
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def coded(image: np.ndarray) -> np.ndarray:
+    """What JPEG leaves of an image."""
+    bgr = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
+    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def test_an_old_client_finishes_a_group_with_the_old_layout(
+    gateway: Running, old_group: list[dict[str, Any]]
+) -> None:
+    kept = len(old_group)
+    assert kept > 0
+    folder = gateway.output / "group_0001"
+    count = {path.name: len(list(path.iterdir())) for path in folder.iterdir() if path.is_dir()}
+    assert count == {
+        "pairs": 16,
+        "params": 2 + 32,
+        "osediff": 16,
+        "descriptions": 1,
+        "interpolated": 2 * kept * (2 + BETWEEN),
+        "interpolated_sr": 2 * kept * BETWEEN,
+    }
+    assert (folder / "group_info.json").exists()
+    assert (gateway.output / "results.json").exists()
+    for entry in old_group:
+        for p, panorama in enumerate(("panorama1", "panorama2")):
+            images = [Path(path).relative_to(folder) for path in entry[panorama]["images"]]
+            stem = f"{PANORAMAS[p].stem}_yaw{entry['interval']:02d}_pair_left"
+            assert str(images[0]) == f"interpolated/{stem}.jpg"
+            assert str(images[1]) == f"interpolated_sr/{stem}_interp_01.jpg"
+            assert len(images) == BETWEEN + 2
+        assert entry["panorama2"]["description"]
+
+
+def test_its_crops_are_those_of_one_request_but_for_jpeg(
+    gateway: Running, old_group: list[dict[str, Any]], new_group: Group
+) -> None:
+    folder = gateway.output / "group_0001"
+    for pair in new_group.pairs:
+        assert pair.image is not None
+        name = f"{PANORAMAS[pair.panorama - 1].stem}_yaw{pair.interval:02d}_pair.jpg"
+        np.testing.assert_array_equal(read(folder / "pairs" / name), coded(pair.image))
+    for old, new in sequences(old_group, new_group):
+        for path, crop in zip(old["images"][1:-1], new.crops or (), strict=True):
+            file = folder / "interpolated" / Path(path).name
+            np.testing.assert_array_equal(read(file), coded(crop))
+        for fields, camera in zip(old["params"], new.cameras, strict=True):
+            row = [fields[name] for name in CAMERA_FIELDS]
+            np.testing.assert_allclose(row, camera.to_array(), rtol=1e-12)
+
+
+def test_its_sharp_images_are_those_of_one_request_but_for_jpeg(
+    gateway: Running, old_group: list[dict[str, Any]], new_group: Group, client: Client
+) -> None:
+    """Twice JPEG aside: the files hold what the network makes of the JPEG pairs, to the grey level."""
+    folder = gateway.output / "group_0001"
+    names = sorted(path.name for path in (folder / "pairs").iterdir())
+    pairs = np.stack([read(folder / "pairs" / name) for name in names])
+    again = client.infer("osediff", {"IMAGES": pairs}, ("IMAGES_SR",))["IMAGES_SR"]
+    for name, sharp, pair in zip(names, again, new_group.pairs, strict=True):
+        got = read(folder / "osediff" / name)
+        assert cv2.PSNR(got, coded(sharp)) > 40
+        assert cv2.PSNR(got, np.ascontiguousarray(pair.sharp)) > 20
+    for old, new in sequences(old_group, new_group):
+        for path, image in zip(old["images"], new.images, strict=True):
+            assert cv2.PSNR(read(path), np.ascontiguousarray(image)) > 20
+
+
+def sequences(old: list[dict[str, Any]], new: Group) -> Iterator[tuple[dict[str, Any], Sequence]]:
+    """The sequences of the intervals that the old client kept, and the same of the new group."""
+    intervals = {interval.interval: interval for interval in new.intervals}
+    for entry in old:
+        for p, sequence in enumerate(intervals[entry["interval"]].sequences, start=1):
+            yield entry[f"panorama{p}"], sequence
+
+
+def tensor(array: np.ndarray, **options: Any) -> dict[str, Any]:
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {
+        "tensor": data,
+        "shape": array.shape,
+        "dtype": array.dtype.name,
+        "layout": "NHWC",
+    } | options
+
+
+def array(reply: dict[str, Any]) -> np.ndarray:
+    data = base64.b64decode(reply["tensor"])
+    return np.frombuffer(data, reply["dtype"]).reshape(reply["shape"])
+
+
+def test_the_tensor_twins_give_the_pipelines_images(
+    gateway: Running, new_group: Group, panoramas: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Stage by stage from the same cameras; batches of another make-up may round to the next grey level."""
+    urls = gateway.urls
+    cameras = np.stack([[p.left.to_array(), p.right.to_array()] for p in new_group.pairs])
+    cameras = cameras.reshape(2, 8, 2, 5)
+    body = tensor(np.stack(panoramas), cameras=cameras.tolist())
+    pairs = array(post(f"{urls['preprocess']}/preprocess_tensor", body))
+    np.testing.assert_array_equal(pairs, np.stack([pair.image for pair in new_group.pairs]))
+    sharp = array(post(f"{urls['osediff']}/super_resolution_tensor", tensor(pairs)))
+    expected = np.stack([pair.sharp for pair in new_group.pairs])
+    assert np.abs(sharp.astype(int) - expected).max() <= 1
+    scores = post(f"{urls['quality']}/evaluate_pairs_tensor", tensor(expected))["results"]
+    got = [score["final_score"] or 0.0 for score in scores]
+    wanted = np.nan_to_num([pair.quality.final_score for pair in new_group.pairs])
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    body = tensor(np.stack(panoramas), cameras=cameras.tolist(), num_interpolations=BETWEEN)
+    views = array(post(f"{urls['preprocess']}/interpolate_tensor", body))
+    crops = [crop for i in new_group.intervals for s in i.sequences for crop in s.crops or ()]
+    np.testing.assert_array_equal(views, np.stack(crops))
+    rights = np.stack([i.sequences[1].images[-1] for i in new_group.intervals])
+    replies = post(f"{urls['quality']}/generate_descriptions_tensor", tensor(rights))["results"]
+    assert [r["description"] for r in replies] == [i.description for i in new_group.intervals]
+
+
+def example(name: str) -> ModuleType:
+    """An example as its user's interpreter would load it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_numpy_example(gateway: Running, client: Client) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    sharp = example("gateway_numpy").super_resolve(gateway.urls["osediff"], images)
+    expected = client.infer("osediff", {"IMAGES": images}, ("IMAGES_SR",))["IMAGES_SR"]
+    assert np.abs(sharp.astype(int) - expected).max() <= 1
+
+
+def test_the_pytorch_example(gateway: Running) -> None:
+    torch = pytest.importorskip("torch")
+    images = torch.rand(1, 3, 64, 64)
+    sharp = example("gateway_torch").super_resolve(gateway.urls["osediff"], images)
+    assert sharp.shape == (1, 3, 128, 128)
+    assert sharp.dtype == torch.float32
+    assert 0 <= sharp.min() < sharp.max() <= 1
+
+
+def test_the_tensorflow_example(gateway: Running) -> None:
+    tf = pytest.importorskip("tensorflow")
+    images = tf.random.uniform((64, 64, 3))
+    sharp = example("gateway_tensorflow").super_resolve(gateway.urls["osediff"], images)
+    assert sharp.shape == (128, 128, 3)
+    assert sharp.dtype == tf.float32
+
+
+def test_it_listens_on_loopback_and_opens_nothing_else(gateway: Running) -> None:
+    assert set(gateway.urls) == {"preprocess", "osediff", "quality"}
+    for service, url in gateway.urls.items():
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(f"{url}/health", timeout=30) as reply:
+            assert json.load(reply) == {"status": "healthy", "service": service}
+    body = {"image_path": "/etc/hostname", "group_id": 1}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(f"{gateway.urls['preprocess']}/preprocess_for_group", body)
+    with caught.value as reply:
+        assert reply.status == 403
+        assert "--root" in json.load(reply)["error"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_three(tmp_path: Path, end: signal.Signals) -> None:
+    running = Running("127.0.0.1:1", tmp_path / "out")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{running.urls['quality']}/health", timeout=60)
+    with caught.value as reply:
+        assert reply.status == 503
+        assert "panotriton serve" in json.load(reply)["error"]
+    assert running.stop(end) == (0, "stopped")
+
+
+def refused(*arguments: str) -> str:
+    command = [*COMMAND, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = refused("-o", str(tmp_path), *ANY_PORTS, "--quality-port", str(port))
+    assert f"127.0.0.1:{port}" in error
+    assert "--quality-port" in error
+
+
+def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
+    error = refused("-o", str(tmp_path), "--root", str(tmp_path / "none"), *ANY_PORTS)
+    assert f"root {tmp_path}/none: No such file" in error

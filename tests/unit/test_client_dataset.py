@@ -1,0 +1,69 @@
+"""What a data-set run is made of, without a server."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from panotriton.dataset import Dataset, find_panoramas, group_seed, pair_order
+from panotriton.errors import InvalidInput
+
+PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
+
+
+def test_the_order_holds_every_pair_once() -> None:
+    order = pair_order(7, seed=3)
+    pairs = {tuple(pair) for pair in order.tolist()}
+    assert len(order) == len(pairs) == 21
+    assert all(one < other for one, other in pairs)
+    np.testing.assert_array_equal(order, pair_order(7, seed=3))
+    assert not np.array_equal(order, pair_order(7, seed=4))
+
+
+def test_seeds_are_fixed_and_differ() -> None:
+    assert group_seed(3, 0) == 6233904063939786893
+    assert len({group_seed(seed, i) for seed in range(20) for i in range(20)}) == 400
+    assert all(0 <= group_seed(s, 0) < 2**63 for s in range(50))
+
+
+def test_panoramas_are_found_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "notes.txt", "c.webp"):
+        (tmp_path / name).write_bytes(b"")
+    names = [path.name for path in find_panoramas([tmp_path])]
+    assert names == ["a.png", "b.JPG", "c.webp"]
+    with pytest.raises(InvalidInput, match="is not a folder"):
+        find_panoramas([tmp_path / "a.png"])
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(InvalidInput, match="0 panoramas found; expected two"):
+        find_panoramas([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "exactly one of sample_n"),
+        ({"sample_n": 1, "target_n": 1}, "exactly one of sample_n"),
+        ({"sample_n": 0}, "sample_n is 0"),
+        ({"sample_n": 1, "in_flight": 0}, "in_flight is 0"),
+    ],
+)
+def test_bad_runs_are_refused(tmp_path: Path, arguments: dict[str, Any], says: str) -> None:
+    paths = sorted(PANORAMAS.glob("*.jpg"))
+    with pytest.raises(InvalidInput, match=says):
+        Dataset(paths, tmp_path, 1, **arguments)
+
+
+def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -> None:
+    options = {
+        "crop_size": 63,
+        "upscale": 2,
+        "align": "adain",
+        "prompt": "",
+        "threshold": 0.7,
+        "interpolations": 9,
+    }
+    with pytest.raises(InvalidInput, match="crop_size is 63"):
+        Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1, options=options)
