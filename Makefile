@@ -25,7 +25,7 @@ repository/.small: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
-	$(BIN)/panotriton process --local $(DEMO)/courtyard.jpg $(DEMO)/interior.jpg --seed 7 -o out/demo
+	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 -o out/demo
 
 test: repository/.small  ## all tests, a real tritonserver included
 	$(BIN)/python -m pytest

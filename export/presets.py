@@ -17,6 +17,9 @@ from panotriton_export.qwen import export_qwen
 __all__ = ["export_small", "write_small_checkpoint"]
 
 SMALL = Path(__file__).parent / "small"
+# The small VAE halves each side once, so its latents are 2 px: with this tile a pair has 8 tiles and an
+# in-between view 4, as with Stable Diffusion's 8 px and 96.
+LATENT_TILE = 288
 
 
 def export_small(repository: Path, report: Callable[[str], None] = print) -> None:
@@ -26,7 +29,8 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
     """
     with tempfile.TemporaryDirectory() as work:
         checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
-        export_osediff(SMALL / "osediff" / "base", checkpoint, repository, report=report)
+        base = SMALL / "osediff" / "base"
+        export_osediff(base, checkpoint, repository, latent_tile=LATENT_TILE, report=report)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 
 

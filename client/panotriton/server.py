@@ -170,7 +170,8 @@ class LocalServer:
 
     Ports of 0 pick free ones. `load_models` serves only the named models (and what they compose);
     None serves every model of the repository. `strict` fails the start when any model does not
-    load; otherwise the others are served. Raises ServerStartError with the reason from the
+    load; otherwise the others are served. `auto_complete` lets configs leave out inputs and outputs,
+    for an extra process a model at start. Raises ServerStartError with the reason from the
     server's log, which is kept at `log_file` where one is named.
     """
 
@@ -186,6 +187,7 @@ class LocalServer:
         log_verbose: int = 0,
         load_models: Sequence[str] | None = None,
         strict: bool = True,
+        auto_complete: bool = False,
         start_timeout_s: float = 300.0,
         exit_timeout_s: float = 30.0,
         max_request_bytes: int = 1 << 30,
@@ -202,6 +204,7 @@ class LocalServer:
         self._log_verbose = log_verbose
         self._load_models = load_models
         self._strict = strict
+        self._auto_complete = auto_complete
         self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
         self._max_request_bytes = max_request_bytes
@@ -321,6 +324,7 @@ class LocalServer:
         command += [
             f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
         ]
+        command += [] if self._auto_complete else ["--disable-auto-complete-config"]
         command += [f"--load-model={name}" for name in self._load_models or ()]
         command += [f"--backend-config=python,{item}" for item in self._python_backend_config()]
         if installation.backends is not None:

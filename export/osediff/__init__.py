@@ -47,15 +47,17 @@ def export_osediff(
     *,
     precision: str = "fp32",
     provider: str = "cpu",
+    latent_tile: int = LATENT_TILE,
     report: Callable[[str], None] = print,
 ) -> list[ParityResult]:
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
 
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
     precision: fp32, or fp16 for the weights of all but the decoder (inputs and outputs keep their
-    types). provider: cpu, cuda or tensorrt, what the networks' configs ask the server for. One network
-    is in memory at a time, except in the last check. Raises CheckpointError for files that do not fit, and
-    ExportError where a graph differs from PyTorch.
+    types). provider: cpu, cuda or tensorrt, what the networks' configs ask the server for.
+    latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. One network
+    is in memory at a time, except in the last check. Raises CheckpointError for files that do not
+    fit, and ExportError where a graph differs from PyTorch.
     """
     if precision not in LIMITS:
         raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
@@ -71,7 +73,7 @@ def export_osediff(
         set_provider(repository / compared[0].component, provider, precision)
         for result in compared:
             report(str(result))
-    _write_front(source, repository, precision)
+    _write_front(source, repository, precision, latent_tile)
     report(_check_whole_image(source, repository, precision))
     return results
 
@@ -91,7 +93,7 @@ def _export_graphs(
         yield export_component(component(), repository)
 
 
-def _write_front(source: Checkpoint, repository: Path, precision: str) -> None:
+def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:
     """What the `osediff` model itself reads: tokenizer.json and osediff.json."""
     folder = repository / "osediff" / "1"
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def _write_front(source: Checkpoint, repository: Path, precision: str) -> None:
         "alpha_cumprod": source.base.alpha_cumprod,
         "latent_channels": source.base.latent_channels,
         "latent_overlap": LATENT_OVERLAP,
-        "latent_tile": LATENT_TILE,
+        "latent_tile": latent_tile,
         "precision": precision,
         "process_size": PROCESS_SIZE,
         "vae_scale_factor": source.base.vae_scale_factor,

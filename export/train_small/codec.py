@@ -1,9 +1,8 @@
 """Begin the small VAE as a linear codec of the x2 task, so that training only has to better it.
 
 Encoder: colour → one luma, two chromas, at half size. Decoder: a 3 × 3 convolution there, and one
-after doubling. Their kernels, and the halving's, are fitted by least squares, each to what
-undegraded photographs have in its place, so that the start already beats bicubic.
-Residual branches start at 0, other weights small.
+after doubling. Their kernels, and the halving's, are fitted by least squares to undegraded
+photographs, which begins about where bicubic is. Residual branches start at 0, others small.
 
 Group norm would take mean and contrast away. Before the two last norms stand offsets ±K, much
 larger than the signal: dividing by the deviation is then nearly dividing by K, the norm's affine
@@ -110,7 +109,8 @@ def _fit_pair(signal: Tensor, target: Tensor, rounds: int = 6) -> tuple[Tensor, 
     """Kernels (3, 3) before and after doubling (B, 1, h, w) to (B, 2h, 2w), each fitted in turn."""
     before = torch.zeros(3, 3)
     before[1, 1] = 1
-    shifted = F.unfold(signal, 3, padding=1).unflatten(2, signal.shape[2:])  # (B, 9, h, w)
+    batch, _, height, width = signal.shape
+    shifted = F.unfold(signal, 3, padding=1).reshape(batch, 9, height, width)
     shifted = F.pad(F.interpolate(shifted, scale_factor=2.0), (1, 1, 1, 1))
     for _ in range(rounds):
         after = _fit((shifted * before.reshape(1, 9, 1, 1)).sum(1, keepdim=True), target)

@@ -54,7 +54,7 @@ SOURCES: dict[str, Source] = {
     "coffee.png": Source("Rachel Michetti, Pikolo Espresso Bar", "CC0 1.0", _SKIMAGE),
     "grass.png": Source("CC0 Textures", "CC0 1.0", _SKIMAGE),
     "gravel.png": Source("CC0 Textures", "CC0 1.0", _SKIMAGE),
-    "rocket.jpg": Source("SpaceX", "CC0 1.0", _SKIMAGE),
+    "rocket.jpg": Source("SpaceX", "public domain", _SKIMAGE),
     "courtyard.jpg": Source(_HAVEN, "CC0 1.0", _BLENDER),
     "interior.jpg": Source(_HAVEN, "CC0 1.0", _BLENDER),
     "sunrise.jpg": Source(_HAVEN, "CC0 1.0", _BLENDER),

@@ -78,8 +78,9 @@ def new_scheduler() -> DDPMScheduler:
 
 
 def new_vae(scaling_factor: float) -> AutoencoderKL:
-    """Factor 2. Few channels where pixels are many. One norm group: with four channels at full
-    size, more groups would take every channel's mean, and so the colour, away."""
+    """Two pixels a latent along each side, where Stable Diffusion has 8: at x2 a latent is then an
+    input pixel, and no decoder this small has to tell the pixels of a block apart. One norm group:
+    with four channels at full size, more would take every channel's mean, so the colour, away."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -94,7 +95,7 @@ def new_vae(scaling_factor: float) -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Attention only where 96 × 96 latents have become 12 × 12. Starts by predicting ε = 0."""
+    """Attention only where 96 × 96 latents have become 6 × 6. Starts by predicting ε = 0."""
     unet = UNet2DConditionModel(
         sample_size=64,
         in_channels=LATENT_CHANNELS,
@@ -547,15 +548,15 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, help="where to stop and go on (default: OUTPUT.state.pt)"
     )
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument(
-        "--size", type=int, default=192, help="side of a training crop, a multiple of 32"
+        "--size", type=int, default=96, help="side of a training crop, a multiple of 32"
     )
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--threads", type=int, default=1, help="more threads, other rounding")
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
     args.state = args.state or args.output.with_suffix(".state.pt")
     args.output.parent.mkdir(parents=True, exist_ok=True)

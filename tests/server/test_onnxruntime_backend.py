@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     repository = tmp_path_factory.mktemp("good")
     _write_batching_models(repository)
     _write_other_models(repository)
-    with LocalServer(repository) as running:
+    with LocalServer(repository, auto_complete=True) as running:
         yield running
 
 
@@ -352,7 +352,7 @@ def test_completed_with_nothing_but_a_batch_dimension(client, server):
 def test_every_broken_model_names_its_fault(tmp_path):
     expected = _write_broken_models(tmp_path)
     with pytest.raises(ServerStartError) as caught:
-        LocalServer(tmp_path).__enter__()
+        LocalServer(tmp_path, auto_complete=True).__enter__()
     lines = str(caught.value).splitlines()
     for model, fault in expected.items():
         reasons = [line for line in lines if f"unable to load model '{model}'" in line]

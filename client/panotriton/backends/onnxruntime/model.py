@@ -1,7 +1,7 @@
 """Triton's `onnxruntime` backend for a server without a native one, through the onnxruntime wheel.
 
 A model's config.pbtxt and 1/model.onnx are those of the native backend, and what that one refuses
-at load is refused here, so what loads here loads there. Three differences:
+at load is refused here, so what loads here loads there. Differences:
 
 - Unset or 0, `intra_op_thread_count` means the cores that this process may use divided by the
   model's instances (the native backend: all cores for each). Each instance is a process of its own.
@@ -265,6 +265,8 @@ def session_options(config: Config) -> Any:
     options.inter_op_num_threads = threads(config, "inter_op_thread_count")
     options.enable_cpu_mem_arena = choice(config, "enable_mem_arena", SWITCH, "1")
     options.enable_mem_pattern = choice(config, "enable_mem_pattern", SWITCH, "1")
+    # Each instance is a process of its own: a thread that spins between runs takes a core from others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     allocator = "session.use_device_allocator_for_initializers"
     options.add_session_config_entry(allocator, parameter(config, allocator, "0"))
     for library in config.get("model_operations", {}).get("op_library_filename", []):
