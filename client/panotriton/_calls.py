@@ -12,7 +12,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton._pixels import ImageLike, Images, file_bytes, is_file, pixels, same_size
+from panotriton._pixels import (
+    ImageLike,
+    Images,
+    encoded_panorama,
+    is_file,
+    pixels,
+    same_size,
+)
 from panotriton.camera import INTERVALS, Camera
 from panotriton.errors import InvalidInput
 from panotriton.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras
@@ -201,7 +208,7 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
             )
     _check_range("size", size, *CROP_SIZES)
     image: dict[str, Value] = (
-        {"ENCODED": file_bytes(panorama)}
+        {"ENCODED": encoded_panorama(panorama)}
         if is_file(panorama)
         else {"PANORAMA": Images((pixels("panorama", panorama, cuda=cuda),), alone=True)}
     )
@@ -304,7 +311,8 @@ def _camera_tensors(seed: int | None, cameras: NDArray[np.float64] | None) -> di
 def _panoramas(one: ImageLike, two: ImageLike, cuda: bool) -> tuple[str, dict[str, Value]]:
     """The ensemble that takes these two, and its image inputs: files go as they are."""
     if is_file(one) and is_file(two):
-        return "panorama_encoded", {"ENCODED_1": file_bytes(one), "ENCODED_2": file_bytes(two)}
+        files = {"ENCODED_1": encoded_panorama(one), "ENCODED_2": encoded_panorama(two)}
+        return "panorama_encoded", dict(files)
     images = {
         f"PANORAMA_{i}": Images((pixels(f"panorama_{i}", image, cuda=cuda),), alone=True)
         for i, image in enumerate((one, two), start=1)

@@ -12,9 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from panotriton.errors import InvalidImage
-from panotriton.images import MIN_SIDE_PX, check_panorama, decode_image
+from panotriton.images import MIN_SIDE_PX, check_encoded, check_panorama, decode_image
 
-__all__ = ["ImageLike", "Images", "TorchTensor", "file_bytes", "is_file", "pixels", "same_size"]
+__all__ = [
+    "ImageLike",
+    "Images",
+    "TorchTensor",
+    "encoded_panorama",
+    "file_bytes",
+    "is_file",
+    "pixels",
+    "same_size",
+]
 
 _MAX_FILE_BYTES = 512 << 20
 
@@ -74,6 +83,13 @@ def file_bytes(path: Any) -> NDArray[np.object_]:
         return np.array([Path(path).read_bytes()], np.object_)
     except OSError as error:
         raise InvalidImage(f"cannot read {path}: {error.strerror}") from error
+
+
+def encoded_panorama(path: Any) -> NDArray[np.object_]:
+    """A file to be decoded by the server, refused here where its header is wrong already."""
+    data = file_bytes(path)
+    check_encoded(str(path), data.item())
+    return data
 
 
 def pixels(

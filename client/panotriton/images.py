@@ -5,7 +5,9 @@ An image is RGB uint8, (H, W, 3). Sizes are checked before memory is taken for t
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,14 @@ from PIL import UnidentifiedImageError
 
 from panotriton.errors import InvalidImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE_PX", "check_images", "check_panorama", "decode_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "MIN_SIDE_PX",
+    "check_encoded",
+    "check_images",
+    "check_panorama",
+    "decode_image",
+]
 
 MIN_SIDE_PX = 64
 MAX_PIXELS = 16384 * 8192
@@ -71,13 +80,25 @@ def decode_image(name: str, data: bytes, min_side_px: int = MIN_SIDE_PX) -> NDAr
     Raises InvalidImage for other formats, truncated data, 16-bit pixels and over-large sizes,
     the last before anything is decoded.
     """
+    with _opened(name, data, min_side_px) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def check_encoded(name: str, data: bytes, min_side_px: int = MIN_SIDE_PX) -> None:
+    """Raise InvalidImage for what the header of the bytes already tells: no image, or a wrong size."""
+    with _opened(name, data, min_side_px):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(name: str, data: bytes, min_side_px: int) -> Iterator[PILImage.Image]:
     try:
         # Our own limit below answers for size; Pillow's would only warn.
         with PILImage.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_size(name, *image.size, min_side_px)
             if image.mode.startswith(("I", "F")):
                 raise InvalidImage(f"{name} has {image.mode} pixels; expected 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
+            yield image
     except InvalidImage:
         raise
     except PILImage.DecompressionBombError as error:

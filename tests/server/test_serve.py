@@ -25,15 +25,17 @@ COMMAND = [sys.executable, "-m", "panotriton"]
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
 
 
-def regions() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def regions(command: list[str]) -> list[str]:
+    """Shared memory of the server with this command line: others may run beside it."""
+    setting = "--backend-config=python,shm-region-prefix-name="
+    (prefix,) = (part.removeprefix(setting) for part in command if part.startswith(setting))
+    return [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve_tells_where_it_listens_and_leaves_nothing(
     repository: Path, end: signal.Signals
 ) -> None:
-    before = regions()
     command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -45,23 +47,24 @@ def test_serve_tells_where_it_listens_and_leaves_nothing(
     address = dict(line[:2] for line in lines if len(line) == 2)
     assert address["gRPC"].startswith("127.0.0.1:")
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any("tritonserver" in child.name() for child in children)
+    (command_line,) = (c.cmdline() for c in children if "tritonserver" in c.name())
+    assert regions(command_line)
     with Client(address["gRPC"]) as client:
         assert client.ready()
     process.send_signal(end)
     assert process.wait(60) == 0
     process.stdout.close()
     assert not [child for child in children if child.is_running()]
-    assert regions() == before
+    assert not regions(command_line)
 
 
 def test_a_killed_server_leaves_no_region(repository: Path) -> None:
-    before = regions()
     with LocalServer(repository, load_models=["decode", "select"]) as server:
-        assert regions() != before
+        command_line = psutil.Process(server.pid).cmdline()
+        assert regions(command_line)
         os.killpg(server.pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
-    assert regions() == before
+    assert not regions(command_line)
 
 
 def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> None:
