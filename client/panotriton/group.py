@@ -18,6 +18,7 @@ from panotriton.images import check_panorama
 __all__ = [
     "CROP_SIZES",
     "check_cameras",
+    "check_crop_size",
     "check_interpolations",
     "check_threshold",
     "filter_intervals",
@@ -49,6 +50,13 @@ def check_cameras(name: str, cameras: F64) -> None:
             raise InvalidInput(f"{name}{list(index)}: {error}") from error
 
 
+def check_crop_size(crop_size: int) -> None:
+    """Raise InvalidInput unless a crop's side is 64 to 2048 px."""
+    low, high = CROP_SIZES
+    if not low <= crop_size <= high:
+        raise InvalidInput(f"CROP_SIZE is {crop_size}; expected {low} to {high} px")
+
+
 def check_threshold(threshold: float) -> None:
     """Raise InvalidInput unless 0 ≤ threshold ≤ 1."""
     if not 0.0 <= threshold <= 1.0:
@@ -70,9 +78,7 @@ def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> t
     """
     for number, panorama in enumerate(panoramas, start=1):
         check_panorama(f"PANORAMA_{number}", panorama)
-    low, high = CROP_SIZES
-    if not low <= crop_size <= high:
-        raise InvalidInput(f"CROP_SIZE is {crop_size}; expected {low} to {high} px")
+    check_crop_size(crop_size)
     pairs = np.empty((2 * INTERVALS, crop_size, 2 * crop_size, 3), np.uint8)
     spheres = [Sphere(panorama, crop_size) for panorama in panoramas]
     for p, sphere in enumerate(spheres):

@@ -334,6 +334,30 @@ def test_a_bad_option_is_refused_before_any_work(
     assert executions(server, "osediff") == before
 
 
+@pytest.mark.parametrize("model", ["panorama", "panorama_encoded"])
+def test_many_bad_requests_at_once_leave_the_server_alive(
+    server: LocalServer, panoramas: tuple[np.ndarray, np.ndarray], model: str
+) -> None:
+    inputs = group_inputs(panoramas, ALIGN=text("x"))
+    if model == "panorama_encoded":
+        inputs = {k: v for k, v in inputs.items() if not k.startswith("PANORAMA")}
+        inputs |= {"ENCODED_1": text("no image"), "ENCODED_2": DECODE["ENCODED"]}
+
+    def ask(url_and_wire: tuple[str, ModuleType]) -> int:
+        client = Plain(url_and_wire[1], url_and_wire[0])
+        refused = 0
+        for _ in range(25):
+            with pytest.raises(InferenceServerException, match="expected"):
+                client.infer(model, inputs, OUTPUTS)
+            refused += 1
+        client.connection.close()
+        return refused
+
+    roads = [(server.grpc_url, tritonclient.grpc), (server.http_url, tritonclient.http)] * 2
+    with ThreadPoolExecutor(len(roads)) as pool:
+        assert list(pool.map(ask, roads)) == [25] * 4
+
+
 def executions(server: LocalServer, model: str) -> int:
     with tritonclient.http.InferenceServerClient(server.http_url) as client:
         (stats,) = client.get_inference_statistics(model)["model_stats"]

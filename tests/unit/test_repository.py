@@ -57,3 +57,12 @@ def assert_fits(made: tuple[int, list[int]], taken: tuple[int, list[int]]) -> No
     assert made[0] == taken[0]
     assert len(made[1]) == len(taken[1])
     assert all(a == b or -1 in (a, b) for a, b in zip(made[1], taken[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_one_step_alone_can_start_an_ensemble(name: str) -> None:
+    """With two, one that fails at once brings this server down."""
+    given = {io.name for io in CONFIGS[name].input}
+    steps = CONFIGS[name].ensemble_scheduling.step
+    first = [step.model_name for step in steps if set(step.input_map.values()) <= given]
+    assert first == [steps[0].model_name]

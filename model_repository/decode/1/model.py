@@ -1,14 +1,25 @@
-"""decode: one encoded image (JPEG, PNG, WebP) → RGB uint8 (H, W, 3)."""
+"""decode: one or two encoded images (JPEG, PNG, WebP) → RGB uint8 (H, W, 3) each."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 from panotriton import serving
 from panotriton.images import decode_image
 
+_OUTPUTS = {"ENCODED": "IMAGE", "ENCODED_2": "IMAGE_2"}
+
 
 class TritonPythonModel:
+    def initialize(self, args):
+        self._pool = ThreadPoolExecutor(2)  # Pillow decodes without the interpreter lock
+
     def execute(self, requests):
         return serving.respond(requests, self._decode)
 
-    @staticmethod
-    def _decode(request):
-        data = serving.required(request, "ENCODED").item()
-        return {"IMAGE": decode_image("ENCODED", data)}
+    def finalize(self):
+        self._pool.shutdown()
+
+    def _decode(self, request):
+        encoded = {name: serving.optional(request, name) for name in _OUTPUTS}
+        given = {name: data.item() for name, data in encoded.items() if data is not None}
+        images = self._pool.map(decode_image, given.keys(), given.values())
+        return {_OUTPUTS[name]: image for name, image in zip(given, images, strict=True)}

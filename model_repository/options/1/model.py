@@ -3,7 +3,7 @@
 import numpy as np
 
 from panotriton import serving
-from panotriton.group import check_interpolations, check_threshold
+from panotriton.group import check_crop_size, check_interpolations, check_threshold
 from panotriton.osediff import check_options
 
 
@@ -13,6 +13,8 @@ class TritonPythonModel:
 
     @staticmethod
     def _complete(request):
+        crop_size = serving.number(request, "CROP_SIZE", 512)
+        check_crop_size(crop_size)
         upscale = serving.number(request, "UPSCALE", 2)
         align = serving.text(request, "ALIGN", "adain")
         check_options(upscale, align)
@@ -21,6 +23,7 @@ class TritonPythonModel:
         interpolations = serving.number(request, "NUM_INTERPOLATIONS", 9)
         check_interpolations(interpolations)
         return {
+            "CROP_SIZE": np.array([crop_size], np.int32),
             "UPSCALE": np.array([upscale], np.int32),
             "ALIGN": serving.texts([align]),
             "PROMPT": serving.texts([serving.text(request, "PROMPT", "")]),
