@@ -10,11 +10,11 @@ DEMO   := tests/data/panoramas
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing torch, tritonserver and the rest into $(VENV): a few GB, some minutes ..."
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 setup: $(VENV)/.installed  ## install into .venv
@@ -37,7 +37,7 @@ check: setup  ## format, lint, types, duplicates of docs
 	$(BIN)/python docs/architecture.py --check
 
 $(VENV)/.deploy: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[deploy]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[deploy]'
 	touch $@
 
 build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt

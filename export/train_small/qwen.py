@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("export/small/qwen"))
     parser.add_argument("--vision-steps", type=int, default=1400)
     parser.add_argument("--text-steps", type=int, default=1000)
-    parser.add_argument("--all-steps", type=int, default=600)
+    parser.add_argument("--all-steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--groups", type=int, default=20, help="camera draws for each panorama")
     parser.add_argument("--threads", type=int, default=1)
