@@ -35,6 +35,7 @@ check: setup  ## format, lint, types, duplicates of docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/architecture.py --check
+	$(BIN)/python docs/api.py --check
 
 $(VENV)/.deploy: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[deploy]'
@@ -49,10 +50,12 @@ deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that need
 
 bench: repository/.small  ## measurements; see tests/bench
 	$(BIN)/python tests/bench/crop.py
+	$(BIN)/python tests/bench/transport.py
 	$(BIN)/python tests/bench/capacity.py
 
 docs: setup  ## rewrite what is generated from the configs
 	$(BIN)/python docs/architecture.py
+	$(BIN)/python docs/api.py
 
 clean:  ## remove what was built, keep .venv
 	rm -rf out build *.egg-info repository
