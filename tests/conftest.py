@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from panotriton.errors import ServerStartError
 from panotriton.repository import check_exported
 from panotriton.server import LocalServer
+
+# A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"
