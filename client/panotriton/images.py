@@ -102,7 +102,10 @@ def _opened(name: str, data: bytes, min_side_px: int) -> Iterator[PILImage.Image
     except InvalidImage:
         raise
     except PILImage.DecompressionBombError as error:
-        raise InvalidImage(f"{name}: {error}; downsize it first") from error
+        raise InvalidImage(
+            f"{name} is too large ({error}); expected at most {MAX_PIXELS / 1e6:.0f} megapixels: "
+            "downsize it first"
+        ) from error
     except UnidentifiedImageError as error:
         raise InvalidImage(
             f"{name} holds {len(data)} bytes that are no image; expected the whole content of a "
