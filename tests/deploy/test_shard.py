@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import cv2
+import numpy as np
 import pytest
 
 from panotriton import ConnectError, InferenceFailed, PanotritonError
@@ -20,6 +22,8 @@ from panotriton.server import LocalServer
 from tests.deploy.charts import CHART, ROOT
 
 SCRIPT = CHART / "files" / "shard.py"
+# The client looks at a file's header before it sends it.
+PICTURE = cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
 def test_no_replica_is_a_failure_that_a_retry_may_mend(tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("a.jpg\tb.jpg\n")
     for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).write_bytes(PICTURE)
     command = [sys.executable, SCRIPT, "--server=127.0.0.1:1", "--shards=1", "--patience-s=1"]
     command += [f"--pairs={tmp_path}/pairs.tsv", f"--output={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,7 +76,7 @@ TYPES = {"TYPE_UINT8": np.uint8, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32
 
 
 class TritonPythonModel:
-    \"\"\"Answers like the pipeline when no interval is kept, at once; the file "broken" is refused.\"\"\"
+    \"\"\"Answers like the pipeline when no interval is kept, at once; a file that ends in "broken" is refused.\"\"\"
 
     def initialize(self, args):
         self.outputs = json.loads(args["model_config"])["output"]
@@ -81,7 +85,7 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
-        if pb.get_input_tensor_by_name(request, "ENCODED_1").as_numpy().item() == b"broken":
+        if pb.get_input_tensor_by_name(request, "ENCODED_1").as_numpy().item().endswith(b"broken"):
             error = pb.TritonError("ENCODED_1 is broken", pb.TritonError.INVALID_ARG)
             return pb.InferenceResponse(error=error)
         return pb.InferenceResponse([self._zeros(output) for output in self.outputs])
@@ -116,9 +120,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 def test_a_shard_works_through_its_pairs_and_resumes(server: LocalServer, tmp_path: Path) -> None:
     names = [f"{n}.jpg" for n in range(6)]
     for n, name in enumerate(names):
-        (tmp_path / name).write_text("broken" if n == 2 else "encoded")
+        (tmp_path / name).write_bytes(PICTURE + (b"broken" if n == 2 else b""))
     (tmp_path / "pairs.tsv").write_text("".join(f"{name}\tother.jpg\n" for name in names))
-    (tmp_path / "other.jpg").write_text("encoded")
+    (tmp_path / "other.jpg").write_bytes(PICTURE)
     command = [sys.executable, SCRIPT, f"--server={server.grpc_url}", "--shards=2", "--index=0"]
     command += [f"--pairs={tmp_path}/pairs.tsv", f"--output={tmp_path}/out"]
     told = []
