@@ -76,7 +76,7 @@ TYPES = {"TYPE_UINT8": np.uint8, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32
 
 
 class TritonPythonModel:
-    \"\"\"Answers like the pipeline when no interval is kept, at once; a file that ends in "broken" is refused.\"\"\"
+    \"\"\"Answers as if no interval were kept; a file that ends in "broken" is refused.\"\"\"
 
     def initialize(self, args):
         self.outputs = json.loads(args["model_config"])["output"]
