@@ -8,7 +8,7 @@ import numpy as np
 from panotriton import serving
 from panotriton.camera import Camera, Sphere
 from panotriton.errors import InvalidInput
-from panotriton.group import CROP_SIZES
+from panotriton.group import check_crop_size
 from panotriton.images import check_panorama, decode_image
 
 _MAX_CAMERAS = 256  # bounds what a request makes the server allocate
@@ -25,9 +25,7 @@ class TritonPythonModel:
     def _crop(request):
         cameras = _cameras(serving.required(request, "CAMERAS"))
         size = serving.number(request, "CROP_SIZE", 512)
-        low, high = CROP_SIZES
-        if not low <= size <= high:
-            raise InvalidInput(f"CROP_SIZE is {size}; expected {low} to {high} px")
+        check_crop_size(size)
         views = np.empty((len(cameras), size, size, 3), np.uint8)
         Sphere(_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
         return {"CROPS": views}

@@ -12,8 +12,8 @@ from panotriton import serving
 from panotriton.camera import INTERVALS, sample_cameras
 from panotriton.errors import InvalidInput
 from panotriton.group import (
-    CROP_SIZES,
     check_cameras,
+    check_crop_size,
     check_interpolations,
     check_threshold,
     filter_intervals,
@@ -92,9 +92,7 @@ class _Run:
         check_interpolations(self._count)
         check_threshold(self._threshold)
         check_options(upscale, align)
-        low, high = CROP_SIZES
-        if not low <= self._size <= high:
-            raise InvalidInput(f"CROP_SIZE is {self._size}; expected {low} to {high} px")
+        check_crop_size(self._size)
         self._sr_options = {
             "UPSCALE": np.array([upscale], np.int32),
             "ALIGN": serving.texts([align]),
