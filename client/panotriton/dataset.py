@@ -200,7 +200,12 @@ class Dataset:
             part.replace(self._waiting(index))
             return _Outcome(result)
 
-        return await asyncio.to_thread(write)
+        writing = asyncio.create_task(asyncio.to_thread(write))
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await writing  # a thread can't be stopped, and must not write once the run has ended
+            raise
 
     def _settle(self) -> bool:
         """Move what is next in order to its place; whether the run has all that it was asked for."""
@@ -279,7 +284,7 @@ class Dataset:
         self._write_results(last=True)
         self._write_failures(last=True)
         write_json(self.output / "summary.json", asdict(summary))
-        shutil.rmtree(self.output / ".work", ignore_errors=True)  # groups past the end, too
+        shutil.rmtree(self.output / ".work")  # groups past the end, too
         return summary
 
     def _folder(self, index: int) -> Path:

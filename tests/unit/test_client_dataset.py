@@ -1,12 +1,15 @@
 """What a data-set run is made of, without a server."""
 
+import asyncio
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from panotriton.aio import AsyncClient
 from panotriton.dataset import Dataset, find_panoramas, group_seed, pair_order
 from panotriton.errors import InvalidInput
 
@@ -67,3 +70,29 @@ def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -
     }
     with pytest.raises(InvalidInput, match="crop_size is 63"):
         Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1, options=options)
+
+
+def test_nothing_is_written_once_a_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups past the target are still being written when it is reached: they go, with .work."""
+
+    class Client:
+        async def process(self, *paths: Path, **options: Any) -> str:
+            return paths[0].stem
+
+    def fill(group: str, part: Path, number: int, *more: Any) -> dict[str, Any]:
+        for index in range(20 if number > 1 else 1):
+            folder = part / f"part_{index}"
+            folder.mkdir(parents=True)
+            time.sleep(0.01)
+        return {"kept": [1]}
+
+    monkeypatch.setattr("panotriton.dataset.fill_group", fill)
+    paths = sorted(PANORAMAS.glob("*.jpg"))
+    run = Dataset(paths, tmp_path, 1, target_n=1, in_flight=4)
+    assert asyncio.run(run.run(cast(AsyncClient, Client()))).groups == 1
+    left = {path.name for path in tmp_path.iterdir()}
+    time.sleep(0.3)
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert "group_0001" in left and ".work" not in left
