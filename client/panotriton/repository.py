@@ -7,8 +7,9 @@ from importlib import util
 from pathlib import Path
 
 from panotriton.errors import ServerStartError
+from panotriton.tags import TAGS_FILE
 
-__all__ = ["EXPORTED_FILES", "check_exported", "copy_models"]
+__all__ = ["EXPORTED_FILES", "check_exported", "copy_model", "copy_models"]
 
 EXPORTED_FILES = (
     "osediff/1/osediff.json",
@@ -17,6 +18,8 @@ EXPORTED_FILES = (
     "osediff_vae_encoder/1/model.onnx",
     "osediff_unet/1/model.onnx",
     "osediff_vae_decoder/1/model.onnx",
+    "panorama_stream/1/osediff.json",
+    "panorama_stream/1/tokenizer.json",
     "qwen/1/qwen.json",
     "qwen_scorer/1/prompt.txt",
     "qwen_describer/1/prompt.txt",
@@ -24,34 +27,67 @@ EXPORTED_FILES = (
 """What `panotriton export` adds to the code of the models."""
 
 _CODE = ("config.pbtxt", "README.md", "1/model.py", "1/.gitkeep")
+# Left out of a repository unless it was exported there: Triton loads no model without its graph.
+_OPTIONAL = "osediff_tagger"
 
 
-def check_exported(repository: Path) -> None:
-    """Raise ServerStartError, with the command that mends it, where weights are missing."""
+def check_exported(repository: Path, part: str = "") -> None:
+    """Raise ServerStartError, with the command that mends it, where weights are missing.
+
+    part: only of the models whose names begin so.
+    """
     if not repository.is_dir():
         raise ServerStartError(
             f"no model repository at {repository}: build it with "
             f"`panotriton export --preset small --output {repository}`, or name one with --repository"
         )
-    missing = [path for path in EXPORTED_FILES if not (repository / path).is_file()]
+    wanted = (path for path in EXPORTED_FILES if path.startswith(part))
+    missing = [path for path in wanted if not (repository / path).is_file()]
     if missing:
         raise ServerStartError(
             f"the repository {repository} is not exported yet ({missing[0]} is missing): "
             f"run `panotriton export --preset small --output {repository}`"
         )
+    _check_tagger(repository)
+
+
+def _check_tagger(repository: Path) -> None:
+    """The tagger may be there or not, but not by half."""
+    folder, tags = repository / _OPTIONAL, repository / "osediff" / "1" / TAGS_FILE
+    if _has_graph(folder) == tags.is_file() == folder.is_dir():
+        return
+    raise ServerStartError(
+        f"the tagger in {repository} is incomplete: expected {_OPTIONAL}/1/model.onnx and "
+        f"osediff/1/{TAGS_FILE}, or neither. Run `panotriton export osediff --tagger …` again, or remove "
+        f"{folder} and every */1/{TAGS_FILE}"
+    )
+
+
+def _has_graph(model: Path) -> bool:
+    return (model / "1" / "model.onnx").is_file()
 
 
 def copy_models(repository: Path) -> None:
-    """Put the models' code and configs into `repository`, unless it is their own home."""
+    """Put the models' code and configs into `repository`, unless it is their own home.
+
+    The tagger's only where it has been exported: the others work without it.
+    """
+    for config in sorted(_models_folder().glob("*/config.pbtxt")):
+        name = config.parent.name
+        if name != _OPTIONAL or _has_graph(repository / name):
+            copy_model(name, repository)
+
+
+def copy_model(name: str, repository: Path) -> None:
+    """`copy_models` for one model."""
     source = _models_folder()
     if repository.exists() and repository.samefile(source):
         return
-    for config in sorted(source.glob("*/config.pbtxt")):
-        for name in _CODE:
-            if (config.parent / name).exists():
-                target = repository / config.parent.name / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(config.parent / name, target)
+    for path in _CODE:
+        if (source / name / path).exists():
+            target = repository / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name / path, target)
 
 
 def _models_folder() -> Path:

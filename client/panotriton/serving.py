@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from panotriton.errors import InferenceFailed, InvalidInput
 
 __all__ = [
+    "Cancelled",
     "answers",
     "attempt",
     "call",
+    "calls_until",
     "number",
     "optional",
     "required",
@@ -30,9 +32,11 @@ __all__ = [
 ]
 
 Tensors = dict[str, NDArray[Any]]
-# Arrays, or tensors of the request in hand. (The server adds Tensor to pb_utils only after this import.)
-Inputs = Mapping[str, Any]
 _QWEN_IMAGES = 64  # qwen's max_batch_size
+
+
+class Cancelled(Exception):
+    """The caller wants no answer any more."""
 
 
 def respond(requests: Sequence[Any], handle: Callable[[Any], Tensors]) -> list[Any]:
@@ -65,6 +69,8 @@ def _answer(result: Tensors | BaseException) -> Any:
         return _failure(str(result), pb_utils.TritonError.INVALID_ARG)
     if isinstance(result, InferenceFailed):
         return _failure(str(result), pb_utils.TritonError.INTERNAL)
+    if isinstance(result, Cancelled):
+        return _failure("cancelled", pb_utils.TritonError.CANCELLED)
     if isinstance(result, BaseException):
         pb_utils.Logger.log_error("".join(traceback.format_exception(result)))
         reason = f"{type(result).__name__}: {result} (the server's log has the details)"
@@ -110,21 +116,31 @@ def texts(values: Sequence[str]) -> NDArray[np.object_]:
     return np.array([value.encode() for value in values], dtype=np.object_)
 
 
-async def call(model: str, inputs: Inputs, outputs: Sequence[str]) -> Tensors:
+async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
     """Send one request to another model of this server and wait for it without blocking others.
 
-    Arrays are copied to shared memory once; a tensor of the request in hand is passed as it is.
-    Raises InferenceFailed with the model's own message.
+    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message.
     """
     request = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=list(outputs),
-        inputs=[_tensor(name, value) for name, value in inputs.items()],
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(v)) for name, v in inputs.items()],
     )
     response = await request.async_exec()
     if response.has_error():
         raise InferenceFailed(f"{model}: {response.error().message()}")
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+def calls_until(is_cancelled: Callable[[], bool]) -> Callable[..., Awaitable[Tensors]]:
+    """`call` for one request: raises Cancelled instead of sending anything once that is so."""
+
+    async def checked(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
+        if is_cancelled():
+            raise Cancelled
+        return await call(model, inputs, outputs)
+
+    return checked
 
 
 async def ask_qwen(
@@ -152,9 +168,3 @@ async def ask_qwen(
 async def _ask(images: NDArray[np.uint8], question: Tensors) -> Tensors:
     repeated = {name: value.repeat(len(images))[:, None] for name, value in question.items()}
     return await call("qwen", {"IMAGE": images} | repeated, ["TEXT", "VALUE"])  # (N, 1) each
-
-
-def _tensor(name: str, value: Any) -> Any:
-    if isinstance(value, pb_utils.Tensor):
-        return value
-    return pb_utils.Tensor(name, np.ascontiguousarray(value))

@@ -94,10 +94,10 @@ def _export_graphs(
 
 
 def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:
-    """What the `osediff` model itself reads: tokenizer.json and osediff.json."""
-    folder = repository / "osediff" / "1"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(source.base.load_tokenizer(), folder / "tokenizer.json")
+    """What `SuperResolver` reads, to both models that use it: tokenizer.json and osediff.json.
+
+    Not to one place: a server fetches each model of an object store into a folder of its own.
+    """
     settings = {
         "alpha_cumprod": source.base.alpha_cumprod,
         "latent_channels": source.base.latent_channels,
@@ -108,15 +108,19 @@ def _write_front(source: Checkpoint, repository: Path, precision: str, latent_ti
         "vae_scale_factor": source.base.vae_scale_factor,
         "weights_sha256": source.fingerprint(),
     }
-    partial = folder / ".osediff.json.partial"
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    partial.replace(folder / "osediff.json")
+    for model in ("osediff", "panorama_stream"):
+        folder = repository / model / "1"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(source.base.load_tokenizer(), folder / "tokenizer.json")
+        partial = folder / ".osediff.json.partial"
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        partial.replace(folder / "osediff.json")
 
 
 def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> str:
     """Compare one image from the graphs with the reference's; a line for the report."""
     image = _test_image()
-    graphs = run_graphs(repository, image, source.base.alpha_cumprod, prompt=_PROMPT)
+    graphs = run_graphs(repository, image, prompt=_PROMPT)
     reference = super_resolve(from_checkpoint(source), image, prompt=_PROMPT, tiled=False)
     psnr, least = psnr_db(graphs, reference), _LEAST_PSNR_DB[precision]
     if psnr < least:

@@ -6,14 +6,48 @@ preprocess, select, interpolate, crop, the ensembles and panorama_stream are the
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 ROOT = Path(__file__).parent.parent.parent
 
-# Upscales by interpolation. PROMPT "slow" takes half a second, unless cancelled; "fail" fails.
-OSEDIFF = """
-import time, cv2, numpy as np
+# The networks of osediff: its VAE keeps an eighth of the pixels, its UNet finds no noise to speak of.
+# PROMPT "slow" takes half a second a call; "fail" fails.
+TEXT_ENCODER = """
+import numpy as np
+from panotriton import serving
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return serving.respond(requests, self._work)
+
+    @staticmethod
+    def _work(request):
+        ids = serving.required(request, "INPUT_IDS")  # (1, 77)
+        return {"PROMPT_EMBEDS": np.repeat(ids[..., None], 1024, -1).astype(np.float32)}
+"""
+VAE_ENCODER = """
+import cv2, numpy as np
+from panotriton import serving
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return serving.respond(requests, self._work)
+
+    @staticmethod
+    def _work(request):
+        image = serving.required(request, "IMAGE")[0]
+        h, w = (side // 8 for side in image.shape[:2])
+        latent = np.zeros((1, 4, h, w), np.float32)
+        small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
+        latent[0, :3] = small.transpose(2, 0, 1)
+        return {"LATENT": latent}
+"""
+UNET = """
+import time, numpy as np
 from panotriton import serving
 from panotriton.errors import InferenceFailed
 
@@ -23,19 +57,36 @@ class TritonPythonModel:
 
     @staticmethod
     def _work(request):
-        images = serving.required(request, "IMAGES")
-        scale = serving.number(request, "UPSCALE", 2)
-        prompt = serving.text(request, "PROMPT", "")
-        for _ in range(25 if prompt == "slow" else 0):
-            time.sleep(0.02)
-            if request.is_cancelled():
-                raise InferenceFailed("cancelled")
-        if prompt == "fail":
+        prompt = serving.required(request, "PROMPT_EMBEDS")[0, 0, 0]
+        if prompt == SLOW:
+            time.sleep(0.5)
+        if prompt == FAIL:
             raise InferenceFailed("the stand-in fails when asked to")
-        h, w = (side * scale // 8 * 8 for side in images.shape[1:3])
-        sharp = [cv2.resize(image, (w, h)) for image in images]
-        return {"IMAGES_SR": np.array(sharp, np.uint8).reshape(-1, h, w, 3)}
+        return {"NOISE": serving.required(request, "LATENT") * np.float32(2**0.5 - 1)}
 """
+VAE_DECODER = """
+import cv2, numpy as np
+from panotriton import serving
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return serving.respond(requests, self._work)
+
+    @staticmethod
+    def _work(request):
+        latent = serving.required(request, "LATENT")[0, :3].clip(0, 255)
+        h, w = (side * 8 for side in latent.shape[1:])
+        return {"IMAGE": cv2.resize(latent.transpose(1, 2, 0).astype(np.uint8), (w, h))[None]}
+"""
+WORDS = {"[UNK]": 0, "[PAD]": 1, "slow": 2, "fail": 3}
+SETTINGS = {
+    "alpha_cumprod": 0.5,
+    "latent_channels": 4,
+    "latent_overlap": 8,
+    "latent_tile": 16,
+    "process_size": 16,
+    "vae_scale_factor": 8,
+}
 # Scores by the pixels, spread over 0.5 to 1.
 SCORER = """
 import numpy as np
@@ -92,7 +143,14 @@ class TritonPythonModel:
         tensor = pb_utils.get_input_tensor_by_name(request, "IMAGES")
         return pb_utils.Tensor("IMAGES_OUT", tensor.as_numpy())
 """
-_STANDINS = {"osediff": OSEDIFF, "qwen_scorer": SCORER, "qwen_describer": DESCRIBER}
+_STANDINS = {
+    "osediff_text_encoder": TEXT_ENCODER,
+    "osediff_vae_encoder": VAE_ENCODER,
+    "osediff_unet": UNET.replace("SLOW", str(WORDS["slow"])).replace("FAIL", str(WORDS["fail"])),
+    "osediff_vae_decoder": VAE_DECODER,
+    "qwen_scorer": SCORER,
+    "qwen_describer": DESCRIBER,
+}
 
 
 def build(folder: Path) -> Path:
@@ -100,13 +158,25 @@ def build(folder: Path) -> Path:
     source = ROOT / "model_repository"
     for config in source.glob("*/config.pbtxt"):
         name = config.parent.name
-        if name not in _STANDINS and name != "qwen" and not name.startswith("osediff_"):
+        if name not in (*_STANDINS, "qwen"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(config.parent, folder / name, ignore=ignored)
     for name, code in _STANDINS.items():
-        _write(folder / name, (source / name / "config.pbtxt").read_text(), code)
+        text = (source / name / "config.pbtxt").read_text()
+        _write(folder / name, text.replace('"onnxruntime"', '"python"'), code)
+    for name in ("osediff", "panorama_stream"):
+        (folder / name / "1" / "osediff.json").write_text(json.dumps(SETTINGS))
+        _tokenizer().save(str(folder / name / "1" / "tokenizer.json"))
     _write(folder / "echo", ECHO_CONFIG, ECHO)
     return folder
+
+
+def _tokenizer() -> Tokenizer:
+    """Reads one known word and pads to the 77 tokens of a prompt."""
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(length=77, pad_id=WORDS["[PAD]"], pad_token="[PAD]")
+    return tokenizer
 
 
 def _write(folder: Path, config: str, code: str) -> None:

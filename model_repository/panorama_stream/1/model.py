@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import math
+from pathlib import Path
 
+import cv2
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -20,23 +22,29 @@ from panotriton.group import (
 )
 from panotriton.images import check_panorama, decode_image
 from panotriton.osediff import check_options
+from panotriton.super_resolution import Limits, SuperResolver
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        limits = json.loads(args["model_config"])["parameters"]
-        self._images_in_flight = int(limits["images_in_flight"]["string_value"])
+        cv2.setNumThreads(1)
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._limits = Limits.from_config(args["model_config"])
+        # Not the model `osediff`: a cancel does not reach requests that one model has sent to another, and
+        # here it must stop an image between two tiles.
+        self._resolver = SuperResolver(folder, self._limits)
 
     async def execute(self, requests):
         await asyncio.gather(*map(self._answer, requests))
 
     async def _answer(self, request):
-        run = _Run(request, request.get_response_sender(), self._images_in_flight)
+        sender = request.get_response_sender()
+        run = _Run(request, sender, self._resolver, self._limits.images_in_flight)
         try:
             await run.run()
-        except _Cancelled:
+        except serving.Cancelled:
             pass  # nobody is left to tell
         except InvalidInput as error:
             run.end("refused", error)
@@ -46,16 +54,14 @@ class TritonPythonModel:
         run.close()
 
 
-class _Cancelled(Exception):
-    pass
-
-
 class _Run:
     """One request on its way through the pipeline."""
 
-    def __init__(self, request, sender, images_in_flight):
+    def __init__(self, request, sender, resolver, images_in_flight):
         self._request = request
         self._sender = sender
+        self._resolver = resolver
+        self._call = serving.calls_until(sender.is_cancelled)
         self._gate = asyncio.Semaphore(images_in_flight)
         self._done, self._total = 0, 0
 
@@ -66,7 +72,7 @@ class _Run:
         self._send("accepted")
         inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
         inputs |= {"GIVEN_CAMERAS": cameras, "CROP_SIZE": np.array([self._size], np.int32)}
-        made = await serving.call("preprocess", inputs, ["PAIRS", "SPHERES"])
+        made = await self._call("preprocess", inputs, ["PAIRS", "SPHERES"])
         self._cameras = cameras
         self._pairs, self._spheres = made["PAIRS"], made["SPHERES"]
         self._send("cameras", cameras=cameras.reshape(-1, 5))
@@ -76,7 +82,7 @@ class _Run:
     def end(self, event, error):
         # An event, not an error: those carry no status code in a stream, and where a client asks for
         # one ("triton_grpc_error"), the server of 24.10 crashes.
-        with contextlib.suppress(_Cancelled):
+        with contextlib.suppress(serving.Cancelled):
             self._send(event, message=str(error))
 
     def close(self):
@@ -94,9 +100,9 @@ class _Run:
         check_options(upscale, align)
         check_crop_size(self._size)
         self._sr_options = {
-            "UPSCALE": np.array([upscale], np.int32),
-            "ALIGN": serving.texts([align]),
-            "PROMPT": serving.texts([serving.text(request, "PROMPT", "")]),
+            "upscale": upscale,
+            "method": align,
+            "prompt": serving.text(request, "PROMPT", ""),
         }
 
     async def _interval(self, number):
@@ -162,21 +168,15 @@ class _Run:
         self._send("described", interval=number, text=text, error=error)
 
     async def _sharpen(self, image):
-        """(h, w, 3) → (1, H, W, 3), one image a call: what is under way when a cancel arrives is small."""
+        """(h, w, 3) → (1, H, W, 3)."""
         async with self._gate:
-            inputs = {"IMAGES": image[None], **self._sr_options}
-            sharp = (await self._call("osediff", inputs, ["IMAGES_SR"]))["IMAGES_SR"]
+            sharp = await self._resolver.run(image[None], self._call, **self._sr_options)
         self._done += 1
         return sharp
 
-    async def _call(self, model, inputs, outputs):
-        if self._sender.is_cancelled():
-            raise _Cancelled
-        return await serving.call(model, inputs, outputs)
-
     def _send(self, event, images=None, cameras=None, **content):
         if self._sender.is_cancelled():
-            raise _Cancelled
+            raise serving.Cancelled
         content |= {"event": event, "done": self._done, "total": self._total}
         tensors = {
             "EVENT": serving.texts([json.dumps(content)]),

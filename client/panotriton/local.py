@@ -1,0 +1,97 @@
+"""OSEDiff in this process: the exported networks and the server's own arithmetic, without a server.
+
+```python
+from panotriton.local import Upscaler
+
+sharp = Upscaler("repository").upscale("photo.jpg").image
+```
+Needs pip install 'panotriton[serve]'. For more than some images use a server: it joins the tiles of
+all requests into batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from numpy.typing import NDArray
+
+from panotriton._pixels import ImageLike, pixels
+from panotriton.errors import InferenceFailed
+from panotriton.osediff import check_options
+from panotriton.repository import check_exported
+from panotriton.results import Timings, Upscaled
+from panotriton.super_resolution import Call, Limits, SuperResolver
+
+__all__ = ["Upscaler", "in_process"]
+
+_MIN_SIDE_PX = 8
+_ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to overlap
+
+
+class Upscaler:
+    """`Client.upscale` in process, for one thread at a time.
+
+    repository: one that `panotriton export` has built. providers: onnxruntime's names, in order of
+    preference. threads: of each network; 0 for all cores that this process may use. Raises
+    ServerStartError where the repository lacks exported networks.
+    """
+
+    def __init__(
+        self,
+        repository: str | Path = "repository",
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        limits: Limits = _ONE_IMAGE,
+    ) -> None:
+        self._repository = Path(repository)
+        check_exported(self._repository, "osediff")
+        self._providers = list(providers)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._sessions: dict[str, Any] = {}
+        self._resolver = SuperResolver(self._repository / "osediff" / "1", limits)
+
+    def upscale(
+        self, image: ImageLike, *, upscale: int = 2, align: str = "adain", prompt: str = ""
+    ) -> Upscaled:
+        """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), as `Client.upscale` does."""
+        began = time.perf_counter()
+        check_options(upscale, align)
+        source = pixels("image", image, min_side_px=_MIN_SIDE_PX)[None]  # (1, h, w, 3)
+        call = in_process(self._session)
+        work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
+        sharp = asyncio.run(work)[0]
+        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), "osediff")
+
+    def _session(self, model: str) -> Any:
+        """The network's session, opened on first use."""
+        if model not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = self._threads
+            path = self._repository / model / "1" / "model.onnx"
+            self._sessions[model] = onnxruntime.InferenceSession(
+                path, options, providers=self._providers
+            )
+        return self._sessions[model]
+
+
+def in_process(session: Callable[[str], Any]) -> Call:
+    """Runs networks here. session: a model's name → its onnxruntime session."""
+
+    async def call(
+        model: str, inputs: dict[str, Any], outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        try:
+            arrays = session(model).run(list(outputs), inputs)
+        except Exception as error:  # onnxruntime errors have no narrower base
+            raise InferenceFailed(f"{model}: {error}") from error
+        return dict(zip(outputs, arrays, strict=True))
+
+    return call

@@ -1,0 +1,53 @@
+"""The networks in this process give what they give behind a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from panotriton import Client
+from panotriton.errors import InvalidInput, ServerStartError
+from panotriton.local import Upscaler
+from panotriton.server import LocalServer
+
+PANORAMA = Path(__file__).parent.parent / "data" / "panoramas" / "city.jpg"
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+
+    with Image.open(PANORAMA) as picture:
+        return np.asarray(picture.convert("RGB"))[200:520, 300:812]  # (320, 512, 3)
+
+
+def test_it_equals_the_server(
+    repository: Path, server: LocalServer, image: np.ndarray, tmp_path: Path
+) -> None:
+    upscaler = Upscaler(repository)
+    with Client(server.grpc_url) as client:
+        for options in ({}, {"upscale": 3, "align": "wavelet", "prompt": "sky"}):
+            here = upscaler.upscale(image, **options)
+            there = client.upscale(image, **options)
+            assert here.model == there.model
+            # Batches of another size sum in another order: one grey level, here and there.
+            difference = np.abs(here.numpy().astype(int) - there.numpy())
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 1e-3
+    path = tmp_path / "image.png"
+    here.image.save(path)
+    np.testing.assert_array_equal(
+        upscaler.upscale(path, upscale=1).numpy(), upscaler.upscale(here.image, upscale=1).numpy()
+    )
+
+
+def test_what_is_wrong_is_named(repository: Path, image: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ServerStartError, match="panotriton export"):
+        Upscaler(tmp_path)
+    upscaler = Upscaler(repository)
+    with pytest.raises(InvalidInput, match="UPSCALE is 5"):
+        upscaler.upscale(image, upscale=5)
+    with pytest.raises(InvalidInput, match="float64"):
+        upscaler.upscale(image / 255)
