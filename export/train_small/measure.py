@@ -1,14 +1,17 @@
-"""PSNR and SSIM of the small OSEDiff and of bicubic on photographs that it never saw.
+"""PSNR, SSIM and LPIPS of the small OSEDiff and of bicubic on photographs that it never saw.
 
     python -m panotriton_export.train_small.measure --images DIR ... --model export/small/osediff
 
 Prints a Markdown table. The pipeline is the server's: bicubic, encoder, one step, decoder, adain.
+LPIPS (Zhang et al., CVPR 2018, version 0.1, AlexNet; less is better) needs `pip install lpips` and
+torchvision's AlexNet, alexnet-owt-7be5be79.pth, in --lpips-backbone: nothing is downloaded here.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -68,6 +71,22 @@ def ssim(image: data.Image, truth: data.Image) -> float:
     return float(score.mean())
 
 
+def load_lpips(backbone: Path) -> Callable[[data.Image, data.Image], float]:
+    """The metric, around the features of a torchvision AlexNet's state dict."""
+    import lpips  # noqa: PLC0415  # for those who measure it
+
+    metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # heads from the wheel
+    weights = torch.load(backbone, weights_only=True)
+    names = metric.net.state_dict()  # slice1.0.weight is features.0.weight there
+    metric.net.load_state_dict({n: weights[f"features.{n.partition('.')[2]}"] for n in names})
+
+    @torch.inference_mode()
+    def measure(image: data.Image, truth: data.Image) -> float:
+        return float(metric(to_tensor(image[None]), to_tensor(truth[None])))
+
+    return measure
+
+
 def load_model(folder: Path, *, adapters: bool = True) -> SmallOsediff:
     """The saved base, and the adapters as an osediff.pkl carries them."""
     model = SmallOsediff()
@@ -120,6 +139,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--base-only", action="store_true", help="leave the adapters out")
     parser.add_argument("--no-unet", action="store_true", help="take epsilon to be 0")
+    parser.add_argument("--lpips-backbone", type=Path, metavar="FILE", help="measure LPIPS, too")
     parser.add_argument("--pictures", type=Path, help="folder for bicubic | ours | truth PNGs")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -130,11 +150,12 @@ def main() -> None:
         nn.init.zeros_(model.unet.conv_out.bias)
     print("| degradation | image | bicubic | raw | with adain |\n|---|---|---|---|---|")
     photographs = held_out(args.images)
+    measures = [psnr, ssim, *([load_lpips(args.lpips_backbone)] if args.lpips_backbone else [])]
     for case in CASES:
         rows = []
         for name, truth in photographs.items():
             made = upscale(model, spoil(truth, case))
-            rows.append([(psnr(image, truth), ssim(image, truth)) for image in made])
+            rows.append([[measure(image, truth) for measure in measures] for image in made])
             _print_row(case, name, rows[-1])
             if args.pictures:
                 strip = np.concatenate([made[0], made[2], truth], axis=1)
@@ -143,8 +164,10 @@ def main() -> None:
         _print_row(case, "mean", np.mean(rows, axis=0).tolist())
 
 
-def _print_row(case: str, name: str, scores: list[tuple[float, float]]) -> None:
-    cells = " | ".join(f"{db:.2f} dB, {likeness:.3f}" for db, likeness in scores)
+def _print_row(case: str, name: str, scores: list[list[float]]) -> None:
+    cells = " | ".join(
+        f"{db:.2f} dB, " + ", ".join(f"{value:.3f}" for value in rest) for db, *rest in scores
+    )
     print(f"| {case} | {name} | {cells} |", flush=True)
 
 
