@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from panotriton_export.osediff import export_osediff
+from panotriton_export.osediff.random_sd import write_random
 from panotriton_export.qwen import export_qwen
 
-__all__ = ["export_small", "write_small_checkpoint"]
+__all__ = ["export_full_random", "export_small", "write_small_checkpoint"]
 
 SMALL = Path(__file__).parent / "small"
 # The small VAE halves each side once, so its latents are 2 px: with this tile a pair has 8 tiles and an
@@ -32,6 +33,20 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
         base = SMALL / "osediff" / "base"
         export_osediff(base, checkpoint, repository, latent_tile=LATENT_TILE, report=report)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
+
+
+def export_full_random(
+    repository: Path, *, report: Callable[[str], None] = print, **options: Any
+) -> None:
+    """Stable Diffusion 2.1-base's architecture with seeded random weights: its cost, no pictures.
+
+    options: of `export_osediff`. Takes 6 GB of disk beside the repository meanwhile.
+    """
+    repository.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=repository.parent, prefix=".full-random-") as work:
+        report("writing random weights, 5.4 GB ...")
+        checkpoint = write_random(Path(work), "sd21")
+        export_osediff(Path(work), checkpoint, repository, report=report, **options)
 
 
 def write_small_checkpoint(target: Path) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "fill_group",
     "group_folder",
     "next_group_id",
+    "process_command",
     "read_result",
     "write_group",
     "write_json",
@@ -51,8 +53,8 @@ def write_group(
     """Write a group below `root` and add it to `root`/results.json; returns its folder.
 
     bases: what files of panorama 1 and 2 are named after; made distinct where they are equal.
-    about: facts of the run (panoramas, seed, options), kept in group_info.json. Images are JPEG. The
-    folder appears when it is complete; one of the same number is replaced.
+    about: facts of the run (panoramas, options, versions, weights), kept in group_info.json. Images
+    are JPEG. The folder appears when it is complete; one of the same number is replaced.
     """
     folder = group_folder(root, group_id)
     part = root / f".{folder.name}.{os.getpid()}"
@@ -84,6 +86,17 @@ def read_result(folder: Path) -> dict[str, Any]:
     """A complete group's entry of results.json."""
     content = json.loads((folder / "group_info.json").read_text(encoding="utf-8"))
     return {name: content[name] for name in _RESULT}
+
+
+def process_command(
+    panoramas: Sequence[Path], options: Mapping[str, Any], output: str = "out", *more: str
+) -> str:
+    """The command line that makes a group again; options as group_info.json holds them."""
+    words = ["panotriton", "process", *map(str, panoramas)]
+    for name, value in options.items():
+        if value != "":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, *more, "-o", output])
 
 
 def _images(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, U8]]:

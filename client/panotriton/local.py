@@ -27,6 +27,7 @@ from panotriton.osediff import check_options
 from panotriton.repository import check_exported
 from panotriton.results import Timings, Upscaled
 from panotriton.super_resolution import Call, Limits, SuperResolver
+from panotriton.tags import Tags
 
 __all__ = ["Upscaler", "in_process"]
 
@@ -55,7 +56,8 @@ class Upscaler:
         self._providers = list(providers)
         self._threads = threads or len(os.sched_getaffinity(0))
         self._sessions: dict[str, Any] = {}
-        self._resolver = SuperResolver(self._repository / "osediff" / "1", limits)
+        folder = self._repository / "osediff" / "1"
+        self._resolver = SuperResolver(folder, limits, Tags.read(folder))
 
     def upscale(
         self, image: ImageLike, *, upscale: int = 2, align: str = "adain", prompt: str = ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from panotriton.errors import ServerStartError
 from panotriton.tags import TAGS_FILE
 
-__all__ = ["EXPORTED_FILES", "check_exported", "copy_model", "copy_models"]
+__all__ = ["EXPORTED_FILES", "OPTIONAL", "check_exported", "copy_model", "copy_models"]
 
 EXPORTED_FILES = (
     "osediff/1/osediff.json",
@@ -27,8 +27,9 @@ EXPORTED_FILES = (
 """What `panotriton export` adds to the code of the models."""
 
 _CODE = ("config.pbtxt", "README.md", "1/model.py", "1/.gitkeep")
-# Left out of a repository unless it was exported there: Triton loads no model without its graph.
-_OPTIONAL = "osediff_tagger"
+_TAGGER = "osediff_tagger"
+# Left out of a repository unless exported there: Triton loads no model without its graph.
+OPTIONAL = (_TAGGER, "qwen_vision")
 
 
 def check_exported(repository: Path, part: str = "") -> None:
@@ -53,11 +54,11 @@ def check_exported(repository: Path, part: str = "") -> None:
 
 def _check_tagger(repository: Path) -> None:
     """The tagger may be there or not, but not by half."""
-    folder, tags = repository / _OPTIONAL, repository / "osediff" / "1" / TAGS_FILE
+    folder, tags = repository / _TAGGER, repository / "osediff" / "1" / TAGS_FILE
     if _has_graph(folder) == tags.is_file() == folder.is_dir():
         return
     raise ServerStartError(
-        f"the tagger in {repository} is incomplete: expected {_OPTIONAL}/1/model.onnx and "
+        f"the tagger in {repository} is incomplete: expected {_TAGGER}/1/model.onnx and "
         f"osediff/1/{TAGS_FILE}, or neither. Run `panotriton export osediff --tagger …` again, or remove "
         f"{folder} and every */1/{TAGS_FILE}"
     )
@@ -70,11 +71,12 @@ def _has_graph(model: Path) -> bool:
 def copy_models(repository: Path) -> None:
     """Put the models' code and configs into `repository`, unless it is their own home.
 
-    The tagger's only where it has been exported: the others work without it.
+    A model with a graph is left alone: its export fitted the config, and copies it when it is run
+    again. Those of `OPTIONAL` are left out: the others work without them.
     """
     for config in sorted(_models_folder().glob("*/config.pbtxt")):
         name = config.parent.name
-        if name != _OPTIONAL or _has_graph(repository / name):
+        if name not in OPTIONAL and not _has_graph(repository / name):
             copy_model(name, repository)
 
 

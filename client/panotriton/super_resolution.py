@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ _PROMPTS = 64
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
+Positions = list[tuple[int, int]]  # (y, x) of tiles
 
 
 class Call(Protocol):
@@ -152,15 +154,29 @@ class _Networks:
             noise: F32 = (await self._predict_noise(latent[None]))[0]
             return noise
         blend = TileBlend((channels, height, width), tile, self._settings["latent_overlap"])
-        gate = asyncio.Semaphore(max(1, self._limits.tiles_in_flight // _TILES_A_REQUEST))
-
-        async def work(positions: list[tuple[int, int]]) -> None:
-            async with gate:
-                blend.add(await self._predict_noise(blend.cut(latent, positions)), positions)
-
         chunks = range(0, len(blend.positions), _TILES_A_REQUEST)
-        await _all(work(blend.positions[i : i + _TILES_A_REQUEST]) for i in chunks)
+        sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
+        try:
+            for positions in (blend.positions[i : i + _TILES_A_REQUEST] for i in chunks):
+                work = self._predict_noise(blend.cut(latent, positions))
+                sent.append((positions, asyncio.ensure_future(work)))
+                if len(sent) * _TILES_A_REQUEST >= self._limits.tiles_in_flight:
+                    await self._blend_first(blend, sent)
+            while sent:
+                await self._blend_first(blend, sent)
+        finally:
+            for _, task in sent:
+                task.cancel()
         return blend.result()
+
+    @staticmethod
+    async def _blend_first(
+        blend: TileBlend, sent: deque[tuple[Positions, asyncio.Task[F32]]]
+    ) -> None:
+        """In the order of the tiles, not of their arrival: sums then round alike every time."""
+        positions, task = sent[0]
+        blend.add(await task, positions)
+        sent.popleft()
 
     async def _decode(self, latent: F32) -> U8:
         f = self._factor

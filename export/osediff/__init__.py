@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
+from panotriton.repository import copy_model
 from panotriton_export.configs import PROVIDERS, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
@@ -69,6 +70,7 @@ def export_osediff(
     fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
     for compared in _export_graphs(source, repository, precision, fused):
         results += compared
+        copy_model(compared[0].component, repository)
         fit_config(repository / compared[0].component)
         set_provider(repository / compared[0].component, provider, precision)
         for result in compared:

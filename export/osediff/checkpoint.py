@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from panotriton_export.osediff.base import Base, CheckpointError, open_base
+from panotriton_export.osediff.pickles import read_pickle
 
 __all__ = [
     "Checkpoint",
@@ -102,35 +102,7 @@ def open_checkpoint(base: Path, checkpoint: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} not found; expected OSEDiff's osediff.pkl")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or no torch checkpoint: torch.save "
-            "writes a zip file and its end is missing; download it again"
-        )
-    try:
-        _refuse_code(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever torch meets in a damaged archive
-        raise CheckpointError(f"{path} is damaged: {error}; download it again") from error
-    return _check_keys(content, path)
-
-
-def _refuse_code(path: Path) -> None:
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    if names:
-        raise CheckpointError(
-            f"{path} wants to run code on loading ({', '.join(sorted(names))}), which is refused; "
-            "an osediff.pkl holds numbers, names and tensors alone"
-        )
-
-
-def _check_keys(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict")
+    content = read_pickle(path, "OSEDiff's osediff.pkl")
     missing = [key for key in _KEYS if key not in content]
     if missing:
         raise CheckpointError(

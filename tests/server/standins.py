@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from panotriton.repository import OPTIONAL
+
 ROOT = Path(__file__).parent.parent.parent
 
 # The networks of osediff: its VAE keeps an eighth of the pixels, its UNet finds no noise to speak of.
@@ -158,7 +160,7 @@ def build(folder: Path) -> Path:
     source = ROOT / "model_repository"
     for config in source.glob("*/config.pbtxt"):
         name = config.parent.name
-        if name not in (*_STANDINS, "qwen"):
+        if name not in (*_STANDINS, *OPTIONAL, "qwen"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(config.parent, folder / name, ignore=ignored)
     for name, code in _STANDINS.items():

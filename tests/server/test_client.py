@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_a_group_is_the_same_from_files_and_pixels(client: Any) -> None:
     for one, other in zip(encoded.pairs, pixels.pairs, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
         np.testing.assert_array_equal(one.sharp, other.sharp)
+
+
+def test_tiles_give_the_same_bits_whatever_arrives_first(standin: LocalServer) -> None:
+    """105 tiles an image: their sums round by the order in which they are added."""
+    image = noise(256, 512)
+    with Client(standin.grpc_url) as client, ThreadPoolExecutor(4) as pool:
+        alone = client.upscale(image).numpy()
+        for other in pool.map(lambda _: client.upscale([image, image]), range(4)):
+            for result in other:
+                np.testing.assert_array_equal(result.numpy(), alone)
 
 
 def test_timings_add_up(client: Any) -> None:

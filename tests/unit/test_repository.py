@@ -6,6 +6,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from panotriton.repository import OPTIONAL, copy_models
+
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = {
     path.parent.name: text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
@@ -66,3 +68,13 @@ def test_one_step_alone_can_start_an_ensemble(name: str) -> None:
     steps = CONFIGS[name].ensemble_scheduling.step
     first = [step.model_name for step in steps if set(step.input_map.values()) <= given]
     assert first == [steps[0].model_name]
+
+
+def test_copying_the_code_keeps_what_an_export_has_fitted(tmp_path: Path) -> None:
+    fitted = tmp_path / "osediff_unet"
+    (fitted / "1").mkdir(parents=True)
+    (fitted / "1" / "model.onnx").touch()
+    (fitted / "config.pbtxt").write_text("kind: KIND_GPU")
+    copy_models(tmp_path)
+    assert (fitted / "config.pbtxt").read_text() == "kind: KIND_GPU"
+    assert {path.name for path in tmp_path.iterdir()} == set(CONFIGS) - set(OPTIONAL)

@@ -17,7 +17,11 @@ examples:
   panotriton export --preset small --output /srv/models
   panotriton export osediff --base stable-diffusion-2-1-base --checkpoint osediff.pkl
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda
+  panotriton export osediff --base SD21 --checkpoint osediff.pkl --tagger ram_swin_large_14m.pth \
+      --dape DAPE.pth --tags ram_tag_list.txt --thresholds ram_tag_list_threshold.txt
+  panotriton export osediff --preset full-random   the real size, random weights: what will it cost?
   panotriton export qwen --model Qwen2.5-VL-7B-Instruct --dtype bf16 --max-pixels 1003520
+  panotriton export qwen --model Qwen2.5-VL-7B-Instruct --max-pixels 1003520 --engine vllm
 """
 
 
@@ -50,15 +54,34 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Option → the parameter of `open_tagger`, and what the file is.
+_TAGGER_FILES = {
+    "tagger": ("ram", "RAM's ram_swin_large_14m.pth"),
+    "dape": ("dape", "SeeSR's DAPE.pth, merged into it"),
+    "tags": ("tags", "ram_tag_list.txt, as in RAM's ram/data"),
+    "thresholds": ("thresholds", "ram_tag_list_threshold.txt, from there too"),
+}
+
+
 def _add_osediff(parts: Any) -> None:
     parser = parts.add_parser(
         "osediff",
         help="export Stable Diffusion 2.1-base with OSEDiff's adapters",
         description="Merge osediff.pkl into the base, export the four networks to ONNX and compare "
-        "each, and one whole image, with PyTorch.",
+        "each, and one whole image, with PyTorch. With the four files of the tagger, which only go "
+        "together, prompts begin with what is in the image; without, they are the callers' alone, "
+        "unless the repository has a tagger from before, which stays.",
     )
-    parser.add_argument("--base", type=Path, required=True, help="Stable Diffusion 2.1-base folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="osediff.pkl")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="Stable Diffusion 2.1-base folder")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="osediff.pkl")
+    parser.add_argument(
+        "--preset",
+        choices=["full-random"],
+        help="instead of the two: Stable Diffusion 2.1-base's architecture with random weights, to see "
+        "what the real ones will cost on a machine (15 GB of disk)",
+    )
+    for name, (_, help_text) in _TAGGER_FILES.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=help_text)
     parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument(
         "--provider",
@@ -81,8 +104,29 @@ def _add_qwen(parts: Any) -> None:
     parser.add_argument("--prompt-file", type=Path, help="quality prompt, instead of the default")
     parser.add_argument("--max-pixels", type=int, help="an image's pixel budget in the processor")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    parser.add_argument(
+        "--engine",
+        choices=["torch", "vllm"],
+        default="torch",
+        help="PyTorch in the server's process, or Triton's vLLM backend, in NVIDIA's vLLM container "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--export-vision",
+        type=_size,
+        metavar="HxW",
+        help="export the vision tower to ONNX, for images of this size alone (none)",
+    )
     _add_output(parser)
     parser.set_defaults(run=_run_qwen)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """1024x2048 → (1024, 2048): height and width in px."""
+    height, by, width = text.partition("x")
+    if not (by and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected HxW, as 1024x2048")
+    return int(height), int(width)
 
 
 def _run_preset(options: argparse.Namespace) -> int:
@@ -93,19 +137,41 @@ def _run_preset(options: argparse.Namespace) -> int:
 
 
 def _run_osediff(options: argparse.Namespace) -> int:
-    osediff = _export_code("osediff")
+    given = (options.base is not None, options.checkpoint is not None)
+    if given != ((False, False) if options.preset else (True, True)):
+        raise ExportError("give --base and --checkpoint, or --preset full-random alone")
+    osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
-        osediff.export_osediff(
-            options.base,
-            options.checkpoint,
-            options.output,
-            precision=options.precision,
-            provider=options.provider,
-            report=_report,
-        )
+        tagger = _open_tagger(options)  # refused before minutes go into the rest
+        common = {
+            "precision": options.precision,
+            "provider": options.provider,
+            "report": _report,
+        }
+        if options.preset:
+            presets.export_full_random(options.output, **common)
+        else:
+            osediff.export_osediff(options.base, options.checkpoint, options.output, **common)
+        if tagger is not None:
+            _export_code("tagger").export_tagger(tagger, options.output, **common)
 
     return _timed(options, work)
+
+
+def _open_tagger(options: argparse.Namespace) -> Any:
+    """The tagger's files, checked; None where none was named."""
+    given = {option: getattr(options, option) for option in _TAGGER_FILES}
+    absent = [f"--{option}" for option, path in given.items() if path is None]
+    if len(absent) == len(given):
+        return None
+    if absent:
+        raise ExportError(
+            f"a tagger needs {', '.join(f'--{option}' for option in given)}; {', '.join(absent)} "
+            "is missing"
+        )
+    files = {_TAGGER_FILES[option][0]: path for option, path in given.items()}
+    return _export_code("tagger").open_tagger(**files)
 
 
 def _run_qwen(options: argparse.Namespace) -> int:
@@ -118,6 +184,8 @@ def _run_qwen(options: argparse.Namespace) -> int:
             prompt_file=options.prompt_file,
             max_pixels=options.max_pixels,
             dtype=options.dtype,
+            engine=options.engine,
+            vision_size=options.export_vision,
             report=_report,
         )
 

@@ -26,15 +26,18 @@ from panotriton.cli.connection import (
     print_json,
     spinner,
 )
+from panotriton.cli.facts import facts
 from panotriton.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.folder import next_group_id, write_group
-from panotriton.results import Group, StageTime
+from panotriton.folder import next_group_id, process_command, write_group
+from panotriton.report import write_report
+from panotriton.results import Group, Health, StageTime
 
 _EXAMPLES = """\
   panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001
   panotriton process a.jpg b.jpg -o out --local          start a server for this run alone
   panotriton process a.jpg b.jpg -o out --seed 7 --threshold 0.6 --interpolations 4
+  panotriton process a.jpg b.jpg -o out --report         and one HTML page over it
   panotriton process a.jpg b.jpg -o out --json           one JSON object on stdout
 """
 _POLL_S = 0.5
@@ -53,6 +56,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="write the group's report.html, too")
     add_pipeline_arguments(parser)
     add_server_arguments(parser)
     parser.set_defaults(run=run)
@@ -65,14 +69,19 @@ def run(options: argparse.Namespace) -> int:
             raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
     console = console_for(options)
     with connected(options, console) as client:
+        health = client.health()
         group, stages = _process(client, options, console)
     group_id = next_group_id(options.output)
     bases = (options.panoramas[0].stem, options.panoramas[1].stem)
-    folder = write_group(group, options.output, group_id, bases, _about(options, group, stages))
+    about = _about(options, group, stages, health)
+    folder = write_group(group, options.output, group_id, bases, about)
+    report = write_report(folder) if options.report else None
     if options.json:
-        print_json(_summary(group, folder, stages))
+        print_json(_summary(group, folder, stages, report))
     else:
         _show(console, group, folder, stages)
+        if report:
+            console.print(str(report), soft_wrap=True)
     return 0
 
 
@@ -148,6 +157,7 @@ _STAGES = (
     ("preprocess",),
     (
         "osediff",
+        "osediff_tagger",
         "osediff_text_encoder",
         "osediff_vae_encoder",
         "osediff_unet",
@@ -158,6 +168,7 @@ _STAGES = (
     ("interpolate",),
 )
 _PARTS = {
+    "osediff_tagger",
     "osediff_text_encoder",
     "osediff_vae_encoder",
     "osediff_unet",
@@ -166,20 +177,28 @@ _PARTS = {
 }
 
 
-def _about(options: argparse.Namespace, group: Group, stages: list[StageTime]) -> dict[str, Any]:
-    names = ("seed", *PIPELINE)
+def _about(
+    options: argparse.Namespace, group: Group, stages: list[StageTime], health: Health
+) -> dict[str, Any]:
+    chosen = {name: getattr(options, name) for name in ("seed", *PIPELINE)}
+    more = ("--local",) if options.local else ()
     return {
         "panoramas": [str(path) for path in options.panoramas],
-        "options": {name: getattr(options, name) for name in names},
+        "options": chosen,
         "version": metadata.version("panotriton"),
+        **facts(health, options.repository if options.local else None),
+        "command": process_command(options.panoramas, chosen, str(options.output), *more),
         "seconds": round(group.seconds, 3),
         "stages": [asdict(stage) for stage in stages],
     }
 
 
-def _summary(group: Group, folder: Path, stages: list[StageTime]) -> dict[str, Any]:
+def _summary(
+    group: Group, folder: Path, stages: list[StageTime], report: Path | None
+) -> dict[str, Any]:
     return {
         "folder": str(folder),
+        "report": str(report) if report else None,
         "kept": list(group.kept),
         "images": group.image_count,
         "seconds": round(group.seconds, 3),

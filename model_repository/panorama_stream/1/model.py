@@ -23,6 +23,7 @@ from panotriton.group import (
 from panotriton.images import check_panorama, decode_image
 from panotriton.osediff import check_options
 from panotriton.super_resolution import Limits, SuperResolver
+from panotriton.tags import Tags
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -34,7 +35,7 @@ class TritonPythonModel:
         self._limits = Limits.from_config(args["model_config"])
         # Not the model `osediff`: a cancel does not reach requests that one model has sent to another, and
         # here it must stop an image between two tiles.
-        self._resolver = SuperResolver(folder, self._limits)
+        self._resolver = SuperResolver(folder, self._limits, Tags.read(folder))
 
     async def execute(self, requests):
         await asyncio.gather(*map(self._answer, requests))

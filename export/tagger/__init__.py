@@ -1,0 +1,66 @@
+"""The tagger: RAM's and DAPE's checkpoints and RAM's tag lists → the repository's osediff_tagger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from panotriton.errors import ExportError
+from panotriton.repository import copy_model
+from panotriton.tags import Tags
+from panotriton_export.configs import PROVIDERS, fit_config, set_provider
+from panotriton_export.osediff.base import CheckpointError
+from panotriton_export.osediff.graph import LIMITS, ParityResult, export_component
+from panotriton_export.tagger.checkpoint import Ram, open_ram
+from panotriton_export.tagger.graph import NAME, tagger_component
+from panotriton_export.tagger.lists import read_tags
+
+__all__ = ["CheckpointError", "Source", "export_tagger", "open_tagger"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files that were checked against each other."""
+
+    ram: Ram
+    tags: Tags
+
+
+def open_tagger(ram: Path, dape: Path, tags: Path, thresholds: Path) -> Source:
+    """Open ram_swin_large_14m.pth, DAPE.pth and the two lists; takes a second.
+
+    Raises CheckpointError for files that are broken or do not fit each other.
+    """
+    opened = open_ram(ram, dape)
+    return Source(opened, read_tags(tags, thresholds, opened.sizes.tags))
+
+
+def export_tagger(
+    source: Source,
+    repository: Path,
+    *,
+    precision: str = "fp32",
+    provider: str = "cpu",
+    report: Callable[[str], None] = print,
+) -> list[ParityResult]:
+    """Write osediff_tagger into `repository`, and tags.json, from which the models that use it know of it.
+
+    precision: fp32, or fp16 for the weights. provider: cpu, cuda or tensorrt. Raises ExportError where the
+    graph differs from PyTorch, and leaves what was there.
+    """
+    if precision not in LIMITS:
+        raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
+    if provider not in PROVIDERS:
+        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    results = export_component(tagger_component(source.ram.load(), precision), repository)
+    copy_model(NAME, repository)
+    fit_config(repository / NAME)
+    set_provider(repository / NAME, provider, precision)
+    for model in ("osediff", "panorama_stream"):
+        folder = repository / model / "1"
+        folder.mkdir(parents=True, exist_ok=True)
+        source.tags.write(folder)
+    for result in results:
+        report(str(result))
+    return results
