@@ -1,27 +1,37 @@
-"""Take the pictures of the report that the documentation shows, in headless Chromium.
+"""Take the pictures of the report and the live page that the documentation shows, in headless Chromium.
 
-python docs/screenshots.py                          from out/demo/group_0001, as `make demo` leaves it
-python docs/screenshots.py GROUP --output FOLDER    from another group
+python docs/screenshots.py                          of the newest group that `make demo` has left in out/demo
+python docs/screenshots.py GROUP --output FOLDER    of another group
 
-Writes report.jpg, report-dark.jpg and report-phone.jpg. Needs `pip install playwright` and a Chromium
-(Debian: apt-get install chromium); playwright's own download works as well.
+Writes report_light.webp, report_dark.webp, report_phone.webp and live.webp. The last is taken in the middle
+of a run with the group's panoramas and seed, on a server of its own from `repository`, as `make demo` builds
+it; --no-live leaves it out. Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium);
+playwright's own download works as well.
 """
 
 import argparse
 import contextlib
+import io
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from panotriton.report import write_report
+from panotriton.report.record import read_record
 
 ROOT = Path(__file__).parent.parent
-QUALITY = 88
+QUALITY = 82
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
+WAIT_MS = 600_000
 
 
 @contextlib.contextmanager
@@ -43,42 +53,85 @@ def installed():
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def shoot(page, path, **options):
-    """Wait until every picture that is in view is decoded, then save a JPEG."""
+def shoot(page, path):
+    """Wait until every picture is decoded, then save what is in view as WebP."""
     page.evaluate("Promise.all([...document.images].filter(i => i.src).map(i => i.decode()))")
-    page.screenshot(path=path, type="jpeg", quality=QUALITY, **options)
+    with Image.open(io.BytesIO(page.screenshot())) as image:
+        image.convert("RGB").save(path, quality=QUALITY, method=6)
     print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")
 
 
-def opened(browser, report, **options):
-    """A page of its own with the report."""
-    page = browser.new_page(**options)
-    page.goto(report.as_uri())
+def opened(browser, url, **options):
+    """A page of its own, which jumps where it would scroll smoothly."""
+    page = browser.new_page(reduced_motion="reduce", **options)
+    page.goto(url)
     return page
 
 
-def take(browser, report, folder):
+def take_report(browser, url, folder):
     """The top on a desktop, a sequence in the dark, the top on a phone."""
-    shoot(opened(browser, report, viewport=DESKTOP), folder / "report.jpg")
-    page = opened(browser, report, viewport=DESKTOP, color_scheme="dark")
+    shoot(opened(browser, url, viewport=DESKTOP), folder / "report_light.webp")
+    page = opened(browser, url, viewport=DESKTOP, color_scheme="dark")
     player = page.locator(".player").first
     if player.count():
         for _ in range(5):
             player.press("ArrowRight")
         player.evaluate("element => { element.blur(); element.scrollIntoView({block: 'end'}); }")
-    shoot(page, folder / "report-dark.jpg")
-    phone = opened(browser, report, viewport=PHONE, device_scale_factor=2, is_mobile=True)
-    shoot(phone, folder / "report-phone.jpg")
+    shoot(page, folder / "report_dark.webp")
+    phone = opened(browser, url, viewport=PHONE, device_scale_factor=2, is_mobile=True)
+    shoot(phone, folder / "report_phone.webp")
+
+
+@contextlib.contextmanager
+def live_page():
+    """The address of a live page with a server of its own."""
+    command = [sys.executable, "-m", "panotriton", "live", "--local", "--port=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        yield next(line.strip() for line in process.stdout if "http://" in line)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+
+def take_live(browser, url, record, folder):
+    """The first kept interval while its sequences fill."""
+    page = opened(browser, url, viewport={"width": 1280, "height": 1000})
+    for number, path in enumerate(record.panoramas, start=1):
+        page.set_input_files(f"input[name=panorama_{number}]", ROOT / path)
+    page.fill("input[name=seed]", str(record.options["seed"]))
+    page.click("text=Start")
+    views = page.locator(".strip button", has=page.get_by_alt_text(re.compile("in-between [5-9]")))
+    views.first.wait_for(timeout=WAIT_MS)
+    player = page.locator(".player", has=views).first
+    for _ in range(3):
+        player.press("ArrowRight")
+    player.evaluate("element => { element.blur(); element.closest('.interval').scrollIntoView(); }")
+    shoot(page, folder / "live.webp")
+
+
+def newest():
+    """The last group of the demo."""
+    groups = sorted((ROOT / "out" / "demo").glob("group_*"))
+    if not groups:
+        sys.exit("no group in out/demo: run `make demo`, or name a group")
+    return groups[-1]
 
 
 def main():
-    """Write the report to a temporary folder, photograph it."""
+    """Write the report to a temporary folder, photograph it and the live page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("group", nargs="?", type=Path, default=ROOT / "out/demo/group_0001")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("group", nargs="?", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--no-live", action="store_true", help="the report alone")
     options = parser.parse_args()
+    group = options.group or newest()
     with tempfile.TemporaryDirectory() as scratch, chromium(installed()) as browser:
-        take(browser, write_report(options.group, Path(scratch) / "report.html"), options.output)
+        report = write_report(group, Path(scratch) / "report.html")
+        take_report(browser, report.as_uri(), options.output)
+        if not options.no_live:
+            with live_page() as url:
+                take_live(browser, url, read_record(group), options.output)
 
 
 if __name__ == "__main__":

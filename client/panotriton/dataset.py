@@ -5,9 +5,11 @@ whatever finishes first. On disk, below the output folder:
 
 ```
 dataset.json     what the run is made of; a run with other panoramas, seed or options is refused
-group_0001/ …    in order: a group appears when all before it are settled, complete, by one rename
+group_0001/ …    in order: a group appears when all before it are settled, complete, by one rename;
+                 with `pages` its report.html is inside
 results.json     those groups' results, rewritten whole
 failed.json      pairs that gave no group, and why
+index.html       with `pages`, over all reports, when the run is done
 summary.json     counts, when the run is done
 .work/           groups that wait for an earlier one, and unfinished ones; gone when the run is done
 ```
@@ -22,7 +24,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +36,14 @@ from panotriton import _calls
 from panotriton.aio import AsyncClient
 from panotriton.camera import INTERVALS
 from panotriton.errors import InferenceFailed, InvalidInput
-from panotriton.folder import fill_group, group_folder, read_result, write_json
+from panotriton.folder import (
+    fill_group,
+    group_folder,
+    process_command,
+    read_result,
+    write_json,
+)
+from panotriton.report import write_index, write_report
 
 __all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
 
@@ -94,12 +103,18 @@ def group_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]) >> 1
 
 
+async def _no_facts(client: AsyncClient) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclass
 class Dataset:
     """One run, up to `sample_n` groups or `target_n` kept intervals: exactly one of the two.
 
     options: keyword arguments of `AsyncClient.process`, the same for every group, but no seed.
-    report: called with a line whenever a group is settled.
+    report: called with a line whenever a group is settled. pages: write HTML reports, too. facts:
+    asked, whenever a group is made, what its group_info.json says of the server; the same server must
+    give the same answer, or runs differ.
     """
 
     panoramas: Sequence[Path]
@@ -110,6 +125,8 @@ class Dataset:
     in_flight: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Summary, str], None] = lambda summary, line: None
+    pages: bool = False
+    facts: Callable[[AsyncClient], Awaitable[Mapping[str, Any]]] = _no_facts
 
     def __post_init__(self) -> None:
         if (self.sample_n is None) == (self.target_n is None):
@@ -136,6 +153,8 @@ class Dataset:
             self._read_failures()
             self._recall()
             await self._work(client)
+            if self.pages:
+                await self._write_pages()
             return self._finish()
 
     async def _work(self, client: AsyncClient) -> None:
@@ -170,6 +189,9 @@ class Dataset:
 
     def _recall(self) -> None:
         """Take what an earlier run has left: groups in place, and those that waited for one before."""
+        for pattern in (".*.json.[0-9]*", ".index.html.[0-9]*"):
+            for half_written in self.output.glob(pattern):
+                half_written.unlink()
         for folder in (self.output / ".work", self.output):
             for group in folder.glob("group_*"):
                 number = group.name.removeprefix("group_")
@@ -191,12 +213,16 @@ class Dataset:
             "panoramas": [str(path) for path in paths],
             "options": {"seed": seed, **self.options},
             "version": metadata.version("panotriton"),
+            **await self.facts(client),
+            "command": process_command(paths, {"seed": seed, **self.options}),
         }
         bases = (paths[0].stem, paths[1].stem)
         part = self._waiting(index).with_suffix(".part")
 
         def write() -> _Outcome:
             result = fill_group(group, part, index + 1, bases, about)
+            if self.pages:
+                write_report(part)
             part.replace(self._waiting(index))
             return _Outcome(result)
 
@@ -269,6 +295,18 @@ class Dataset:
             if outcome.result is None and index in known
         }
         write_json(self.output / "failed.json", failures)
+
+    async def _write_pages(self) -> None:
+        """The reports that an earlier run without `pages` has left out, and the index over all."""
+        for index in range(self._settled):
+            folder = self._folder(index)
+            if folder.is_dir() and not (folder / "report.html").exists():
+                page = self._waiting(index).with_suffix(".html")
+                write_report(folder, page).replace(folder / "report.html")
+                await asyncio.sleep(0)  # where Ctrl-C is heard
+        self._write_failures(last=True)
+        if self._count()["groups"]:
+            write_index(self.output)
 
     def _read_failures(self) -> None:
         path = self.output / "failed.json"

@@ -210,6 +210,7 @@ def test_the_page_says_what_came_of_each_interval(text: str) -> None:
     assert "Panorama 2 has no score" in words  # interval 6, kept by panorama 1 alone
     assert words.count('class="player"') == 10
     assert words.count("<img-comparison-slider") == 17
+    assert words.count('class="crop"') == 2 * 17  # left and right view of each, the best pair twice
     assert words.count("A bright room.") == 5
 
 
@@ -219,6 +220,23 @@ def test_the_contact_sheet_begins_with_the_worst(text: str) -> None:
     assert scores[:5] == ["no score", "no score", "no score", "0.50", "0.60"]
     assert len(scores) == 16
     assert scores[3:] == sorted(scores[3:])
+
+
+def test_the_header_says_what_made_the_group(tmp_path: Path) -> None:
+    checksum = "sha256:" + "0123456789abcdef" * 4
+    made = {"server": "triton 2.51.0", "weights": {"osediff": checksum, "qwen": "Qwen2_5_VL"}}
+    folder = write_example(tmp_path, SCORES, [1], command="panotriton process a b -o c", **made)
+    text = html.unescape(write_report(folder).read_text(encoding="utf-8"))
+    header = text.partition("<header")[2].partition("</header>")[0]
+    for fact in ("0.1.0", "triton 2.51.0", ">sha256:01234567<", "Qwen2_5_VL", ">0.7<", "a b -o c"):
+        assert fact in header
+    assert f"<dd>{checksum}</dd>" in text.partition('<section id="run">')[2]
+
+
+def test_what_was_not_recorded_is_said(text: str) -> None:
+    run = text.partition('<section id="run">')[2]
+    assert "<dt>server</dt><dd>not recorded</dd>" in run
+    assert "<dt>weights</dt><dd>not recorded</dd>" in run
 
 
 def test_an_empty_group_is_well_presented(tmp_path: Path) -> None:
@@ -245,7 +263,8 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
         panoramas=(tmp_path / name, tmp_path / "</style>.jpg"),
         description=evil,
         version=evil,
-        weights=evil,
+        server=evil,
+        weights={evil: evil},
         command=evil,
         options={evil: evil, "threshold": 0.7},
     )
@@ -314,6 +333,17 @@ def test_the_index_links_to_the_reports_that_exist(tmp_path: Path) -> None:
     assert "panotriton report group_0002" in text
     with pytest.raises(InvalidInput, match="has no group; expected folders"):
         write_index(first)
+
+
+def test_the_index_shows_pairs_that_failed(tmp_path: Path) -> None:
+    write_example(tmp_path, SCORES, KEPT)
+    failure = {"panoramas": ["in/a.jpg", "in/b.jpg"], "error": "ENCODED_2 <b> is broken"}
+    (tmp_path / "failed.json").write_text(json.dumps({"2": failure}))
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert "1 pair of panoramas failed." in text
+    card = text.partition('<li class="failed">\n      <h2>')[2].partition("</li>\n  </ol>")[0]
+    assert "<small>0002</small> a × b" in card
+    assert "ENCODED_2 &lt;b&gt; is broken" in card
 
 
 def test_the_command_writes_a_page_or_all(

@@ -16,6 +16,7 @@ from panotriton.cli import (
     export,
     gateway,
     images,
+    live,
     perf_data,
     process,
     report,
@@ -65,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (export, serve, process, dataset):
         command.add_parser(commands)
     images.add_parsers(commands)
-    for command in (report, gateway, doctor, perf_data, bench):
+    for command in (report, live, gateway, doctor, perf_data, bench):
         command.add_parser(commands)
     return parser

@@ -25,6 +25,7 @@ from panotriton.cli.connection import (
     console_for,
     print_json,
 )
+from panotriton.cli.facts import facts
 from panotriton.dataset import Dataset, Summary, find_panoramas
 from panotriton.errors import InvalidInput, PanotritonError
 
@@ -42,6 +43,7 @@ def add_parser(commands: Any) -> None:
         "command goes on where it was; the result depends on the seed alone, not on --in-flight.",
         "  panotriton dataset panoramas/ --sample-n 100 --seed 1 -o out\n"
         "  panotriton dataset indoor/ outdoor/ --target-n 500 --seed 1 -o out --in-flight 4\n"
+        "  panotriton dataset panoramas/ --sample-n 100 -o out --report   with HTML pages\n"
         "  panotriton dataset panoramas/ --sample-n 2 -o out --local --json\n",
     )
     parser.add_argument(
@@ -56,6 +58,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--in-flight", type=int, default=2, metavar="K", help="groups at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write each group's report.html and index.html, too"
     )
     add_pipeline_arguments(parser)
     add_server_arguments(parser)
@@ -78,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         print_json({"output": str(options.output), **asdict(summary)})
     else:
         console.print(_result(summary, options.output))
+        if options.report and summary.groups:
+            console.print(str(options.output / "index.html"), soft_wrap=True)
     return 0 if summary.complete else 1
 
 
@@ -87,6 +94,11 @@ async def _run(dataset: Dataset, url: str, protocol: str, more: dict[str, Any]) 
 
 
 def _dataset(options: argparse.Namespace) -> Dataset:
+    repository = options.repository if options.local else None
+
+    async def ask(client: AsyncClient) -> dict[str, Any]:
+        return facts(await client.health(), repository)
+
     return Dataset(
         find_panoramas(options.folders),
         options.output,
@@ -95,6 +107,8 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         target_n=options.target_n,
         in_flight=options.in_flight,
         options={name: getattr(options, name) for name in PIPELINE},
+        pages=options.report,
+        facts=ask,
     )
 
 

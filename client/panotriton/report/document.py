@@ -15,27 +15,39 @@ from panotriton.errors import InvalidInput
 from panotriton.report.footprint import footprint
 from panotriton.report.verdict import verdict
 
-__all__ = ["render", "save", "template"]
+__all__ = ["OFFLINE", "TEMPLATES", "degrees", "render", "save", "template"]
 
-_HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
+OFFLINE = "img-src data:"
+"""What a page may load that asks the network for nothing, in the words of a content security policy."""
 
 
-def render(page: str, scripts: tuple[Path, ...], styles: tuple[Path, ...], **context: Any) -> str:
-    """Fill a template. Every value is escaped; only our own scripts may run, by their hashes."""
+def render(
+    page: str,
+    scripts: tuple[Path, ...],
+    styles: tuple[Path, ...],
+    sources: str = OFFLINE,
+    folders: tuple[Path, ...] = (TEMPLATES,),
+    **context: Any,
+) -> str:
+    """Fill a template of `folders`. Every value is escaped; only our own scripts may run, by their hashes.
+
+    sources: directives of what else the page may load.
+    """
     bodies = [_script(path) for path in scripts]
     hashes = [base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": _score, "degrees": _degrees, "bound": _bound}
+    environment.filters |= {"score": _score, "degrees": degrees, "bound": _bound, "brief": _brief}
     environment.globals |= {"verdict": verdict, "footprint": footprint}
     return environment.get_template(page).render(
-        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        policy=f"default-src 'none'; {sources}; style-src 'unsafe-inline'; "
         f"script-src {allowed}; base-uri 'none'; form-action 'none'",
         scripts=[Markup(body) for body in bodies],  # noqa: S704 -- files of this package
         styles=[Markup(path.read_text(encoding="utf-8")) for path in styles],  # noqa: S704
@@ -58,19 +70,25 @@ def _script(path: Path) -> str:
 
 def template(name: str) -> Path:
     """A file of the templates folder."""
-    return _HERE / "templates" / name
+    return TEMPLATES / name
 
 
 def _score(value: float | None) -> str:
     return "no score" if value is None else f"{value:.2f}"
 
 
-def _degrees(value: float) -> str:
+def degrees(value: float) -> str:
+    """With one decimal and a real minus sign."""
     return f"{value:.1f}°".replace("-", "−")
 
 
 def _bound(value: float) -> str:
     return f"{value:.0f}°".replace("-", "−")
+
+
+def _brief(identity: str) -> str:
+    """The first eight digits of a checksum; anything else whole."""
+    return identity[:15] if identity.startswith("sha256:") else identity
 
 
 def save(page: str, path: Path) -> Path:

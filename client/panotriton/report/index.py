@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,20 @@ class Entry:
     link: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A pair of panoramas that gave no group; `panoramas` are their names without suffix."""
+
+    group_id: int
+    panoramas: tuple[str, ...]
+    error: str
+
+
 def write_index(root: Path, output: Path | None = None) -> Path:
     """Write `root`/index.html (or `output`) over the group folders in `root`; returns its path.
 
-    A group links to its report.html where `write_report` has made one. The page is self-contained;
+    A group links to its report.html where `write_report` has made one; pairs that a data-set run notes
+    in failed.json are shown as such. The page is self-contained;
     its thumbnails share 20 MB. Raises InvalidInput where `root` has no group.
     """
     folders = sorted(path for path in root.glob("group_*") if is_group(path))
@@ -47,9 +58,23 @@ def write_index(root: Path, output: Path | None = None) -> Path:
     entries = [_entry(folder, path.parent, _THUMBS_BYTES // len(folders)) for folder in folders]
     styles = (template("page.css"),)
     page = render(
-        "index.html", scripts=(), styles=styles, name=root.resolve().name, entries=entries
+        "index.html",
+        scripts=(),
+        styles=styles,
+        name=root.resolve().name,
+        entries=entries,
+        failures=_failures(root / "failed.json"),
     )
     return save(page, path)
+
+
+def _failures(path: Path) -> list[Failure]:
+    if not path.is_file():
+        return []
+    return [
+        Failure(int(number), tuple(Path(name).stem for name in known["panoramas"]), known["error"])
+        for number, known in json.loads(path.read_text(encoding="utf-8")).items()
+    ]
 
 
 def _entry(folder: Path, base: Path, max_bytes: int) -> Entry:

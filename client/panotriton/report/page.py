@@ -19,7 +19,7 @@ from panotriton.report.picture import bicubic, data_uri, most_different, read_pi
 from panotriton.report.record import Pair, Record, Stage, View, read_record
 from panotriton.report.verdict import outcome
 
-__all__ = ["MAX_BYTES", "write_report"]
+__all__ = ["MAX_BYTES", "SLIDER", "write_report"]
 
 MAX_BYTES = 25_000_000
 """What a report's file stays below, whatever the group's size."""
@@ -37,7 +37,7 @@ _CROP_PX = 256
 _THUMB_PX = 400
 _PANORAMA_PX = 1600
 
-_SLIDER = Path(__file__).parent / "vendor" / "img-comparison-slider"
+SLIDER = Path(__file__).parent / "vendor" / "img-comparison-slider"
 
 U8 = NDArray[np.uint8]
 
@@ -96,8 +96,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         shots = _shots(record, pool)
     page = render(
         "page.html",
-        scripts=(_SLIDER / "index.js", template("slider.js"), template("player.js")),
-        styles=(_SLIDER / "styles.css", template("page.css")),
+        scripts=(SLIDER / "index.js", template("slider.js"), template("player.js")),
+        styles=(SLIDER / "styles.css", template("page.css")),
         record=record,
         outcome=outcome(record),
         pictures={_key(pair): found for pair, found in zip(record.pairs, pictures, strict=True)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from panotriton.camera import INTERVALS, Camera, interval_bounds
 from panotriton.errors import InvalidInput
+from panotriton.folder import process_command
 from panotriton.quality import SUB_SCORES
 
 __all__ = ["Interval", "Pair", "Record", "Stage", "View", "is_group", "read_record"]
@@ -88,14 +88,18 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Everything a report shows. Facts that the run did not record are None or empty."""
+    """Everything a report shows. Facts that the run did not record are None or empty.
+
+    `weights` is what identifies them, by model: a checksum or an architecture.
+    """
 
     folder: Path
     group_id: int
     panoramas: tuple[Path, ...]
     options: Mapping[str, Any]
     version: str | None
-    weights: str | None
+    server: str | None
+    weights: Mapping[str, str]
     command: str
     seconds: float | None
     intervals: tuple[Interval, ...]
@@ -172,8 +176,9 @@ def _record(folder: Path, info: dict[str, Any]) -> Record:
         panoramas=panoramas,
         options=options,
         version=info.get("version"),
-        weights=info.get("weights"),
-        command=info.get("command") or _command(panoramas, options),
+        server=info.get("server"),
+        weights={str(name): str(value) for name, value in info.get("weights", {}).items()},
+        command=info.get("command") or process_command(panoramas, options),
         seconds=info.get("seconds"),
         intervals=_intervals(folder, result, _names(panoramas)),
         stages=tuple(_stage(stage) for stage in info.get("stages", ())),
@@ -184,15 +189,6 @@ def _names(panoramas: tuple[Path, ...]) -> tuple[str, str]:
     """What the group's files are named after, as `folder.write_group` makes it distinct."""
     first, second = (path.stem for path in panoramas)
     return (first, second) if first != second else (f"{first}_1", f"{second}_2")
-
-
-def _command(panoramas: tuple[Path, ...], options: Mapping[str, Any]) -> str:
-    """The command line that makes this group again."""
-    words = ["panotriton", "process", *map(str, panoramas)]
-    for name, value in options.items():
-        if value != "":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join([*words, "-o", "out"])
 
 
 def _intervals(

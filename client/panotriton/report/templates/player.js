@@ -4,7 +4,7 @@ const FRAME_MS = 180;
 class Player {
   constructor(root) {
     this.root = root;
-    this.views = [...root.querySelectorAll(".strip button")];
+    this.strip = root.querySelector(".strip");
     this.screen = root.querySelector(".screen");
     this.range = root.querySelector("input");
     this.output = root.querySelector("output");
@@ -19,8 +19,15 @@ class Player {
     this.show(0);
   }
 
+  get views() {
+    return [...this.strip.querySelectorAll("button")];
+  }
+
   listen() {
-    this.views.forEach((view, index) => view.addEventListener("click", () => this.pick(index)));
+    this.strip.addEventListener("click", (event) => {
+      const view = event.target.closest("button");
+      if (view) this.pick(this.views.indexOf(view));
+    });
     this.range.addEventListener("input", () => this.pick(Number(this.range.value)));
     this.playButton.addEventListener("click", () => this.toggle());
     this.root.addEventListener("keydown", (event) => this.press(event));
@@ -54,7 +61,7 @@ class Player {
     this.spot.setAttribute("d", area);
     this.edge.setAttribute("d", outline);
     this.camera.textContent = `yaw ${yaw}, pitch ${pitch}, roll ${roll}, vfov ${vfov}, xi ${xi}`;
-    this.views.forEach((other) => other.setAttribute("aria-current", String(other === view)));
+    for (const other of this.views) other.setAttribute("aria-current", String(other === view));
   }
 
   toggle() {

@@ -1,5 +1,5 @@
 // What img-comparison-slider leaves out: its value for screen readers, and a look at 1:1.
-for (const slider of document.querySelectorAll("img-comparison-slider")) {
+function announceSlider(slider) {
   slider.setAttribute("role", "slider");
   slider.setAttribute("aria-valuemin", "0");
   slider.setAttribute("aria-valuemax", "100");
@@ -11,7 +11,7 @@ for (const slider of document.querySelectorAll("img-comparison-slider")) {
   announce();
 }
 
-for (const button of document.querySelectorAll(".zoom")) {
+function enableZoom(button) {
   const viewport = button.closest(".compare").querySelector(".viewport");
   button.addEventListener("click", () => {
     const zoomed = viewport.classList.toggle("zoomed");
@@ -20,3 +20,6 @@ for (const button of document.querySelectorAll(".zoom")) {
     viewport.scrollTop = (viewport.scrollHeight - viewport.clientHeight) / 2;
   });
 }
+
+document.querySelectorAll("img-comparison-slider").forEach(announceSlider);
+document.querySelectorAll(".zoom").forEach(enableZoom);
