@@ -29,6 +29,7 @@ This page is written by `make docs` from the `config.pbtxt` files and `make chec
 # Calls that a Python model makes itself (business logic scripting): no config knows them.
 CALLS = {
     "osediff": (
+        "osediff_tagger",
         "osediff_text_encoder",
         "osediff_vae_encoder",
         "osediff_unet",
@@ -36,6 +37,7 @@ CALLS = {
     ),
     "qwen_scorer": ("qwen",),
     "qwen_describer": ("qwen",),
+    "qwen": ("qwen_vision",),
 }
 CALLS_TEXT = """\
 ## Calls between models

@@ -25,7 +25,7 @@ from panotriton.errors import InvalidInput
 from panotriton.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras
 from panotriton.images import MAX_PIXELS
 from panotriton.osediff import ALIGNMENTS
-from panotriton.quality import SUB_SCORES, Quality
+from panotriton.quality import MODES, SUB_SCORES, Quality
 from panotriton.results import (
     Cropped,
     Description,
@@ -178,12 +178,15 @@ def upscale(
     return _plan(images, call, most, _MIN_SR_PX, cuda)
 
 
-def score(images: Any, *, cuda: bool = False) -> Plan[Score]:
+def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
     """Quality of one pair image or a list."""
+    if mode not in MODES:
+        raise InvalidInput(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+    options: dict[str, Value] = {"MODE": np.array([mode.encode()], np.object_)}
 
     def call(batch: Images) -> Call[list[Score]]:
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
-        return Call("qwen_scorer", {"IMAGES": batch}, outputs, _scores)
+        return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
     return _plan(images, call, lambda height, width: _QWEN_IMAGES, _MIN_QWEN_PX, cuda)
 

@@ -213,16 +213,24 @@ class AsyncClient:
         return await self._send_all(plan, via)
 
     @overload
-    async def score(self, images: ImageLike, *, via: AsyncSharedMemory | None = None) -> Score: ...
+    async def score(
+        self, images: ImageLike, *, mode: str = "generate", via: AsyncSharedMemory | None = None
+    ) -> Score: ...
 
     @overload
     async def score(
-        self, images: list[Any] | tuple[Any, ...], *, via: AsyncSharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        mode: str = "generate",
+        via: AsyncSharedMemory | None = None,
     ) -> list[Score]: ...
 
-    async def score(self, images: Any, *, via: AsyncSharedMemory | None = None) -> Any:
+    async def score(
+        self, images: Any, *, mode: str = "generate", via: AsyncSharedMemory | None = None
+    ) -> Any:
         """`Client.score`."""
-        return await self._send_all(_calls.score(images, cuda=_is_cuda(via)), via)
+        return await self._send_all(_calls.score(images, mode=mode, cuda=_is_cuda(via)), via)
 
     @overload
     async def describe(

@@ -244,16 +244,27 @@ class Client:
         return self._send_all(plan, via)
 
     @overload
-    def score(self, images: ImageLike, *, via: SharedMemory | None = None) -> Score: ...
+    def score(
+        self, images: ImageLike, *, mode: str = "generate", via: SharedMemory | None = None
+    ) -> Score: ...
 
     @overload
     def score(
-        self, images: list[Any] | tuple[Any, ...], *, via: SharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        mode: str = "generate",
+        via: SharedMemory | None = None,
     ) -> list[Score]: ...
 
-    def score(self, images: Any, *, via: SharedMemory | None = None) -> Any:
-        """Score one pair image (H, 2H, 3), left | right, or a list; 28 px a side at least."""
-        return self._send_all(_calls.score(images, cuda=_is_cuda(via)), via)
+    def score(self, images: Any, *, mode: str = "generate", via: SharedMemory | None = None) -> Any:
+        """Score one pair image (H, 2H, 3), left | right, or a list; 28 px a side at least.
+
+        mode: "generate" has the model write its reply; "expected" and "levels" read the final score in
+        one pass, many times faster, with no sub-scores and no reply. They are other scores: a
+        threshold has to be chosen anew, see SCORING.md.
+        """
+        return self._send_all(_calls.score(images, mode=mode, cuda=_is_cuda(via)), via)
 
     @overload
     def describe(self, images: ImageLike, *, via: SharedMemory | None = None) -> Description: ...

@@ -1,12 +1,36 @@
-"""The scorer's reply: six lines of text, read strictly."""
+"""What is asked of the scorer and how its answer is read: six lines of text, strictly, or one number.
+
+Knows no engine: the readings below are of probabilities that an engine has computed.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-__all__ = ["SUB_SCORES", "Quality", "parse_reply"]
+__all__ = [
+    "LEVELS",
+    "LEVEL_SKELETON",
+    "MODES",
+    "NUMBER_SKELETON",
+    "SUB_SCORES",
+    "Quality",
+    "expected_level",
+    "expected_number",
+    "parse_reply",
+    "through_line",
+]
+
+# What a caller asks of the scorer → what the scorer asks of the engine.
+MODES = {"generate": "text", "expected": "number", "levels": "levels"}
+
+NUMBER_SKELETON = "Final Score: 0."
+LEVEL_SKELETON = "The quality of the pair is"
+# What follows it, each with its weight.
+LEVELS = {" excellent": 1.0, " good": 0.75, " fair": 0.5, " poor": 0.25, " bad": 0.0}
+_SECOND_DECIMAL = 0.045  # the mean of what follows the first
 
 _LINES = {
     "correlation": "correlation",
@@ -36,6 +60,18 @@ class Quality:
         return tuple(getattr(self, field.name) for field in fields(self))[:-1]
 
 
+def expected_number(one: float, tenths: Sequence[float]) -> float:
+    """E = P(1) + P(0) · (Σ d/10 · P(d) + 0.045): `one` is P(1) against 0 before the point, tenths are
+    P(0) to P(9) after it."""
+    below_one = sum(digit / 10 * share for digit, share in enumerate(tenths)) + _SECOND_DECIMAL
+    return one + (1 - one) * below_one
+
+
+def expected_level(shares: Sequence[float]) -> float:
+    """The mean weight of `LEVELS` under their probabilities, 0 to 1."""
+    return sum(weight * share for weight, share in zip(LEVELS.values(), shares, strict=True))
+
+
 def parse_reply(reply: str) -> Quality:
     """Read the lines that start with Correlation, Information, Subject, Image Clarity, Content
     Coherence and Final Score, in any case.
@@ -51,6 +87,18 @@ def parse_reply(reply: str) -> Quality:
             if text.startswith(start):
                 scores[name] = _value(text)
     return Quality(**scores)
+
+
+def through_line(text: str, start: str) -> str | None:
+    """`text` up to the end of its first whole line that starts with `start`, in any case; None where
+    there is none yet: the last line may still be being written."""
+    end = 0
+    for line in text.splitlines(keepends=True):
+        end += len(line)
+        begun = line.strip(" *#-").casefold().startswith(start.casefold())
+        if begun and line.endswith("\n"):
+            return text[:end]
+    return None
 
 
 def _value(line: str) -> float:

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from panotriton.agreement import compare, spearman
 from panotriton.quality import parse_reply
+from panotriton.qwen import QwenVL
 
 from .degrade import FAULTS
-from .qwen import chat_text, prompts
+from .qwen import prompts
 from .replies import describe, look_at
 from .scenes import HELD_OUT, cut, load_panoramas, make_sample
 
@@ -46,22 +48,19 @@ class Judge:
     """The folder, loaded as the server loads it."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32")
-        self.model.eval()
+        self.engine = QwenVL(folder, max_batch=2 * _BATCH)
 
-    @torch.inference_mode()
     def reply(self, images: Sequence[NDArray[np.uint8]], task: str) -> list[str]:
         """Greedy replies to RGB images (H, W, 3) of any sizes, in one left-padded batch."""
-        pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-        chat = chat_text(self.processor, prompts()[task])
-        inputs = self.processor(
-            images=pixels, text=[chat] * len(pixels), padding=True, return_tensors="pt"
-        )
-        tokens = self.model.generate(**inputs, max_new_tokens=256, do_sample=False)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        replies: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
-        return replies
+        return self.engine.reply(images, prompts()[task], 256)
+
+    def read(self, images: Sequence[NDArray[np.uint8]]) -> dict[str, list[float]]:
+        """The scores of the modes that decode nothing."""
+        prompt = prompts()["quality"]
+        return {
+            "expected": self.engine.read_number(images, prompt),
+            "levels": self.engine.read_level(images, prompt),
+        }
 
 
 def evaluate(judge: Judge, folder: Path, names: Sequence[str], count: int) -> dict[str, Any]:
@@ -69,15 +68,15 @@ def evaluate(judge: Judge, folder: Path, names: Sequence[str], count: int) -> di
     rng = np.random.default_rng(1)
     figures: dict[str, Any] = {"held_out": list(names), "pairs_per_fault": count}
     strengths, finals, wanted, parsed = [], [], [], 0
+    read: dict[str, list[float]] = {"expected": [], "levels": []}
     for fault in ("none", *FAULTS):
         samples = [make_sample(scenes, rng, fault, varied=False) for _ in range(count)]
-        qualities = [
-            parse_reply(reply)
-            for start in range(0, count, _BATCH)
-            for reply in judge.reply(
-                [served(sample.pair) for sample in samples[start : start + _BATCH]], "quality"
-            )
-        ]
+        qualities = []
+        for start in range(0, count, _BATCH):
+            pairs = [served(sample.pair) for sample in samples[start : start + _BATCH]]
+            qualities += [parse_reply(reply) for reply in judge.reply(pairs, "quality")]
+            for mode, values in judge.read(pairs).items():
+                read[mode] += values
         final = np.array([quality.final_score for quality in qualities])
         parsed += sum(
             not np.isnan([*quality.sub_scores(), quality.final_score]).any()
@@ -91,6 +90,11 @@ def evaluate(judge: Judge, folder: Path, names: Sequence[str], count: int) -> di
         wanted.append(target)
     pooled = [np.concatenate(parts) for parts in (strengths[1:], finals[1:], wanted[1:])]
     figures["pooled"] = _summary(*pooled)
+    everything, targets = np.concatenate(finals), np.concatenate(wanted)
+    figures["generate_against_target"] = _agreement(targets, everything)
+    for mode, values in read.items():
+        figures[f"{mode}_against_generate"] = _agreement(everything, np.array(values))
+        figures[f"{mode}_against_target"] = _agreement(targets, np.array(values))
     figures["parsed_share"] = parsed / (count * (len(FAULTS) + 1))
     figures["described"] = _descriptions(judge, [scene.right for scene in scenes[:64]])
     figures["batch_equals_single"] = _batched(judge, [served(scene.pair) for scene in scenes[:24]])
@@ -120,15 +124,13 @@ def _summary(strength: Any, final: Any, target: Any) -> dict[str, Any]:
     return summary
 
 
-def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Rank correlation, ties at their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[Any]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts - 1) / 2)[inverse])
+def _agreement(first: Any, second: Any) -> dict[str, Any]:
+    """At 0.7; `share`: how many pairs both let pass or both drop."""
+    found = compare(first, second, 0.7)
+    return {name: round(value, 3) for name, value in asdict(found).items()} | {
+        "share": round(found.agreement, 3),
+        "mean_abs_difference": round(float(np.nanmean(np.abs(first - second))), 3),
+    }
 
 
 def _descriptions(judge: Judge, views: list[NDArray[np.uint8]]) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _descriptions(judge: Judge, views: list[NDArray[np.uint8]]) -> dict[str, Any
         for start in range(0, len(views), _BATCH)
         for reply in judge.reply(views[start : start + _BATCH], "describe")
     ]
-    truth = [describe(look_at(view)) for view in views]
+    truth = [describe(look_at(view)).said for view in views]
     slots = np.array(
         [
             [x == y for x, y in zip(_slots(a), _slots(b), strict=True)]

@@ -35,8 +35,10 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from panotriton.quality import LEVEL_SKELETON, LEVELS
+
 from .degrade import FAULTS
-from .replies import describe, look_at, six_lines
+from .replies import Reply, describe, level, look_at, number, six_lines
 from .scenes import Sample, Scene, cut, load_panoramas, make_sample, vary
 
 __all__ = ["main"]
@@ -70,11 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--panoramas", type=Path, default=Path("tests/data/panoramas"))
     parser.add_argument("--output", type=Path, default=Path("export/small/qwen"))
-    parser.add_argument("--vision-steps", type=int, default=1400)
-    parser.add_argument("--text-steps", type=int, default=1000)
-    parser.add_argument("--all-steps", type=int, default=1300)
+    parser.add_argument("--vision-steps", type=int, default=2000)
+    parser.add_argument("--text-steps", type=int, default=1100)
+    parser.add_argument("--all-steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--groups", type=int, default=20, help="camera draws for each panorama")
+    parser.add_argument("--groups", type=int, default=32, help="camera draws for each panorama")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -146,10 +148,11 @@ def _texts() -> list[str]:
     """The prompts and the replies, so that few tokens hold them."""
     rng = np.random.default_rng(0)
     noise = (rng.random((200, 8, 8, 3)) * rng.random((200, 1, 1, 3)) * 255).astype(np.uint8)
-    described = [describe(look_at(image)) for image in noise]
+    described = [describe(look_at(image)).said for image in noise]
     chat = ["system\n", "user\n", "assistant\n"] * 50
     lines = re.findall(r"^[A-Z].*: ", prompts()["quality"], flags=re.MULTILINE) * 50
-    return list(prompts().values()) * 20 + described + chat + lines
+    levels = [LEVEL_SKELETON + word for word in LEVELS] * 50
+    return list(prompts().values()) * 20 + described + chat + lines + levels
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -250,10 +253,14 @@ class Batch:
     pixels: torch.Tensor  # (patches of all images, 1176)
     grids: torch.Tensor  # (B, 3)
     facts: torch.Tensor  # (B, 11) scores and strengths or (B, 9) look
-    replies: list[str]
+    replies: list[Reply]
     task: str  # quality | describe
 
 
+# How often a judgement is the six lines, the number alone, the level alone. A short one has few tokens
+# and counts as much as several of the long one's.
+_REPLY_SHARES = (0.65, 0.22, 0.13)
+_SHORT_WEIGHT = 4.0
 # Brings the nine measures of a Look to the spread of the scores.
 _LOOK_UNITS = (0.8, 0.35, 0.5, 0.15, 0.8, 0.6, 0.2, 0.15, 0.2)
 
@@ -284,6 +291,8 @@ class Trainer:
         digits = self.tokenizer.convert_tokens_to_ids([str(d) for d in range(10)])
         self.token_weight = torch.full((len(self.tokenizer),), 0.3)
         self.token_weight[digits] = 1.5
+        levels = [self.tokenizer.encode(word)[0] for word in LEVELS]
+        self.token_weight[levels] = 1.5
 
     def start(self, scenes: list[Scene]) -> None:
         start_patches(self.model, self._collate([s.pair for s in scenes[:64]], [], [], "").pixels)
@@ -353,8 +362,14 @@ class Trainer:
             return self._describe_batch(scenes, size)
         samples = [make_sample(scenes, self.rng) for _ in range(size)]
         facts = [_facts(sample) for sample in samples]
-        replies = [six_lines(sample.scores) for sample in samples]
+        replies = [self._judgement(sample) for sample in samples]
         return self._collate([sample.pair for sample in samples], facts, replies, "quality")
+
+    def _judgement(self, sample: Sample) -> Reply:
+        kind = self.rng.choice(3, p=_REPLY_SHARES)
+        if kind == 0:
+            return six_lines(sample.scores)
+        return number(sample.scores) if kind == 1 else level(sample.scores, self.rng)
 
     def _describe_batch(self, scenes: list[Scene], size: int) -> Batch:
         picked = self.rng.integers(len(scenes), size=size)
@@ -363,7 +378,9 @@ class Trainer:
         facts = [np.divide(astuple(look), _LOOK_UNITS) for look in looks]
         return self._collate(views, facts, [describe(look) for look in looks], "describe")
 
-    def _collate(self, images: list[Any], facts: list[Any], replies: list[str], task: str) -> Batch:
+    def _collate(
+        self, images: list[Any], facts: list[Any], replies: list[Reply], task: str
+    ) -> Batch:
         tensors = [torch.from_numpy(np.ascontiguousarray(i)).permute(2, 0, 1) for i in images]
         seen = self.processor.image_processor(images=tensors, return_tensors="pt")
         targets = torch.tensor(np.array(facts), dtype=torch.float32)
@@ -387,7 +404,7 @@ class Trainer:
 
     def _reply_loss(self, batch: Batch, seen: torch.Tensor) -> torch.Tensor:
         """Runs the system turn, the same for the whole batch, once and shares its keys and values."""
-        ids, types, prefix = self._chat(batch)
+        ids, types, taught, prefix = self._chat(batch)
         config = self.model.config
         positions, _ = self.model.model.get_rope_index(
             ids[:1], types[:1], image_grid_thw=batch.grids[:1]
@@ -410,7 +427,7 @@ class Trainer:
         targets = ids[:, prefix:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         weights = self._weights(batch.task, targets, losses.detach())
-        weights = weights * (targets != config.text_config.pad_token_id)
+        weights = weights * taught[:, prefix:]
         loss: torch.Tensor = (losses * weights).sum() / weights.sum()
         return loss
 
@@ -420,17 +437,27 @@ class Trainer:
             return self.token_weight[targets]
         return 1.02 - torch.exp(-losses)
 
-    def _chat(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Token ids (B, L) padded at the right, token types (B, L) and the length of the prompt."""
+    def _chat(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Token ids (B, L) padded at the right, token types (B, L), how much each is taught (B, L) and
+        the length of the prompt."""
         chat = chat_text(self.processor, self._prompt(batch.task))
         image = "<|image_pad|>" * int(batch.grids[0].prod() // 4)
         head = self.tokenizer(chat.replace("<|image_pad|>", image))["input_ids"]
+        rows, taught = zip(*(self._tail(reply) for reply in batch.replies), strict=True)
+        longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        ids = torch.tensor([head + row + [pad] * (longest - len(row)) for row in rows])
+        weight = torch.tensor(
+            [[0.0] * len(head) + row + [0.0] * (longest - len(row)) for row in taught]
+        )
+        return ids, (ids == self.model.config.image_token_id).int(), weight, len(head)
+
+    def _tail(self, reply: Reply) -> tuple[list[int], list[float]]:
+        """A reply's tokens, its end and how much each is taught."""
+        given = self.tokenizer(reply.given)["input_ids"] if reply.given else []
+        said = self.tokenizer(reply.said)["input_ids"]
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        tails = [[*self.tokenizer(reply)["input_ids"], end] for reply in batch.replies]
-        longest, pad = max(map(len, tails)), self.tokenizer.pad_token_id
-        rows = [head + tail + [pad] * (longest - len(tail)) for tail in tails]
-        ids = torch.tensor(rows)
-        return ids, (ids == self.model.config.image_token_id).int(), len(head)
+        weight = _SHORT_WEIGHT if reply.given else 1.0
+        return [*given, *said, end], [0.0] * len(given) + [weight] * (len(said) + 1)
 
     def _prompt(self, task: str) -> str:
         """The prompt, or in one of four batches a part of it: the wording should not matter much."""

@@ -1,4 +1,5 @@
-"""What the small model is taught to say: the six lines, and a description in three sentences."""
+"""What the small model is taught to say: the six lines, the score or level alone, and a description in
+three sentences."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from panotriton.quality import LEVEL_SKELETON, LEVELS, NUMBER_SKELETON
+
 from .degrade import Scores
 
-__all__ = ["Look", "describe", "look_at", "six_lines"]
+__all__ = ["Look", "Reply", "describe", "level", "look_at", "number", "six_lines"]
 
 Image = NDArray[np.uint8]
 
@@ -24,9 +27,29 @@ _NAMES = (
 )
 
 
-def six_lines(scores: Scores) -> str:
+@dataclass(frozen=True, slots=True)
+class Reply:
+    said: str  # what the model learns to say
+    given: str = ""  # what it is made to begin with
+
+
+def six_lines(scores: Scores) -> Reply:
     values = (*astuple(scores), scores.final)
-    return "\n".join(f"{name}: {value:.2f}" for name, value in zip(_NAMES, values, strict=True))
+    lines = (f"{name}: {value:.2f}" for name, value in zip(_NAMES, values, strict=True))
+    return Reply("\n".join(lines))
+
+
+def number(scores: Scores) -> Reply:
+    """The final score alone; no score that is taught reaches 1."""
+    return Reply(f"{scores.final:.2f}", NUMBER_SKELETON.removesuffix("0."))
+
+
+def level(scores: Scores, rng: np.random.Generator) -> Reply:
+    """One of the two words around the final score, the nearer one likelier: their mean is the score."""
+    words, weights = list(LEVELS), np.array(list(LEVELS.values()))  # (5,), falling evenly
+    place = float(np.clip((weights[0] - scores.final) / (weights[0] - weights[1]), 0, 4))
+    below = int(place) + int(rng.random() < place % 1)
+    return Reply(words[below], LEVEL_SKELETON)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,7 @@ def look_at(image: Image) -> Look:
     )
 
 
-def describe(look: Look) -> str:
+def describe(look: Look) -> Reply:
     light = _word(look.light, (0.2, "dark"), (0.36, "dim"), (0.6, "evenly lit"), "bright")
     contrast = _word(look.contrast, (0.13, "soft"), (0.22, "moderate"), "strong")
     detail = _word(
@@ -74,7 +97,7 @@ def describe(look: Look) -> str:
     )
     colour = _word(look.colour, (0.08, "almost colourless"), (0.2, "muted"), "vivid")
     article = "An" if light[0] == "e" else "A"
-    return (
+    return Reply(
         f"{article} {light} scene in {_tone(look)} tones with {contrast} contrast. "
         f"{_layout(look)}. {detail}, and the colours are {colour}."
     )

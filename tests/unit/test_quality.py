@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from panotriton.quality import parse_reply
+from panotriton.quality import expected_level, expected_number, parse_reply, through_line
 
 GOOD = """\
 Correlation: 0.9
@@ -87,3 +87,32 @@ def test_a_truncated_reply_keeps_what_it_has() -> None:
     assert quality.clarity == 0.6
     assert math.isnan(quality.coherence)
     assert math.isnan(quality.final_score)
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        (GOOD, None),  # its last line may still be being written
+        (GOOD + "\n", GOOD + "\n"),
+        (GOOD + "\nReason: a\nFinal Score: 0.1\n", GOOD + "\n"),
+        ("**final score:** 0.5\nmore", "**final score:** 0.5\n"),
+        ("The Final Score is near\n", None),
+        ("", None),
+    ],
+)
+def test_where_a_reply_ends(text: str, ended: str | None) -> None:
+    assert through_line(text, "Final Score") == ended
+
+
+def test_a_certain_number_is_itself_and_half_a_hundredth() -> None:
+    tenths = [0.0] * 10
+    tenths[8] = 1.0
+    assert expected_number(0.0, tenths) == pytest.approx(0.845)
+    assert expected_number(1.0, tenths) == 1.0
+    assert expected_number(0.5, [0.1] * 10) == pytest.approx(0.5 + 0.5 * (0.45 + 0.045))
+
+
+def test_a_level_is_the_mean_of_the_weights() -> None:
+    assert expected_level([1, 0, 0, 0, 0]) == 1.0
+    assert expected_level([0, 0, 0, 0, 1]) == 0.0
+    assert expected_level([0.2] * 5) == pytest.approx(0.5)

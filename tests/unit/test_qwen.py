@@ -1,5 +1,6 @@
-"""The Qwen engine on the small trained model, without a server."""
+"""The Qwen engine without a server: the small trained model, and untrained ones of its sister classes."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -7,22 +8,43 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from transformers import (
+    AutoProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
-from panotriton.errors import ExportError
-from panotriton.quality import parse_reply
-from panotriton.qwen import QwenVL
+from panotriton.errors import ExportError, InvalidInput
+from panotriton.quality import LEVELS, parse_reply
+from panotriton.qwen import FixedVision, QwenVL, choose_attention, choose_dtype
+from panotriton.repository import copy_model
+from panotriton_export.osediff.graph import session
 from panotriton_export.qwen import check_folder, export_qwen
+from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
+from panotriton_export.train_small.degrade import Scores
+from panotriton_export.train_small.replies import level, number
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ROOT / "export" / "small" / "qwen"
 PROMPT = (ROOT / "client" / "panotriton" / "prompts" / "quality.txt").read_text().strip()
 
 
-@pytest.fixture(scope="module")
-def qwen() -> QwenVL:
+def engine(folder: Path, **options: object) -> QwenVL:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about their own next releases
-        return QwenVL(SMALL, max_batch=3)
+        return QwenVL(folder, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def qwen() -> QwenVL:
+    return engine(SMALL, max_batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +57,156 @@ def images() -> list[np.ndarray]:
         cuts.append(np.ascontiguousarray(cut[:, :, ::-1]))
     cuts.append(cv2.GaussianBlur(cuts[0], (0, 0), 8))
     return cuts
+
+
+TOKENS = {
+    f"{name}_token_id": f"<|{mark}|>"
+    for name, mark in (
+        ("image", "image_pad"),
+        ("video", "video_pad"),
+        ("vision_start", "vision_start"),
+        ("vision_end", "vision_end"),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small folder of each class: Qwen2.5-VL trained, Qwen2-VL and Qwen3-VL with random weights."""
+    small = AutoProcessor.from_pretrained(SMALL)
+    text = json.loads((SMALL / "config.json").read_text())["text_config"]
+    text = {name: text[name] for name in text if name not in ("model_type", "layer_types")}
+    ids = {name: small.tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
+    ids["tie_word_embeddings"] = True
+    seen = {"depth": 3, "num_heads": 4, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    two = Qwen2VLConfig(
+        text_config=text, vision_config=seen | {"embed_dim": 64, "hidden_size": 96}, **ids
+    )
+    text["rope_parameters"]["mrope_interleaved"] = True
+    wide = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 96}
+    deep = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
+    three = Qwen3VLConfig(
+        text_config=text | {"head_dim": 24}, vision_config=seen | wide | deep, **ids
+    )
+    parts = {"tokenizer": small.tokenizer, "chat_template": small.chat_template}
+    sized = Qwen2VLImageProcessor(size=dict(small.image_processor.size), patch_size=16)
+    models = {
+        "qwen2_vl": (
+            Qwen2VLForConditionalGeneration(two),
+            Qwen2VLProcessor(small.image_processor, video_processor=small.video_processor, **parts),
+        ),
+        "qwen3_vl": (
+            Qwen3VLForConditionalGeneration(three),
+            Qwen3VLProcessor(sized, video_processor=Qwen3VLVideoProcessor(), **parts),
+        ),
+    }
+    work = tmp_path_factory.mktemp("folders")
+    for name, (model, processor) in models.items():
+        model.save_pretrained(work / name)
+        processor.save_pretrained(work / name)
+    return {name: work / name for name in models} | {"qwen2_5_vl": SMALL}
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_kept_prefix_changes_nothing(
+    folders: dict[str, Path], images: list[np.ndarray], name: str
+) -> None:
+    kept, computed = (engine(folders[name], prefix_cache=on) for on in (True, False))
+    assert kept.prefix_cache
+    for _ in range(2):  # the first pass fills it, the second uses it
+        got, expected = (
+            model._skeleton_logits(images, PROMPT, "Final Score: 0.", keep=3)
+            for model in (kept, computed)
+        )
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert len(kept._prefixes) == 1
+    replies = [model.reply(images, PROMPT, 24) for model in (kept, computed)]
+    assert replies[0] == replies[1]
+
+
+def test_only_the_latest_prefixes_are_kept(images: list[np.ndarray]) -> None:
+    model = engine(SMALL)
+    first = model.read_number(images[:1], "prompt 0")
+    for i in range(1, 6):
+        model.read_number(images[:1], f"prompt {i}")
+    assert len(model._prefixes) == 4
+    assert model.read_number(images[:1], "prompt 0") == pytest.approx(first, abs=1e-6)
+    model.read_number(images[:1], "word " * 5000)  # longer than is worth keeping
+    assert len(model._prefixes) == 4
+
+
+def test_a_tower_for_one_size_stands_in_for_the_models_own(images: list[np.ndarray]) -> None:
+    grid = grid_of(SMALL, (256, 512), None)
+    tower = FixedGridTower(load_tower(SMALL), grid)
+    asked: list[int] = []
+
+    @torch.inference_mode()
+    def see(patches: np.ndarray) -> np.ndarray:
+        asked.append(len(patches))
+        return tower(torch.from_numpy(patches)).numpy()
+
+    ours, theirs = engine(SMALL, vision=FixedVision(grid, see)), engine(SMALL)
+    square = cv2.resize(images[0], (224, 224))
+    mixed = [images[0], square, images[2]]
+    np.testing.assert_allclose(
+        ours.read_number(mixed, PROMPT), theirs.read_number(mixed, PROMPT), atol=1e-4
+    )
+    assert asked == [2]
+    assert ours.reply(mixed, PROMPT, 200) == theirs.reply(mixed, PROMPT, 200)
+    ours.read_number([square], PROMPT)
+    assert asked == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("qwen2_5_vl", (224, 448)), ("qwen2_5_vl", (100, 380)), ("qwen2_vl", (140, 84))],
+)
+def test_the_exported_tower_equals_pytorch(
+    folders: dict[str, Path], tmp_path: Path, name: str, size: tuple[int, int]
+) -> None:
+    copy_model("qwen_vision", tmp_path)
+    grid, results = export_vision(folders[name], tmp_path, size, None)
+    assert [result.passed for result in results] == [True, True]
+    graph = session(tmp_path / "qwen_vision" / "1" / "model.onnx")
+    patches = np.random.default_rng(0).normal(size=(5, grid[0] * grid[1], 1176))
+    (tokens,) = graph.run(None, {"PATCHES": patches.astype(np.float32)})
+    assert tokens.shape == (5, grid[0] * grid[1] // 4, 96)
+    config = (tmp_path / "qwen_vision" / "config.pbtxt").read_text()
+    assert f"[ {grid[0] * grid[1]}, 1176 ]" in config
+    assert f"[ {grid[0] * grid[1] // 4}, 96 ]" in config
+
+
+def test_a_tower_of_several_outputs_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ExportError, match="Qwen3VLVisionModel cannot be exported; .* --export-vision"
+    ):
+        load_tower(folders["qwen3_vl"])
+
+
+def test_what_a_device_gets() -> None:
+    assert choose_dtype("auto", bf16_supported=True, on_gpu=True) == "bfloat16"
+    assert choose_dtype("auto", bf16_supported=False, on_gpu=True) == "float16"
+    assert choose_dtype("auto", bf16_supported=False, on_gpu=False) == "auto"
+    assert choose_dtype("float32", bf16_supported=True, on_gpu=True) == "float32"
+    assert choose_attention("bfloat16", flash_installed=True) == "flash_attention_2"
+    assert choose_attention("float32", flash_installed=True) == "sdpa"
+    assert choose_attention("bfloat16", flash_installed=False) == "sdpa"
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read() -> None:
+    with pytest.raises(InvalidInput, match=r"images of 57000 pixels need about .* cpu has"):
+        engine(SMALL, max_batch=10_000_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_works_in_bf16_and_agrees_with_the_cpu(images: list[np.ndarray]) -> None:
+    on_gpu, on_cpu = engine(SMALL, device="cuda:0"), engine(SMALL)
+    assert next(on_gpu.model.parameters()).dtype == torch.bfloat16
+    np.testing.assert_allclose(
+        on_gpu.read_number(images, PROMPT), on_cpu.read_number(images, PROMPT), atol=0.05
+    )
 
 
 def test_replies_in_batches_equal_single_ones(qwen: QwenVL, images: list[np.ndarray]) -> None:
@@ -62,6 +234,26 @@ def test_readings_in_batches_equal_single_ones(
     assert all(0 <= value <= 1.05 for value in together)
 
 
+def test_the_small_model_means_the_same_in_every_mode(
+    qwen: QwenVL, images: list[np.ndarray]
+) -> None:
+    """It was taught to; a real model was not."""
+    written = [parse_reply(reply).final_score for reply in qwen.reply(images, PROMPT, 512)]
+    for read in (qwen.read_number, qwen.read_level):
+        np.testing.assert_allclose(read(images, PROMPT), written, atol=0.12)
+
+
+def test_the_levels_that_are_taught_average_to_the_score() -> None:
+    rng = np.random.default_rng(0)
+    for final in (0.0, 0.13, 0.7, 0.96, 1.0):
+        scores = Scores(*[final] * 5)
+        drawn = [LEVELS[level(scores, rng).said] for _ in range(2000)]
+        assert np.mean(drawn) == pytest.approx(final, abs=0.02)
+        assert np.ptp(drawn) <= 0.25
+    reply = number(Scores(*[0.7] * 5))
+    assert (reply.given, reply.said) == ("Final Score: ", "0.70")
+
+
 def test_no_images_no_work(qwen: QwenVL) -> None:
     assert qwen.reply([], PROMPT, 8) == []
     assert qwen.read_number([], PROMPT) == []
@@ -85,6 +277,29 @@ def test_a_good_folder_is_pointed_at_and_its_prompt_replaced(folder: Path, tmp_p
     assert str(folder) in (repository / "qwen" / "1" / "qwen.json").read_text()
     assert (repository / "qwen_scorer" / "1" / "prompt.txt").read_text() == "Judge."
     assert "Describe" in (repository / "qwen_describer" / "1" / "prompt.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one of auto, bf16"),
+        ({"max_pixels": 100}, "max_pixels is 100; expected at least 3136"),
+        ({"engine": "tgi"}, "engine is 'tgi'; expected one of torch, vllm"),
+        ({"engine": "vllm", "vision_size": (224, 448)}, "leave --export-vision out"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path: Path, options: dict, says: str) -> None:
+    with pytest.raises(ExportError, match=says):
+        export_qwen(SMALL, tmp_path, **options)
+
+
+def test_an_export_drops_what_an_earlier_one_of_another_folder_left(tmp_path: Path) -> None:
+    (tmp_path / "qwen" / "1").mkdir(parents=True)
+    for name in ("qwen_vision", "qwen_vllm"):
+        (tmp_path / name).mkdir()
+    export_qwen(SMALL, tmp_path, report=lambda line: None)
+    assert not (tmp_path / "qwen_vision").exists()
+    assert not (tmp_path / "qwen_vllm").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
+from panotriton.agreement import Agreement, compare
 from panotriton.camera import CAMERA_FIELDS, Camera
 from panotriton.cli.connection import (
     add_server_arguments,
@@ -21,8 +24,10 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.errors import InvalidInput
-from panotriton.results import Timings
+from panotriton.quality import MODES
+from panotriton.results import Score, Timings
 
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SCORES = ("final", "correlation", "balance", "richness", "clarity", "coherence")
 
 
@@ -57,9 +62,29 @@ def _add_score(commands: Any) -> None:
         "score",
         "score pair images",
         "Score images that show a left and a right view side by side: 0 to 1, - where there is none.",
-        "  panotriton score out/group_0001/osediff/*.jpg\n  panotriton score pair.png --json\n",
+        "  panotriton score out/group_0001/osediff/*.jpg\n"
+        "  panotriton score pair.png --json\n"
+        "  panotriton score out/group_0001/osediff --mode expected\n"
+        "  panotriton score out/*/osediff --compare --threshold 0.7\n",
     )
-    _add_images(parser)
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, or a folder of them"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=list(MODES),
+        default="generate",
+        help="generate: the model writes its reply; expected, levels: one pass, other scores, no "
+        "sub-scores (%(default)s)",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="score in every mode, and say how far they agree instead of the scores",
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.7, help="for --compare, 0 to 1 (%(default)s)"
+    )
     add_server_arguments(parser)
     parser.set_defaults(run=_run_score)
 
@@ -128,18 +153,70 @@ def _run_crop(options: argparse.Namespace) -> int:
 
 
 def _run_score(options: argparse.Namespace) -> int:
-    results = _ask(options, "scoring", "score", options.images)
+    paths = [path for given in options.images for path in _images_in(given)]
+    if options.compare:
+        return _run_compare(options, paths)
+    results = _ask(options, "scoring", "score", paths, mode=options.mode)
     if options.json:
-        print_json([_entry(*pair) for pair in zip(options.images, results, strict=True)])
+        print_json([_entry(*pair) for pair in zip(paths, results, strict=True)])
         return 0
     table = Table("image", *_SCORES, box=None, header_style="bold")
-    for path, score in zip(options.images, results, strict=True):
-        values = (getattr(score, name) for name in _SCORES)
-        table.add_row(
-            str(path), *("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        )
+    for path, score in zip(paths, results, strict=True):
+        table.add_row(str(path), *(_number(getattr(score, name)) for name in _SCORES))
     console_for(options).print(table)
     return 0
+
+
+def _run_compare(options: argparse.Namespace, paths: list[Path]) -> int:
+    if not 0 <= options.threshold <= 1:
+        raise InvalidInput(f"--threshold is {options.threshold}; expected 0 to 1")
+    scores = _in_every_mode(options, paths)
+    finals = {mode: np.array([s.final for s in found]) for mode, found in scores.items()}
+    found = {
+        (one, other): compare(finals[one], finals[other], options.threshold)
+        for one, other in itertools.combinations(MODES, 2)
+    }
+    if options.json:
+        print_json([{"first": a, "second": b} | asdict(found[a, b]) for a, b in found])
+        return 0
+    columns = ("both pass", "both fail", "only first", "only second", "Spearman", "best threshold")
+    table = Table("first", "second", *columns, box=None, header_style="bold")
+    for modes, agreement in found.items():
+        table.add_row(*modes, *_agreement_cells(agreement))
+    console_for(options).print(f"{len(paths)} pairs at a threshold of {options.threshold:g}", table)
+    return 0
+
+
+def _in_every_mode(options: argparse.Namespace, paths: list[Path]) -> dict[str, list[Score]]:
+    console = console_for(options)
+    with connected(options, console) as client, spinner(console) as progress:
+        progress.add_task("scoring in every mode")
+        return {mode: client.score(paths, mode=mode) for mode in MODES}
+
+
+def _agreement_cells(agreement: Agreement) -> list[str]:
+    counts = (
+        agreement.both_pass,
+        agreement.both_fail,
+        agreement.only_first,
+        agreement.only_second,
+    )
+    best = f"{agreement.best_threshold:.3f} ({agreement.best_agreement:.0%} agree)"
+    return [*map(str, counts), _number(agreement.spearman), best]
+
+
+def _images_in(path: Path) -> list[Path]:
+    """The file itself, or a folder's images by name."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+    if not found:
+        raise InvalidInput(f"{path} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+    return found
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _run_describe(options: argparse.Namespace) -> int:

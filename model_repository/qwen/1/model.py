@@ -1,19 +1,23 @@
 """qwen: images and a system prompt → replies, or numbers read directly, of a Qwen-VL model.
 
-The images of all requests of one execute call that ask the same are worked on together.
+The images of all requests of one execute call that ask the same are worked on together. The engine
+is the export's choice: PyTorch in this process, or Triton's vLLM backend as the model `qwen_vllm`.
 """
 
+import asyncio
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
-from panotriton import serving
-from panotriton.errors import InvalidInput
+from panotriton import qwen_vllm, serving
+from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.images import check_images
-from panotriton.qwen import MIN_SIDE_PX, READINGS, QwenVL
+from panotriton.quality import MODES
 
+_MIN_SIDE_PX = 28  # one merged patch
 _MAX_NEW_TOKENS = 2048
 _QUESTION = ("SYSTEM_PROMPT", "READING", "STOP_AFTER", "MAX_NEW_TOKENS")
 
@@ -22,33 +26,50 @@ class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / "qwen.json").read_text())
+        engine = {"torch": _Torch, "vllm": _Vllm}[settings["engine"]]
+        self._engine = engine(folder, settings, args)
+
+    async def execute(self, requests):
+        asked = [serving.attempt(_read, request) for request in requests]
+        together = defaultdict(list)  # question → indices of requests
+        for index, request in enumerate(asked):
+            if not isinstance(request, Exception):
+                together[request[1]].append(index)
+        outcomes = await asyncio.gather(
+            *(
+                self._engine.answer([image for i in indices for image in asked[i][0]], *question)
+                for question, indices in together.items()
+            ),
+            return_exceptions=True,
+        )
+        results = list(asked)
+        for indices, outcome in zip(together.values(), outcomes, strict=True):
+            failed = isinstance(outcome, BaseException)
+            left = iter(() if failed else outcome)
+            for index in indices:
+                results[index] = outcome if failed else [next(left) for _ in asked[index][0]]
+        return serving.answers([_tensors(result) for result in results])
+
+
+class _Torch:
+    """The weights in this process; its one event loop waits while they work."""
+
+    def __init__(self, folder, settings, args):
+        from panotriton.qwen import FixedVision, QwenVL  # noqa: PLC0415 gigabytes: torch
+
         limits = json.loads(args["model_config"])["parameters"]
         on_gpu = args["model_instance_kind"] == "GPU"
+        grid = settings["vision_grid"]
         self._qwen = QwenVL(
             folder / settings["weights"],  # an absolute path stands for itself
             dtype=settings["dtype"],
             device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu",
             max_batch=int(limits["max_batch_images"]["string_value"]),
             max_pixels=settings["max_pixels"],
+            vision=FixedVision(tuple(grid), _see) if grid else None,
         )
 
-    def execute(self, requests):
-        asked = [serving.attempt(_read, request) for request in requests]
-        together = defaultdict(list)  # question → indices of requests
-        for index, request in enumerate(asked):
-            if not isinstance(request, Exception):
-                together[request[1]].append(index)
-        results = list(asked)
-        for question, indices in together.items():
-            images = [image for index in indices for image in asked[index][0]]
-            outcome = serving.attempt(self._answer, images, *question)
-            for index in indices:
-                count = len(asked[index][0])
-                results[index] = outcome if isinstance(outcome, Exception) else outcome[:count]
-                outcome = outcome if isinstance(outcome, Exception) else outcome[count:]
-        return serving.answers([_tensors(result) for result in results])
-
-    def _answer(self, images, prompt, reading, stop_after, max_new_tokens):
+    async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
         """(text, value) an image: the one that was asked for, and nothing or NaN for the other."""
         if reading == "number":
             return [("", value) for value in self._qwen.read_number(images, prompt)]
@@ -58,10 +79,55 @@ class TritonPythonModel:
         return [(reply, np.nan) for reply in replies]
 
 
+def _see(patches):
+    """Image tokens (n, tokens, hidden) of qwen_vision for (n, patches, values) fp32."""
+    request = pb_utils.InferenceRequest(
+        model_name="qwen_vision",
+        requested_output_names=["TOKENS"],
+        inputs=[pb_utils.Tensor("PATCHES", patches)],
+    )
+    response = request.exec()
+    if response.has_error():
+        raise InferenceFailed(f"qwen_vision: {response.error().message()}")
+    return pb_utils.get_output_tensor_by_name(response, "TOKENS").as_numpy()
+
+
+class _Vllm:
+    """The weights in the vLLM backend, asked through the server, image by image, all at once."""
+
+    def __init__(self, folder, settings, args):
+        self._chat = qwen_vllm.Chat(settings["before"], settings["after"], settings["sampling"])
+
+    async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
+        questions = qwen_vllm.questions(self._chat, prompt, reading, max_new_tokens)
+        pngs = [qwen_vllm.encode(image) for image in images]
+        asked = (self._ask(question, png) for png in pngs for question in questions)
+        replies = await asyncio.gather(*asked)
+        each = (replies[i : i + len(questions)] for i in range(0, len(replies), len(questions)))
+        return [qwen_vllm.answer(reading, few, stop_after) for few in each]
+
+    async def _ask(self, question, png):
+        """text_output, or logprobs' JSON. The backend is decoupled and here answers once."""
+        output = "logprobs" if question.next_token else "text_output"
+        inputs = qwen_vllm.tensors(question, png, self._chat)
+        request = pb_utils.InferenceRequest(
+            model_name="qwen_vllm",
+            requested_output_names=[output],
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+        )
+        for response in await request.async_exec(decoupled=True):
+            if response.has_error():
+                raise InferenceFailed(f"qwen_vllm: {response.error().message()}")
+            tensor = pb_utils.get_output_tensor_by_name(response, output)
+            if tensor is not None:  # an empty response may only say that it was the last
+                return tensor.as_numpy().item()
+        raise InferenceFailed(f"qwen_vllm answered without {output}")
+
+
 def _read(request):
     """A request's images, and its question as values that can be compared."""
     images = serving.required(request, "IMAGE")  # (N, H, W, 3)
-    check_images("IMAGE", images, min_side_px=MIN_SIDE_PX)
+    check_images("IMAGE", images, min_side_px=_MIN_SIDE_PX)
     question = [set(serving.required(request, name).flat) for name in _QUESTION]
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:
@@ -69,8 +135,8 @@ def _read(request):
                 f"{name} differs between the images of one request; send one a request"
             )
     prompt, reading, stop_after, limit = (value for (value,) in question)
-    if reading.decode() not in READINGS:
-        raise InvalidInput(f"READING is {reading!r}; expected one of {', '.join(READINGS)}")
+    if reading.decode() not in MODES.values():
+        raise InvalidInput(f"READING is {reading!r}; expected one of {', '.join(MODES.values())}")
     if not 1 <= limit <= _MAX_NEW_TOKENS:
         raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {_MAX_NEW_TOKENS}")
     return list(images), (
@@ -82,7 +148,7 @@ def _read(request):
 
 
 def _tensors(result):
-    if isinstance(result, Exception):
+    if isinstance(result, BaseException):
         return result
     texts, values = zip(*result, strict=True)
     values = np.array(values, np.float32)

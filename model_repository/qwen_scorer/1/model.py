@@ -7,11 +7,10 @@ import numpy as np
 from panotriton import serving
 from panotriton.errors import InvalidInput
 from panotriton.images import check_images
-from panotriton.quality import parse_reply
+from panotriton.quality import MODES, parse_reply
 
 _MAX_NEW_TOKENS = 512
 _MIN_SIDE_PX = 28
-_READINGS = {"generate": "text", "expected": "number", "levels": "levels"}
 
 
 class TritonPythonModel:
@@ -26,12 +25,12 @@ class TritonPythonModel:
         images = serving.required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=_MIN_SIDE_PX)
         mode = serving.text(request, "MODE", "generate")
-        if mode not in _READINGS:
-            raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(_READINGS)}")
+        if mode not in MODES:
+            raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(MODES)}")
         replies, values = await serving.ask_qwen(
             images,
             self._prompt,
-            reading=_READINGS[mode],
+            reading=MODES[mode],
             stop_after="final score",
             max_new_tokens=_MAX_NEW_TOKENS,
         )
