@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check deploy-check bench docs clean
+.PHONY: help setup demo test check deploy-check bench perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,7 @@ repository/.small: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
-	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 -o out/demo
+	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --report -o out/demo
 
 test: repository/.small  ## all tests, a real tritonserver included
 	$(BIN)/python -m pytest
@@ -48,10 +48,13 @@ build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
 	$(BIN)/python -m pytest tests/deploy
 
-bench: repository/.small  ## measurements; see tests/bench
-	$(BIN)/python tests/bench/crop.py
-	$(BIN)/python tests/bench/transport.py
-	$(BIN)/python tests/bench/capacity.py
+bench: repository/.small  ## all measurements, half an hour: build/bench/report.md
+	$(BIN)/python tests/bench/run.py
+
+build/bench/perf_analyzer/tool/perf_analyzer: $(VENV)/.installed
+	$(BIN)/python tests/bench/perf_analyzer.py --fetch
+
+perf-analyzer: build/bench/perf_analyzer/tool/perf_analyzer  ## fetch NVIDIA's load generator
 
 docs: setup  ## rewrite what is generated from the configs
 	$(BIN)/python docs/architecture.py

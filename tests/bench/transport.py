@@ -3,41 +3,50 @@
 One tritonserver, started here, echoes them; every way is measured in the same run, in turns, against a
 memcpy of the same bytes. A second table is about the way there alone: pixels against encoded files.
 
-python tests/bench/transport.py [--runs 7] [--json out.json]
+python tests/bench/transport.py [--runs 7]
+
+Redis and CUDA have rows only where there is a redis-server or a GPU. Arrays are pickled for Redis because
+that is the way that is measured: loading a pickle runs whatever code its sender put there, and panotriton
+itself never does.
 """
 
-import argparse
 import base64
+import contextlib
 import json
-import os
-import platform
-import shutil
+import pickle
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import cv2
+import memory_store
 import numpy as np
+import redis
+import script
 
 from panotriton import Client
+from panotriton.cuda import check_cuda
+from panotriton.errors import SharedMemoryError
 from panotriton.server import LocalServer
 
 HEIGHT, WIDTH = 2048, 4096
-PANORAMA = Path(__file__).parent.parent / "data" / "panoramas" / "city.jpg"
+POOL_BYTES = 256 << 20
 
 # One folder a model: its inputs and outputs, and what it does with a request.
 TENSOR = '{{ name: "{}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
 STRING = '{{ name: "{}" data_type: TYPE_STRING dims: [ 1 ] }}'
 HEAD = """
-import base64, json, os
-import cv2, numpy as np, triton_python_backend_utils as pb_utils
+import base64, json, os, pickle
+import cv2, redis, numpy as np, triton_python_backend_utils as pb_utils
 
 def tensor(request, name):
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
 def text(name, value):
     return pb_utils.Tensor(name, np.array([value.encode()], np.object_))
+
+PORT = {redis_port}
 
 class TritonPythonModel:
     def execute(self, requests):
@@ -77,6 +86,19 @@ MODELS = {
         return [text("BODY", json.dumps(answer))]
 """,
     ),
+    "echo_redis": (
+        STRING,
+        ("A", "B"),
+        STRING,
+        ("A", "B"),
+        """
+        store = redis.Redis(port=PORT)
+        for name in ("A", "B"):
+            pixels = pickle.loads(store.get(tensor(request, name).item()))
+            store.set(name + "_out", pickle.dumps(pixels, pickle.HIGHEST_PROTOCOL))
+        return [text(name, name + "_out") for name in ("A", "B")]
+""",
+    ),
     "take": (TENSOR, ("A", "B"), STRING, ("OK",), 'return [text("OK", "ok")]'),
     "take_encoded": (
         STRING,
@@ -92,8 +114,9 @@ MODELS = {
 }
 
 
-def build(folder):
-    """Write the models."""
+def build(folder, redis_port):
+    """Write the models; those that need no Redis ignore its port."""
+    head = HEAD.replace("{redis_port}", str(redis_port))
     for name, (kind, inputs, out_kind, outputs, body) in MODELS.items():
         ins = ", ".join(kind.format(tensor) for tensor in inputs)
         outs = ", ".join(out_kind.format(tensor) for tensor in outputs)
@@ -103,13 +126,13 @@ def build(folder):
             f"output [ {outs} ]\ninstance_group [ {{ kind: KIND_CPU count: 1 }} ]\n"
         )
         code = body if body.startswith("\n") else f"        {body}\n"
-        (folder / name / "1" / "model.py").write_text(HEAD + code)
+        (folder / name / "1" / "model.py").write_text(head + code)
     return folder
 
 
 def panoramas():
     """Two panoramas with a photograph's content, not noise: their size as files matters."""
-    image = cv2.cvtColor(cv2.imread(str(PANORAMA)), cv2.COLOR_BGR2RGB)
+    image = cv2.cvtColor(cv2.imread(str(script.PANORAMAS / "city.jpg")), cv2.COLOR_BGR2RGB)
     large = cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     return large, np.ascontiguousarray(large[:, ::-1])
 
@@ -133,6 +156,15 @@ def by_files(client, images, folder, suffix):
     got = client.infer("echo_path", {"A": a, "B": b}, ["A", "B"])
     found = (cv2.imread(got[name].item().decode()) for name in "AB")
     return [cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in found]
+
+
+def by_redis(client, images, store):
+    """Arrays pickled into Redis, their keys to the server; and back the same way."""
+    for name, image in zip("AB", images, strict=True):
+        store.set(name, pickle.dumps(image, pickle.HIGHEST_PROTOCOL))
+    a, b = strings(b"A", b"B")
+    got = client.infer("echo_redis", {"A": a, "B": b}, ["A", "B"])
+    return [pickle.loads(store.get(got[name].item())) for name in "AB"]
 
 
 def by_base64(client, images):
@@ -159,11 +191,16 @@ def by_tensors(client, images, via=None):
     return [got["A"], got["B"]]
 
 
-def memcpy(images):
+def by_cuda(client, images, memory):
+    """Pixels of the host through memory of the GPU, and back to the host."""
+    return [tensor.cpu().numpy() for tensor in by_tensors(client, images, memory)]
+
+
+def memcpy(images, targets):
     """One copy of the same bytes to memory that is already there."""
-    for image, target in zip(images, memcpy.targets, strict=True):
+    for image, target in zip(images, targets, strict=True):
         np.copyto(target, image)
-    return memcpy.targets
+    return targets
 
 
 def measure(ways, runs):
@@ -178,10 +215,13 @@ def measure(ways, runs):
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
-def there_and_back(grpc, http, images, folder, memory, lent):
-    """The ways of the first table."""
-    return {
-        "memcpy": lambda: memcpy(images),
+def there_and_back(grpc, http, images, folder, stack):
+    """The ways of the first table, and why others are not among them."""
+    targets = [np.zeros_like(image) for image in images]
+    memory = stack.enter_context(grpc.shared_memory(POOL_BYTES))
+    lent = stack.enter_context(grpc.shared_memory(POOL_BYTES, views=True))
+    ways = {
+        "memcpy": lambda: memcpy(images, targets),
         "shared memory, results as views": lambda: by_tensors(grpc, images, lent),
         "shared memory": lambda: by_tensors(grpc, images, memory),
         "gRPC": lambda: by_tensors(grpc, images),
@@ -190,6 +230,15 @@ def there_and_back(grpc, http, images, folder, memory, lent):
         "JPEG files and their paths": lambda: by_files(http, images, folder, ".jpg"),
         "PNG files and their paths": lambda: by_files(http, images, folder, ".png"),
     }
+    absent = {}
+    try:
+        check_cuda(0)
+    except SharedMemoryError:
+        absent["CUDA shared memory"] = "no GPU here"
+    else:
+        on_gpu = stack.enter_context(grpc.shared_memory(POOL_BYTES, "cuda"))
+        ways["CUDA shared memory"] = lambda: by_cuda(grpc, images, on_gpu)
+    return ways, absent
 
 
 def there(client, images):
@@ -220,65 +269,80 @@ def equal(ways, images):
     return found
 
 
-def table(times, same):
-    """The first table, and what it says of shared memory's overhead."""
+def ratios(times):
+    """Overhead over the memcpy, in that of shared memory."""
+    over = {name: median - times["memcpy"][0] for name, (median, _) in times.items()}
+    names = ("gRPC", "HTTP", "base64 in JSON, HTTP", "Redis and pickle")
+    return {name: over[name] / over["shared memory"] for name in names if name in over}
+
+
+def markdown(result):
+    """Both tables, and what the first says of shared memory's overhead."""
+    times = result["ms"]
     floor = times["memcpy"][0]
-    lines = ["| way | median ms | best ms | × memcpy | bit for bit |", "|---|---|---|---|---|"]
-    for name, (median, best) in times.items():
-        answer = "yes" if same[name] else "no"
-        lines.append(f"| {name} | {median:.0f} | {best:.0f} | {median / floor:.1f} | {answer} |")
-    over = {name: median - floor for name, (median, _) in times.items()}
-    ratios = {
-        other: over[other] / over["shared memory"]
-        for other in ("gRPC", "HTTP", "base64 in JSON, HTTP")
+    rows = [
+        (
+            name,
+            f"{median:.0f}",
+            f"{best:.0f}",
+            f"{median / floor:.1f}",
+            "yes" if result["same"][name] else "no",
+        )
+        for name, (median, best) in times.items()
+    ]
+    rows += [(name, reason, "", "", "") for name, reason in result["absent"].items()]
+    says = ", ".join(f"{name} {ratio:.1f} ×" for name, ratio in result["overhead_ratio"].items())
+    uploads = [
+        (name, f"{result['upload_bytes'][name] / 1e6:.1f}", f"{median:.0f}")
+        for name, (median, _) in result["upload_ms"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"2 × {HEIGHT * WIDTH * 3 / 1e6:.1f} MB there and back, {result['runs']} runs.",
+            script.table(("way", "median ms", "best ms", "× memcpy", "bit for bit"), rows),
+            f"Overhead over the memcpy, against shared memory: {says}.",
+            script.table(("there alone, gRPC", "MB sent", "median ms"), uploads),
+        ]
+    )
+
+
+def measured(folder, runs, stack):
+    """Results of all ways, with servers that the stack ends."""
+    binary = memory_store.find()
+    port = stack.enter_context(memory_store.running(binary)) if binary else 0
+    server = stack.enter_context(LocalServer(build(folder / "repository", port)))
+    grpc = stack.enter_context(Client(server.grpc_url))
+    http = stack.enter_context(Client(server.http_url, protocol="http"))
+    images = panoramas()
+    ways, absent = there_and_back(grpc, http, images, folder, stack)
+    if binary:
+        store = redis.Redis(port=port)
+        ways["Redis and pickle"] = lambda: by_redis(http, images, store)
+    else:
+        absent["Redis and pickle"] = "redis-server not found: apt install redis-server"
+    same = equal(ways, images)
+    times = measure(ways, runs)
+    uploads, sizes = there(grpc, images)
+    return {
+        "runs": runs,
+        "ms": times,
+        "same": same,
+        "absent": absent,
+        "overhead_ratio": ratios(times),
+        "upload_ms": measure(uploads, runs),
+        "upload_bytes": sizes,
     }
-    says = ", ".join(f"{other} {ratio:.1f} ×" for other, ratio in ratios.items())
-    return "\n".join(
-        [*lines, "", f"Overhead over the memcpy, against shared memory: {says}"]
-    ), ratios
 
 
 def main():
     """Measure, print Markdown, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    work = Path(tempfile.mkdtemp())
-    images = panoramas()
-    memcpy.targets = [np.zeros_like(image) for image in images]
-    try:
-        with (
-            LocalServer(build(work / "repository")) as server,
-            Client(server.grpc_url) as grpc,
-            Client(server.http_url, protocol="http") as http,
-            grpc.shared_memory(256 << 20) as memory,
-            grpc.shared_memory(256 << 20, views=True) as lent,
-        ):
-            ways = there_and_back(grpc, http, images, work, memory, lent)
-            same = equal(ways, images)
-            times = measure(ways, options.runs)
-            uploads, sizes = there(grpc, images)
-            upload_times = measure(uploads, options.runs)
-    finally:
-        shutil.rmtree(work)
-    report(options, times, same, upload_times, sizes)
-
-
-def report(options, times, same, upload_times, sizes):
-    """Print both tables."""
-    text, ratios = table(times, same)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}"
-    print(f"2 × {HEIGHT * WIDTH * 3 / 1e6:.1f} MB there and back, {options.runs} runs, {machine}\n")
-    print(text)
-    print("\n| there alone, gRPC | MB sent | median ms |\n|---|---|---|")
-    for name, (median, _) in upload_times.items():
-        print(f"| {name} | {sizes[name] / 1e6:.1f} | {median:.0f} |")
-    if options.json:
-        content = {"machine": machine, "ms": times, "same": same, "overhead_ratio": ratios}
-        content |= {"upload_ms": upload_times, "upload_bytes": sizes}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    chosen = script.options(
+        __doc__, lambda parser: parser.add_argument("--runs", type=int, default=7)
+    )
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
+        result = measured(Path(work), 1 if chosen.quick else chosen.runs, stack)
+    script.finish(chosen, result, markdown(result))
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

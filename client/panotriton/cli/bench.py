@@ -20,28 +20,39 @@ def add_parser(commands: Any) -> None:
         commands,
         "bench",
         "run the project's measurements",
-        "Run one of the scripts in tests/bench of the source tree. Everything after its name goes to it.",
-        "  panotriton bench                     lists them\n"
-        "  panotriton bench crop\n"
-        "  panotriton bench transport --help\n",
+        "Run the measurements in tests/bench of the source tree, all or the named ones, and write a report "
+        "with plots to build/bench. Arguments go to tests/bench/run.py; each script also runs alone, with "
+        "options of its own.",
+        "  panotriton bench                     all, about half an hour\n"
+        "  panotriton bench crop transport\n"
+        "  panotriton bench --quick             whether all of them run\n"
+        "  panotriton bench --write-docs        the last results into README.md and docs/\n",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the script")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of measurements, as their scripts"
+    )
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, one run each")
+    parser.add_argument("--write-docs", action="store_true", help="run nothing; fill the docs")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one script; its exit code."""
-    scripts = {path.stem: path for path in sorted(_FOLDER.glob("*.py"))}
+    """Run the runner; its exit code."""
+    runnable = (path for path in sorted(_FOLDER.glob("*.py")) if "__main__" in path.read_text())
+    scripts = [path.stem for path in runnable if path.stem != "run"]
     if not scripts:
         raise InvalidInput(
             f"no {_FOLDER}: the measurements live in the source tree; run them from a checkout that is "
             "installed with pip install -e"
         )
-    if options.name is None:
-        print("\n".join(scripts))
-        return 0
-    if options.name not in scripts:
-        raise InvalidInput(f"no bench {options.name!r}; expected one of {', '.join(scripts)}")
-    command = [sys.executable, str(scripts[options.name]), *options.arguments]
-    return subprocess.run(command, check=False).returncode
+    for name in options.names:
+        if name not in scripts:
+            raise InvalidInput(f"no bench {name!r}; expected some of {', '.join(scripts)}")
+    arguments = [*options.names, *["--quick"] * options.quick]
+    arguments += ["--write-docs"] * options.write_docs
+    with subprocess.Popen([sys.executable, str(_FOLDER / "run.py"), *arguments]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # it ends the servers that it has started, and we wait for that
+            raise
