@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from panotriton_export.configs import keep_plain_layout
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.random_sd import write_random
 from panotriton_export.qwen import export_qwen
@@ -32,6 +33,8 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
         checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
         base = SMALL / "osediff" / "base"
         export_osediff(base, checkpoint, repository, latent_tile=LATENT_TILE, report=report)
+    for model in ("osediff_vae_encoder", "osediff_vae_decoder"):  # 4 and 8 channels
+        keep_plain_layout(repository / model)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 
 

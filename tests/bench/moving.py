@@ -6,13 +6,10 @@ python tests/bench/moving.py --url gpu1:8001        measures a server that runs
 Prints a Markdown table of medians in ms. Files are on the temporary folder's disk.
 """
 
-import argparse
 import base64
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,14 +20,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import script
 
 from panotriton.camera import sample_cameras
 from panotriton.client import Client
 from panotriton.gateway import stages
 from panotriton.server import LocalServer
 
-ROOT = Path(__file__).parent.parent.parent
-PANORAMAS = [ROOT / "tests" / "data" / "panoramas" / f"{name}.jpg" for name in ("city", "forest")]
+PANORAMAS = [script.PANORAMAS / f"{name}.jpg" for name in ("city", "forest")]
 COMMAND = [sys.executable, "-m", "panotriton", "gateway"]
 PORTS = ["--preprocess-port=0", "--osediff-port=0", "--quality-port=0"]
 STEPS = ("preprocess", "super-resolve", "score", "interpolate")
@@ -219,26 +216,32 @@ def table(ways, medians):
     return "\n".join(rows)
 
 
+def arguments(parser):
+    """Options beside the common ones."""
+    parser.add_argument("--url", help="gRPC of a server that runs; else one is started")
+    parser.add_argument("--crop-size", type=int, help="px (512)")
+    parser.add_argument("--runs", type=int, default=3)
+
+
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", help="gRPC of a server that runs; else one is started")
-    parser.add_argument("--repository", type=Path, default=ROOT / "repository")
-    parser.add_argument("--crop-size", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    chosen = script.options(__doc__, arguments)
+    size = chosen.crop_size or (64 if chosen.quick else 512)
     with contextlib.ExitStack() as stack:
-        url = options.url or stack.enter_context(LocalServer(options.repository)).grpc_url
+        url = chosen.url
+        if url is None:
+            repository = script.exported(chosen.repository)
+            url = stack.enter_context(LocalServer(repository)).grpc_url
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        urls = stack.enter_context(running_gateway(url, folder, options.crop_size))
+        urls = stack.enter_context(running_gateway(url, folder, size))
         client = stack.enter_context(Client(url))
-        size = options.crop_size
         ways = [Paths(urls), Json(urls, size), Npy(urls, size), Native(client, size)]
-        print(table(ways, measure(ways, options.runs)))
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; crops of {size} px"
+        medians = measure(ways, 1 if chosen.quick else chosen.runs)
+    text = (
+        f"Median ms, in brackets the ratio to paths; crops of {size} px.\n\n{table(ways, medians)}"
     )
+    script.finish(chosen, {"ms": {" ".join(key): ms for key, ms in medians.items()}}, text)
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

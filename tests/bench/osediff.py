@@ -1,7 +1,6 @@
 """OSEDiff's tiles: what they change, what memory they take, and what sharing batches gains.
 
-    python tests/bench/osediff.py                   about 8 minutes on 2 cores
-    python tests/bench/osediff.py --full-random     full-size random networks too: 20 minutes, 15 GB of disk
+    python tests/bench/osediff.py    about 8 minutes on 2 cores
 
 Seams: tiled against untiled, near the tiles' borders and elsewhere. Memory: of the whole server while it
 super-resolves, sampled ten times a second. Batches: of the UNet, asked one tile at a time and eight.
@@ -9,15 +8,10 @@ super-resolves, sampled ten times a second. Batches: of the UNet, asked one tile
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +21,9 @@ from typing import Any
 import counters
 import cv2
 import numpy as np
-import psutil
 import script
 import tritonclient.grpc as triton
+from memory_use import Memory
 from numpy.typing import NDArray
 
 from panotriton import Client
@@ -49,12 +43,6 @@ OSEDIFF = (
     "osediff_unet",
     "osediff_vae_decoder",
 )
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--full-random", action="store_true", help="export and run random weights of full size"
-    )
 
 
 def natural(height: int, width: int) -> U8:
@@ -175,35 +163,6 @@ def seams(repository: Path, quick: bool) -> str:
     return script.table(headings, rows)
 
 
-class Memory:
-    """The largest proportional memory of a process tree while the block runs, in MB."""
-
-    def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.peak_mb = 0.0
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.1):
-            self.peak_mb = max(self.peak_mb, self._now_mb())
-
-    def _now_mb(self) -> float:
-        total = 0
-        for process in (self._process, *self._process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 1e6
-
-
 def memory(repository: Path, quick: bool) -> str:
     """Of a fresh server for each image and tile size, so that nothing is left from the one before."""
     sizes = [(256, 512)] if quick else [(1024, 2048), (1024, 4096), (2048, 4096)]
@@ -309,49 +268,12 @@ def measured_count(ask: Callable[[int], None], in_flight: int) -> int:
     return max(2, round(10 / (time.perf_counter() - began) / in_flight)) * in_flight
 
 
-def full_random(quick: bool) -> str:
-    """Export the architecture of Stable Diffusion 2.1-base and super-resolve one 512×512 image."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        repository = Path(folder) / "repository"
-        command = [sys.executable, "-m", "panotriton", "export", "osediff"]
-        command += ["--preset", "full-random", "--output", str(repository)]
-        began = time.perf_counter()
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-        rows.append(["export and comparison with PyTorch", f"{seconds:.0f}", f"{peak:.1f}"])
-        weights = sum(path.stat().st_size for path in repository.rglob("*.data")) / 1e9
-        with Memory(psutil.Process().pid) as used:
-            began = time.perf_counter()
-            with LocalServer(repository, load_models=list(OSEDIFF), start_timeout_s=600) as server:
-                rows.append(
-                    [
-                        "start of the server",
-                        f"{time.perf_counter() - began:.0f}",
-                        f"{used.peak_mb / 1e3:.1f}",
-                    ]
-                )
-                with Client(server.grpc_url, timeout_s=1800) as client:
-                    for run in ("first", "second"):
-                        began = time.perf_counter()
-                        client.upscale(natural(512, 512), upscale=1)
-                        seconds = time.perf_counter() - began
-                        rows.append(
-                            [f"512×512, {run}", f"{seconds:.1f}", f"{used.peak_mb / 1e3:.1f}"]
-                        )
-    text = script.table(["step", "s", "peak so far, GB"], rows)
-    return f"{text}\n\nWeights beside the graphs: {weights:.1f} GB."
-
-
 def main() -> None:
     """Measure and print."""
-    chosen = script.options(__doc__ or "", arguments)
+    chosen = script.options(__doc__ or "")
     repository = script.exported(chosen.repository)
     parts = {"Seams": seams, "Memory": memory, "Batches": batches}
     texts = {name: part(repository, chosen.quick) for name, part in parts.items()}
-    if chosen.full_random:
-        texts["Full size"] = full_random(chosen.quick)
     markdown = "\n\n".join(f"### {name}\n\n{text}" for name, text in texts.items())
     script.finish(chosen, {"machine": script.machine(), "tables": texts}, markdown)
 

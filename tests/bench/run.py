@@ -2,6 +2,7 @@
 
     python tests/bench/run.py                    everything, about half an hour on 2 cores
     python tests/bench/run.py crop transport     these; the report keeps the others' last results
+    python tests/bench/run.py fullsize           another half hour, 20 GB of disk: only when it is named
     python tests/bench/run.py --quick            whether everything runs; no figure means anything
     python tests/bench/run.py --write-docs       the last results into README.md and docs/PERFORMANCE.md
 
@@ -29,15 +30,24 @@ FOLDER = Path(__file__).parent
 SUITE = {
     "crop": "Crops",
     "transport": "Transport",
+    "moving": "From file paths to the native client",
     "pipeline": "A whole group, file hops against the ensemble",
     "breakdown": "Where a group's time goes",
     "scaling": "Groups at once",
     "coldstart": "Cold start",
     "cost": "Cost model",
+    "osediff": "OSEDiff's tiles",
+    "qwen": "The scorer's ways of working",
     "perf_analyzer": "perf_analyzer",
+    "fullsize": "Networks of full size",
 }
-LIMIT_S = 900
-DOCS = (script.ROOT / "README.md", script.ROOT / "docs" / "PERFORMANCE.md")
+ON_DEMAND = {"fullsize"}
+LIMIT_S = {"fullsize": 7200}
+DEFAULT_LIMIT_S = 900
+DOCS = (
+    script.ROOT / "README.md",
+    *(script.ROOT / "docs" / f"{name}.md" for name in ("PERFORMANCE", "TRANSPORT", "MOVING")),
+)
 IMAGES = script.ROOT / "docs" / "images" / "bench"
 _MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
 
@@ -67,7 +77,7 @@ def measure(name: str, chosen: argparse.Namespace, output: Path) -> dict[str, An
     command = [*script_command(name), "--json", str(results)]
     command += ["--repository", str(chosen.repository)] + ["--quick"] * chosen.quick
     began = time.perf_counter()
-    reason = supervise(command)
+    reason = supervise(command, LIMIT_S.get(name, DEFAULT_LIMIT_S))
     took_s = round(time.perf_counter() - began, 1)
     if reason or not results.exists():
         return {"error": reason or "the script wrote no results", "took_s": took_s}
@@ -78,15 +88,15 @@ def script_command(name: str) -> list[str]:
     return [sys.executable, str(FOLDER / f"{name}.py")]
 
 
-def supervise(command: list[str]) -> str:
+def supervise(command: list[str], limit_s: float = DEFAULT_LIMIT_S) -> str:
     """Run to the end; why it failed, or "". Ctrl-C and the time limit let it stop its servers."""
     with subprocess.Popen(command) as process:
         try:
-            code = process.wait(LIMIT_S)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
             process.wait()
-            return f"stopped after {LIMIT_S} s"
+            return f"stopped after {limit_s} s"
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)  # it may have been started with SIGINT ignored
             process.wait()
@@ -214,7 +224,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     content["machine"] = script.machine()
     failed = []
-    for name in chosen.names or SUITE:
+    for name in chosen.names or [name for name in SUITE if name not in ON_DEMAND]:
         print(f"\n── {name} ──", flush=True)
         if name not in SUITE:
             failed += [name] if supervise(script_command(name)) else []
