@@ -52,9 +52,8 @@ def export_full_random(
         export_osediff(Path(work), checkpoint, repository, report=report, **options)
 
 
-def write_small_checkpoint(target: Path) -> Path:
+def write_small_checkpoint(target: Path, folder: Path = SMALL / "osediff") -> Path:
     """The small adapters, kept as safetensors and JSON, as an osediff.pkl like the original's."""
-    folder = SMALL / "osediff"
     content: dict[str, Any] = json.loads((folder / "adapters.json").read_text())
     for name, tensor in load_file(folder / "adapters.safetensors").items():
         network, _, key = name.partition(".")  # unet.… or vae.…

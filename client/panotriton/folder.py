@@ -118,8 +118,8 @@ def _images(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, U8]]:
 
 def _parameters(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, Any]]:
     first, second = group.pairs[:8], group.pairs[8:]
-    yield "params/shared_right_params.json", {str(p.interval): asdict(p.right) for p in first}
-    yield "params/panorama1_left_params.json", {str(p.interval): asdict(p.left) for p in first}
+    yield "params/shared_right_params.json", [asdict(p.right) for p in first]
+    yield "params/panorama1_left_params.json", [asdict(p.left) for p in first]
     for pair in (*first, *second):
         stem = _stem(names, pair).removesuffix("_pair")
         yield f"params/{stem}_left_params.json", asdict(pair.left)

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 from torch import Tensor, nn
 
+from panotriton_export.presets import write_small_checkpoint
 from panotriton_export.train_small import data
 from panotriton_export.train_small.osediff import (
     SmallOsediff,
     adain,
     add_adapters,
     to_tensor,
-    write_checkpoint,
 )
 
 # Fixed degradations of the half-size image: blur sigma, noise sigma, JPEG quality (None: no JPEG).
@@ -96,7 +96,7 @@ def load_model(folder: Path, *, adapters: bool = True) -> SmallOsediff:
     if adapters:
         add_adapters(model)
         with tempfile.TemporaryDirectory() as made:
-            path = write_checkpoint(folder, Path(made) / "osediff.pkl")
+            path = write_small_checkpoint(Path(made) / "osediff.pkl", folder)
             checkpoint = torch.load(path, weights_only=True)
         for part in (model.unet, model.vae):
             kind = "unet" if part is model.unet else "vae"

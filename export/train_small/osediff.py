@@ -5,7 +5,8 @@
 It goes in the order of the original: first a base (VAE, UNet) that works by itself, then, the base
 frozen, three UNet adapters, the UNet's conv_in and one VAE-encoder adapter for harder images. What
 is learnt first is kept in `base/`, a diffusers folder; what is learnt next in
-`adapters.safetensors` and `adapters.json`, which `write_checkpoint` turns into an osediff.pkl.
+`adapters.safetensors` and `adapters.json`, which `presets.write_small_checkpoint` turns into an
+osediff.pkl.
 
 Scale. One step at t = 999 gives x0 = (z − √(1−ᾱ)·ε) / √ᾱ, so an error in ε grows 14.6 times. With
 the scaling factor √(1−ᾱ)/√ᾱ the decoder's input x0/scaling_factor is 1.0023·z − ε instead: ε is
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -311,21 +312,6 @@ def _scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     """The VAE's weights with quant_conv's output divided by `factor`."""
     last = ("quant_conv.weight", "quant_conv.bias", "quant_conv.lora_B.default_encoder.weight")
     return {key: value / factor if key in last else value for key, value in state.items()}
-
-
-def write_checkpoint(folder: Path, target: Path) -> Path:
-    """adapters.safetensors and adapters.json → an osediff.pkl as the original writes it."""
-    tensors = load_file(folder / "adapters.safetensors")
-    checkpoint: dict[str, Any] = json.loads((folder / "adapters.json").read_text())
-    for part in ("unet", "vae"):
-        prefix = f"{part}."
-        checkpoint[f"state_dict_{part}"] = {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-    torch.save(checkpoint, target)
-    return target
 
 
 # ------------------------------------------------------------------------------------- training

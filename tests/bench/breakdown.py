@@ -38,15 +38,18 @@ def measure(repository: Path, request: dict[str, Any], work: Path) -> dict[str, 
     with (
         LocalServer(repository, extra_args=traces.flags(trace)) as server,
         Client(server.grpc_url) as client,
+        client.shared_memory(script.GROUP_BYTES) as memory,
     ):
-        client.process(*script.GROUP, **request | {"crop_size": 64, "interpolations": 1})
+        client.process(
+            *script.GROUP, **request | {"crop_size": 64, "interpolations": 1}, via=memory
+        )
         counts = counters.read(server.grpc_url)
         used, mine, began = (
             counters.processor_s(server.pid),
             time.process_time(),
             time.monotonic_ns(),
         )
-        group = client.process(*script.GROUP, **request)
+        group = client.process(*script.GROUP, **request, via=memory)
         window = (began, time.monotonic_ns())
         used = counters.processor_s(server.pid) - used
         used["client"] = time.process_time() - mine

@@ -23,6 +23,7 @@ from filehop.client import Outcome, Run, Services
 from panotriton import Client
 from panotriton.folder import write_group
 from panotriton.server import LocalServer
+from panotriton.shared_memory import SharedMemory
 
 # In this order an instant in which several run counts: what holds the others up comes first.
 STAGES = {
@@ -49,10 +50,13 @@ def by_files(services: Services, request: dict[str, Any], folder: Path) -> tuple
     return time.perf_counter() - began, outcome
 
 
-def by_ensemble(client: Client, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A group through the server: its seconds, those of writing it, when it was, and its outcome."""
+def by_ensemble(
+    client: Client, memory: SharedMemory, request: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """A group through the server, images by shared memory: its seconds, those of writing it, when it
+    was, and its outcome."""
     began = time.monotonic_ns()
-    group = client.process(*script.GROUP, **request)
+    group = client.process(*script.GROUP, **request, via=memory)
     ended = time.monotonic_ns()
     write_group(group, folder, 1, ("sunset", "city"), {})
     return {
@@ -73,13 +77,14 @@ def measure(repository: Path, request: dict[str, Any], runs: int, work: Path) ->
     with (
         LocalServer(repository, extra_args=traces.flags(trace)) as server,
         Client(server.grpc_url) as client,
+        client.shared_memory(script.GROUP_BYTES) as memory,
         Services() as services,
     ):
         small = request | {"crop_size": 64, "threshold": 1.0}  # keeps none
-        by_ensemble(client, small, work / "warm")
+        by_ensemble(client, memory, small, work / "warm")
         by_files(services, small, work / "warm-files")
         for turn in range(runs):
-            new.append(by_ensemble(client, request, work / f"ensemble-{turn}"))
+            new.append(by_ensemble(client, memory, request, work / f"ensemble-{turn}"))
             old.append(by_files(services, request, work / f"files-{turn}"))
     return compare(old, new, traces.read(trace, traces.REQUEST))
 

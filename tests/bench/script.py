@@ -29,6 +29,9 @@ ROOT = Path(__file__).parents[2]
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 GROUP = (PANORAMAS / "sunset.jpg", PANORAMAS / "city.jpg")  # what `make demo` sends
 SEED = 7
+GROUP_BYTES = (
+    1 << 30
+)  # of shared memory: the images of a group of full size, all kept, and their pairs
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _PACKAGES = (
