@@ -106,37 +106,43 @@ def one_step(latent: F32, noise: F32, alpha_cumprod: float) -> F32:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A tile of a plane: what is read, and which part of it (the core) is kept.
+    """A tile of a plane: `read` slices the plane, `weights` (h, w) are the tile's share of the result.
 
-    `read` slices the plane; `keep` slices the tile; `write` slices the plane where the core goes.
+    The weights of all windows sum to 1 at every place of the plane.
     """
 
     read: tuple[slice, slice]
-    keep: tuple[slice, slice]
-    write: tuple[slice, slice]
+    weights: F32
 
 
 def windows(height: int, width: int, tile: int, pad: int) -> Iterator[Window]:
     """Cover a plane with cores of `tile`, each read with `pad` of context; equal tile shapes.
 
     Every tile is min(side, tile + 2·pad) long, clamped to the plane, so that all of one plane have
-    one shape and can share a batch.
+    one shape and can share a batch. Where two overlap, one fades into the other.
     """
-    for y in _spans(height, tile, pad):
-        for x in _spans(width, tile, pad):
-            yield Window((y[0], x[0]), (y[1], x[1]), (y[2], x[2]))
+    columns = list(_fading(width, tile, pad))
+    for y, along_y in _fading(height, tile, pad):
+        for x, along_x in columns:
+            yield Window((y, x), np.outer(along_y, along_x))
 
 
-def _spans(side: int, tile: int, pad: int) -> list[tuple[slice, slice, slice]]:
+def _fading(side: int, tile: int, pad: int) -> Iterator[tuple[slice, F32]]:
+    """Spans of one axis and their weights: ramps over 2·pad from each end that is not the plane's."""
     length = min(side, tile + 2 * pad)
-    spans = []
-    for core in range(0, side, tile):
-        end = min(core + tile, side)
-        start = min(max(core - pad, 0), side - length)
-        spans.append(
-            (slice(start, start + length), slice(core - start, end - start), slice(core, end))
-        )
-    return spans
+    starts = [min(max(core - pad, 0), side - length) for core in range(0, side, tile)]
+    spans = [slice(start, start + length) for start in dict.fromkeys(starts)]
+    ramp = (np.arange(length, dtype=np.float32) + 1) / (2 * pad + 1)
+    raw = [
+        np.minimum(ramp if span.start else 1, ramp[::-1] if span.stop < side else 1).clip(max=1)
+        * np.ones(length, np.float32)
+        for span in spans
+    ]
+    total = np.zeros(side, np.float32)
+    for span, weights in zip(spans, raw, strict=True):
+        total[span] += weights
+    for span, weights in zip(spans, raw, strict=True):
+        yield span, weights / total[span]
 
 
 class TileBlend:

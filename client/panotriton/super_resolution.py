@@ -133,7 +133,7 @@ class _Networks:
         """One image (H, W, 3), sides multiples of 8 → the same size, super-resolved."""
         latent = await self._encode(source)  # (C, h, w)
         noise = await self._denoise(latent)  # (C, h, w)
-        return await self._decode(one_step(latent, noise, self._settings["alpha_cumprod"]))
+        return await self._decode(one_step(latent, noise, self._settings["alpha_cumprod"]), source)
 
     async def _encode(self, source: U8) -> F32:
         tile, pad = _VAE_TILE_PX, _VAE_PAD_PX
@@ -141,10 +141,10 @@ class _Networks:
             return await self._encode_tile(source)
         f = self._factor
         shape = (self._settings["latent_channels"], source.shape[0] // f, source.shape[1] // f)
-        latent = np.empty(shape, np.float32)
+        latent = np.zeros(shape, np.float32)
         for window in windows(shape[1], shape[2], tile // f, pad // f):
             part = await self._encode_tile(source[_times(window.read, f)])
-            latent[:, window.write[0], window.write[1]] = part[:, window.keep[0], window.keep[1]]
+            latent[:, window.read[0], window.read[1]] += part * window.weights
         return latent
 
     async def _denoise(self, latent: F32) -> F32:
@@ -178,16 +178,18 @@ class _Networks:
         blend.add(await task, positions)
         sent.popleft()
 
-    async def _decode(self, latent: F32) -> U8:
-        f = self._factor
-        _, height, width = latent.shape
-        if height * width * f * f <= self._limits.vae_untiled_max_pixels:
+    async def _decode(self, latent: F32, source: U8) -> U8:
+        if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
             return await self._decode_tile(latent)
-        image = np.empty((height * f, width * f, 3), np.uint8)
-        for window in windows(height, width, _VAE_TILE_PX // f, _VAE_PAD_PX // f):
-            part = await self._decode_tile(latent[:, window.read[0], window.read[1]])
-            image[_times(window.write, f)] = part[_times(window.keep, f)]
-        return image
+        f = self._factor
+        image = np.zeros(source.shape, np.float32)
+        for window in windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX):
+            y, x = (slice(span.start // f, span.stop // f) for span in window.read)
+            tile = await self._decode_tile(latent[:, y, x])
+            # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
+            tile = align(tile, source[window.read], "adain")
+            image[window.read] += tile * window.weights[..., None]
+        return np.asarray(image + np.float32(0.5), np.uint8)
 
     async def _encode_tile(self, pixels: U8) -> F32:
         result = await self._call("osediff_vae_encoder", {"IMAGE": pixels[None]}, ["LATENT"])

@@ -140,7 +140,7 @@ def analyze(
         *("--concurrency-range", "1" if quick else load.at_once),
         *("--measurement-mode", "count_windows"),
         *("--measurement-request-count", "1" if quick else str(load.window)),
-        *("--max-trials", "3", "--stability-percentage", "999" if quick else "20"),
+        *("--max-trials", "3", "--stability-percentage", "999" if quick else "50"),
         *("-f", str(report), "--verbose-csv"),
     ]
     if load.memory:
