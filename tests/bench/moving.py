@@ -1,4 +1,7 @@
-"""What each step from file paths to the native client gains: the same group, stage by stage, four ways.
+"""What each step from file paths to the native client gains: the same group, stage by stage, five ways.
+
+The first is the file-path services made again (see filehop), with the same weights; the others have a gateway
+or this project's server in their place.
 
 python tests/bench/moving.py                        starts a server with ./repository
 python tests/bench/moving.py --url gpu1:8001        measures a server that runs
@@ -21,6 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import script
+from filehop import client as filehop
 
 from panotriton.camera import sample_cameras
 from panotriton.client import Client
@@ -57,10 +61,53 @@ def post(url, body, kind):
         return reply.read()
 
 
-class Paths:
-    """An old client: files on disk, their paths over HTTP."""
+class Services:
+    """An old client and the file-path services as they were."""
 
-    name = "paths"
+    name = "old services"
+
+    def __init__(self, services, folder, crop_size):
+        self.ask = services.post
+        self.folder = Path(folder)
+        self.shared = {"group_id": 1, "group_dir": str(self.folder), "crop_size": crop_size}
+
+    def preprocess(self):
+        """Two panorama files to 16 pair files."""
+        self.pairs = []
+        for number, path in enumerate(PANORAMAS, start=1):
+            body = self.shared | {"image_path": str(path), "is_first": number == 1, "seed": 1}
+            made = self.ask("preprocess", "preprocess_for_group", **body)
+            self.pairs += [pair | {"panorama": number} for pair in made]
+
+    def super_resolve(self):
+        """16 pair files to 16 sharp files."""
+        body = {"input_paths": [pair["pair_image"] for pair in self.pairs], "align_method": "adain"}
+        output = str(self.folder / "osediff")
+        self.ask("super_resolution", "super_resolution_batch", output_dir=output, **body)
+
+    def score(self):
+        """16 sharp files to scores."""
+        folder = self.folder / "osediff"
+        sharp = [p | {"pair_image": str(folder / Path(p["pair_image"]).name)} for p in self.pairs]
+        self.ask("quality", "evaluate_pairs", pairs_data=sharp)
+
+    def interpolate(self):
+        """Two intervals of both panoramas to 36 view files."""
+        splits = [
+            pair | {"left_image": pair["pair_image"]}
+            for pair in self.pairs
+            if pair["interval"] in (1, 2)
+        ]
+        one, two = map(str, PANORAMAS)
+        body = {"split_results": splits, "panorama1_path": one, "panorama2_path": two}
+        body |= {"num_interpolations": 9}
+        self.ask("preprocess", "generate_interpolated_images", **body, **self.shared)
+
+
+class Paths:
+    """An old client and the gateway: files on disk, their paths over HTTP."""
+
+    name = "paths, gateway"
 
     def __init__(self, urls):
         self.urls = urls
@@ -204,7 +251,7 @@ def measure(ways, runs):
 
 
 def table(ways, medians):
-    """Markdown: ms, and in brackets the ratio to paths."""
+    """Markdown: ms, and in brackets the ratio to the first way."""
     rows = [
         "| step | " + " | ".join(way.name for way in ways) + " |",
         "|---" * (len(ways) + 1) + "|",
@@ -235,11 +282,11 @@ def main():
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         urls = stack.enter_context(running_gateway(url, folder, size))
         client = stack.enter_context(Client(url))
-        ways = [Paths(urls), Json(urls, size), Npy(urls, size), Native(client, size)]
+        old = Services(stack.enter_context(filehop.Services()), Path(folder) / "old", size)
+        ways = [old, Paths(urls), Json(urls, size), Npy(urls, size), Native(client, size)]
         medians = measure(ways, 1 if chosen.quick else chosen.runs)
-    text = (
-        f"Median ms, in brackets the ratio to paths; crops of {size} px.\n\n{table(ways, medians)}"
-    )
+    about = f"Median ms, in brackets the ratio to the old services; crops of {size} px."
+    text = f"{about}\n\n{table(ways, medians)}"
     script.finish(chosen, {"ms": {" ".join(key): ms for key, ms in medians.items()}}, text)
 
 
