@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -49,8 +50,13 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve(app: FastAPI, listener: socket.socket, started: Callable[[], None]) -> None:
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
     server = _Server(config)
+
+    def end() -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # runs cut off: as intended
+        server.should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
+        asyncio.get_running_loop().add_signal_handler(number, end)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
