@@ -14,7 +14,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from panotriton.camera import sample_cameras
 from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.group import check_cameras
 
 __all__ = [
     "Cancelled",
@@ -22,6 +24,8 @@ __all__ = [
     "attempt",
     "call",
     "calls_until",
+    "cameras",
+    "exactly_one",
     "number",
     "optional",
     "required",
@@ -114,6 +118,27 @@ def text(request: Any, name: str, default: str) -> str:
 def texts(values: Sequence[str]) -> NDArray[np.object_]:
     """A string tensor (N,)."""
     return np.array([value.encode() for value in values], dtype=np.object_)
+
+
+def cameras(request: Any) -> NDArray[np.float64]:
+    """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
+    given = optional(request, "GIVEN_CAMERAS")
+    seed = optional(request, "SEED")
+    exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
+    if given is not None:
+        check_cameras("GIVEN_CAMERAS", given)
+        return given
+    value = np.asarray(seed).item()
+    if value < 0:
+        raise InvalidInput(f"SEED is {value}; expected 0 or more")
+    return sample_cameras(value)
+
+
+def exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
+    """Raise InvalidInput unless one of two optional tensors was sent, and one alone."""
+    if (value is None) == (other_value is None):
+        both = "neither is" if value is None else "both are"
+        raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
 
 
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:

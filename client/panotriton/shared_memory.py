@@ -178,7 +178,13 @@ class Pool:
     """
 
     def __init__(
-        self, make_slot: Callable[[int], Slot], max_bytes: int, views: bool, wait_s: float
+        self,
+        make_slot: Callable[[int], Slot],
+        max_bytes: int,
+        views: bool,
+        wait_s: float,
+        register: Callable[[Slot], Any],
+        unregister: Callable[[Slot], Any],
     ) -> None:
         if max_bytes < _MIB:
             raise SharedMemoryError(f"max_bytes is {max_bytes}; expected at least {_MIB}, 1 MiB")
@@ -186,6 +192,8 @@ class Pool:
         self.views = views
         self._make_slot = make_slot
         self._wait_s = wait_s
+        self._register = register  # a coroutine function in an AsyncClient's pool
+        self._unregister = unregister
         self._pid = os.getpid()  # a forked child must not remove its parent's regions
         self._changed = threading.Condition()
         self._idle: list[Slot] = []
@@ -327,19 +335,6 @@ class Pool:
 class SharedMemory(Pool):
     """A pool of a `Client`; leave its `with` block, or close it, before the client."""
 
-    def __init__(
-        self,
-        make_slot: Callable[[int], Slot],
-        max_bytes: int,
-        views: bool,
-        wait_s: float,
-        register: Callable[[Slot], None],
-        unregister: Callable[[Slot], None],
-    ) -> None:
-        super().__init__(make_slot, max_bytes, views, wait_s)
-        self._register = register
-        self._unregister = unregister
-
     def __enter__(self) -> SharedMemory:
         return self
 
@@ -396,19 +391,6 @@ class SharedMemory(Pool):
 
 class AsyncSharedMemory(Pool):
     """A pool of an `AsyncClient`; leave its `async with` block, or close it, before the client."""
-
-    def __init__(
-        self,
-        make_slot: Callable[[int], Slot],
-        max_bytes: int,
-        views: bool,
-        wait_s: float,
-        register: Callable[[Slot], Any],
-        unregister: Callable[[Slot], Any],
-    ) -> None:
-        super().__init__(make_slot, max_bytes, views, wait_s)
-        self._register = register
-        self._unregister = unregister
 
     async def __aenter__(self) -> AsyncSharedMemory:
         return self

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,13 @@ from panotriton.images import MAX_PIXELS
 from panotriton.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
 from panotriton.tags import Tags, tagger_input
 
-__all__ = ["Call", "Limits", "SuperResolver"]
+__all__ = ["Call", "Limits", "SuperResolver", "run_all"]
 
 _TILES_A_REQUEST = 4
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
 _PROMPTS = 64
 
+T = TypeVar("T")
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 Positions = list[tuple[int, int]]  # (y, x) of tiles
@@ -97,7 +98,7 @@ class SuperResolver:
                 sharp = await _Networks(self._settings, self._limits, call, embeds).run(source)
                 results[index] = await asyncio.to_thread(_finish, plan, sharp, source, method)
 
-        await _all(work(index) for index in range(len(images)))
+        await run_all(work(index) for index in range(len(images)))
         return results
 
     async def _tagged(self, prompt: str, source: U8, call: Call) -> str:
@@ -232,11 +233,11 @@ def _check_amount(count: int, plan: SizePlan) -> None:
         )
 
 
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all; on the first failure stop the rest, so that no work outlives its request."""
+async def run_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all; on the first failure stop the rest, so that no work outlives its request."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -70,18 +70,22 @@ def parse() -> argparse.Namespace:
     return chosen
 
 
-def measure(name: str, chosen: argparse.Namespace, output: Path) -> dict[str, Any]:
+def measure(
+    name: str, chosen: argparse.Namespace, output: Path, content: dict[str, Any]
+) -> dict[str, Any]:
     """Run one script; its results, or the reason why there are none under "error"."""
     results = output / f"{name}.json"
     results.unlink(missing_ok=True)
     command = [*script_command(name), "--json", str(results)]
     command += ["--repository", str(chosen.repository)] + ["--quick"] * chosen.quick
+    # Of its own: the report keeps results of other runs.
+    run = {key: content["machine"][key] for key in ("commit", "at")}
     began = time.perf_counter()
     reason = supervise(command, LIMIT_S.get(name, DEFAULT_LIMIT_S))
-    took_s = round(time.perf_counter() - began, 1)
+    run["took_s"] = round(time.perf_counter() - began, 1)
     if reason or not results.exists():
-        return {"error": reason or "the script wrote no results", "took_s": took_s}
-    return json.loads(results.read_text()) | {"took_s": took_s}
+        return run | {"error": reason or "the script wrote no results"}
+    return json.loads(results.read_text()) | run
 
 
 def script_command(name: str) -> list[str]:
@@ -113,8 +117,13 @@ def report(content: dict[str, Any], images: list[str]) -> str:
             continue
         parts += [f"## {title}", *(f"![{title}]({image})" for image in images if name in image)]
         parts.append(result.get("markdown", f"**Failed**: {result.get('error')}"))
-        parts.append(f"`python tests/bench/{name}.py`, {result['took_s']:.0f} s")
+        parts.append(f"`python tests/bench/{name}.py`, {result['took_s']:.0f} s{stamp(result)}")
     return "\n\n".join(parts) + "\n"
+
+
+def stamp(result: dict[str, Any]) -> str:
+    """What code was measured, and when."""
+    return f". Commit {result['commit']}, {result['at']}." if "commit" in result else ""
 
 
 def about(machine: dict[str, Any]) -> str:
@@ -124,7 +133,7 @@ def about(machine: dict[str, Any]) -> str:
     return (
         f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']:.0f} GB, {gpus}; load before "
         f"the start {machine['load_before']}; {machine['system']}, Python {machine['python']}; {versions}; "
-        f"commit {machine['commit']}, {machine['at']}."
+        f"last run at commit {machine['commit']}, {machine['at']}."
     )
 
 
@@ -184,7 +193,7 @@ LINES = {
 def write_docs(content: dict[str, Any]) -> None:
     """Put each result between its markers, `<!-- bench:NAME -->` and `<!-- /bench -->`; and the plots."""
     texts = {
-        name: result["markdown"]
+        name: "\n\n".join(filter(None, (result["markdown"], stamp(result).removeprefix(". "))))
         for name, result in content["results"].items()
         if "markdown" in result
     }
@@ -229,7 +238,7 @@ def main() -> None:
         if name not in SUITE:
             failed += [name] if supervise(script_command(name)) else []
             continue
-        content["results"][name] = measure(name, chosen, output)
+        content["results"][name] = measure(name, chosen, output, content)
         failed += [name] if "error" in content["results"][name] else []
         kept.write_text(json.dumps(content, indent=1) + "\n")
     images = plots.draw(content["results"], output)

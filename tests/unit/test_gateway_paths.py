@@ -21,7 +21,7 @@ INSIDE, SECRET = b"inside", b"secret"
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A root with links that stay in it and links that leave it, and a folder outside."""
-    root, outside = tmp_path / "root", tmp_path / "outside"
+    root, outside = tmp_path / "inside", tmp_path / "outside"
     (root / "in").mkdir(parents=True)
     outside.mkdir()
     (root / "in" / "file").write_bytes(INSIDE)
@@ -30,13 +30,13 @@ def tree(tmp_path: Path) -> Path:
     (root / "link_out").symlink_to(outside)
     (root / "file_out").symlink_to(outside / "file")
     (root / "loop").symlink_to("loop")
-    (tmp_path / "rootless").symlink_to(outside)
+    (tmp_path / "insideless").symlink_to(outside)
     return tmp_path
 
 
 @pytest.fixture
 def roots(tree: Path) -> Iterator[Roots]:
-    with Roots([tree / "root"]) as opened:
+    with Roots([tree / "inside"]) as opened:
         yield opened
 
 
@@ -46,13 +46,13 @@ def names(folder: Path) -> list[str]:
 
 def test_files_below_a_root_are_read(roots: Roots, tree: Path) -> None:
     for path in ("in/file", "link_in/file", "in/../in/./file"):
-        assert roots.read(f"{tree}/root/{path}") == INSIDE
+        assert roots.read(f"{tree}/inside/{path}") == INSIDE
 
 
 def test_a_relative_path_starts_at_the_working_directory(
     roots: Roots, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tree / "root")
+    monkeypatch.chdir(tree / "inside")
     assert roots.read("in/file") == INSIDE
     with pytest.raises(ForbiddenPath):
         roots.read("../outside/file")
@@ -63,13 +63,13 @@ def test_a_relative_path_starts_at_the_working_directory(
     [
         "outside/file",
         "outside/none",
-        "root/link_out/file",
-        "root/link_out",
-        "root/file_out",
-        "root/../outside/file",
-        "root/link_in/../../outside/file",
-        "rootless/file",
-        "root2/file",
+        "inside/link_out/file",
+        "inside/link_out",
+        "inside/file_out",
+        "inside/../outside/file",
+        "inside/link_in/../../outside/file",
+        "insideless/file",
+        "inside2/file",
         "",
         ".",
     ],
@@ -99,24 +99,24 @@ def test_everything_else_is_forbidden_whether_it_exists_or_not(
 )
 def test_what_cannot_be_read_says_why(roots: Roots, tree: Path, path: str, says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
-        roots.read(f"{tree}/root/{path}")
+        roots.read(f"{tree}/inside/{path}")
 
 
 def test_a_named_pipe_is_refused_without_waiting_for_its_writer(roots: Roots, tree: Path) -> None:
-    os.mkfifo(tree / "root" / "pipe")
+    os.mkfifo(tree / "inside" / "pipe")
     with pytest.raises(InvalidInput, match="not a regular file"):
-        roots.read(f"{tree}/root/pipe")
+        roots.read(f"{tree}/inside/pipe")
 
 
 def test_a_large_file_is_refused_before_it_is_read(roots: Roots, tree: Path) -> None:
-    with (tree / "root" / "large").open("wb") as file:
+    with (tree / "inside" / "large").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(InvalidInput, match="1099511627776 bytes; expected at most 536870912"):
-        roots.read(f"{tree}/root/large")
+        roots.read(f"{tree}/inside/large")
 
 
 def test_writing_makes_folders_and_leaves_one_file(roots: Roots, tree: Path) -> None:
-    target = tree / "root" / "a" / "b" / "c"
+    target = tree / "inside" / "a" / "b" / "c"
     roots.write(target, b"1")
     roots.write(target, b"2")
     assert target.read_bytes() == b"2"
@@ -124,9 +124,9 @@ def test_writing_makes_folders_and_leaves_one_file(roots: Roots, tree: Path) -> 
 
 
 def test_writing_replaces_a_link_and_does_not_follow_it(roots: Roots, tree: Path) -> None:
-    roots.write(tree / "root" / "file_out", b"new")
+    roots.write(tree / "inside" / "file_out", b"new")
     assert (tree / "outside" / "file").read_bytes() == SECRET
-    assert not (tree / "root" / "file_out").is_symlink()
+    assert not (tree / "inside" / "file_out").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_writing_replaces_a_link_and_does_not_follow_it(roots: Roots, tree: Path
 )
 def test_what_cannot_be_written_says_why(roots: Roots, tree: Path, path: str, says: str) -> None:
     with pytest.raises(PanotritonError, match=says):
-        roots.write(tree / "root" / "in" / ".." / path, b"")
-    assert names(tree / "root" / "in") == ["file"]
+        roots.write(tree / "inside" / "in" / ".." / path, b"")
+    assert names(tree / "inside" / "in") == ["file"]
 
 
 def test_a_root_must_exist(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_roots_are_let_go(tree: Path) -> None:
         return len(names(Path("/proc/self/fd")))
 
     before = descriptors()
-    with Roots([tree / "root", tree / "root", tree]) as roots:
+    with Roots([tree / "inside", tree / "inside", tree]) as roots:
         assert roots.read(f"{tree}/outside/file") == SECRET
         with pytest.raises(InvalidInput):
             roots.read(f"{tree}/outside/none")
@@ -159,19 +159,19 @@ def test_the_roots_are_let_go(tree: Path) -> None:
 
 
 PARTS = st.sampled_from(
-    ["..", ".", "", "in", "file", "link_in", "link_out", "file_out", "loop", "root", "outside", "~"]
+    ["..", ".", "", "in", "file", "link_in", "link_out", "file_out", "loop", "inside", "outside", "~"]
 )
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(PARTS, max_size=6))
-@example(["root", "in", "file"])
+@example(["inside", "in", "file"])
 def test_no_path_reads_what_is_outside(roots: Roots, tree: Path, parts: list[str]) -> None:
     path = "/".join([str(tree), *parts])
     try:
         assert roots.read(path) == INSIDE
     except InvalidInput:
-        assert os.path.realpath(path) != f"{tree}/root/in/file"
+        assert os.path.realpath(path) != f"{tree}/inside/in/file"
 
 
 @pytest.fixture
@@ -182,9 +182,9 @@ def thief(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def arm(name: str) -> None:
         def resolve_and_swap(path: Any) -> str:
             real = resolve(path)
-            place = tree / "root" / name
+            place = tree / "inside" / name
             place.rename(tree / "kept")
-            place.symlink_to(tree / "outside" / place.relative_to(tree / "root" / "in"))
+            place.symlink_to(tree / "outside" / place.relative_to(tree / "inside" / "in"))
             return real
 
         monkeypatch.setattr("panotriton.gateway.paths.os.path.realpath", resolve_and_swap)
@@ -198,7 +198,7 @@ def test_what_is_swapped_for_a_link_after_the_check_is_not_read(
 ) -> None:
     thief(name)
     with pytest.raises(ForbiddenPath, match="not safe to follow"):
-        roots.read(f"{tree}/root/in/file")
+        roots.read(f"{tree}/inside/in/file")
 
 
 def test_a_folder_swapped_for_a_link_after_the_check_is_not_written_to(
@@ -206,5 +206,5 @@ def test_a_folder_swapped_for_a_link_after_the_check_is_not_written_to(
 ) -> None:
     thief("in")
     with pytest.raises(ForbiddenPath, match="not safe to follow"):
-        roots.write(tree / "root" / "in" / "new", b"")
+        roots.write(tree / "inside" / "in" / "new", b"")
     assert names(tree / "outside") == ["file"]

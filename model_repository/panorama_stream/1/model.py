@@ -11,10 +11,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from panotriton import serving
-from panotriton.camera import INTERVALS, sample_cameras
+from panotriton.camera import INTERVALS
 from panotriton.errors import InvalidInput
 from panotriton.group import (
-    check_cameras,
     check_crop_size,
     check_interpolations,
     check_threshold,
@@ -22,7 +21,7 @@ from panotriton.group import (
 )
 from panotriton.images import check_panorama, decode_image
 from panotriton.osediff import check_options
-from panotriton.super_resolution import Limits, SuperResolver
+from panotriton.super_resolution import Limits, SuperResolver, run_all
 from panotriton.tags import Tags
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -68,7 +67,7 @@ class _Run:
 
     async def run(self):
         self._read_options()
-        cameras, panoramas = _cameras(self._request), await _panoramas(self._request)
+        cameras, panoramas = serving.cameras(self._request), await _panoramas(self._request)
         self._total = 2 * INTERVALS * (1 + self._count)
         self._send("accepted")
         inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
@@ -77,7 +76,7 @@ class _Run:
         self._cameras = cameras
         self._pairs, self._spheres = made["PAIRS"], made["SPHERES"]
         self._send("cameras", cameras=cameras.reshape(-1, 5))
-        kept = await _all(self._interval(number) for number in range(1, INTERVALS + 1))
+        kept = await run_all(self._interval(number) for number in range(1, INTERVALS + 1))
         self._send("done", kept=[number for number in kept if number])
 
     def end(self, event, error):
@@ -123,7 +122,7 @@ class _Run:
         right = np.ascontiguousarray(
             sharp[:, :, sharp.shape[2] // 2 :]
         )  # (1, H, W, 3), panorama 2's
-        await _all([self._views(number), self._describe(right, number)])
+        await run_all([self._views(number), self._describe(right, number)])
         return number
 
     async def _score(self, sharp, panorama, number):
@@ -156,7 +155,7 @@ class _Run:
             self._view(crop, camera, number, *divmod(index, self._count))
             for index, (crop, camera) in enumerate(zip(got["INTERPOLATED"], cameras, strict=True))
         )
-        await _all(work)
+        await run_all(work)
 
     async def _view(self, crop, camera, number, p, i):
         place = {"panorama": p + 1, "interval": number, "weight_idx": i + 1}
@@ -195,19 +194,6 @@ class _Run:
         )
 
 
-def _cameras(request):
-    """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
-    given = serving.optional(request, "GIVEN_CAMERAS")
-    seed = serving.optional(request, "SEED")
-    _exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
-    if given is not None:
-        check_cameras("GIVEN_CAMERAS", given)
-        return given
-    if seed.item() < 0:
-        raise InvalidInput(f"SEED is {seed.item()}; expected 0 or more")
-    return sample_cameras(seed.item())
-
-
 async def _panoramas(request):
     """Both panoramas, (H, W, 3); files are decoded side by side."""
     return await asyncio.gather(*(asyncio.to_thread(_panorama, request, i) for i in (1, 2)))
@@ -216,24 +202,8 @@ async def _panoramas(request):
 def _panorama(request, i):
     pixels = serving.optional(request, f"PANORAMA_{i}")
     encoded = serving.optional(request, f"ENCODED_{i}")
-    _exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
+    serving.exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
     if pixels is None:
         return decode_image(f"ENCODED_{i}", encoded.item())
     check_panorama(f"PANORAMA_{i}", pixels)
     return pixels
-
-
-def _exactly_one(name, value, other, other_value):
-    if (value is None) == (other_value is None):
-        both = "neither is" if value is None else "both are"
-        raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
-
-
-async def _all(work):
-    """Run all; on the first failure stop the rest, so that no work outlives its request."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
