@@ -159,7 +159,20 @@ def test_the_roots_are_let_go(tree: Path) -> None:
 
 
 PARTS = st.sampled_from(
-    ["..", ".", "", "in", "file", "link_in", "link_out", "file_out", "loop", "inside", "outside", "~"]
+    [
+        "..",
+        ".",
+        "",
+        "in",
+        "file",
+        "link_in",
+        "link_out",
+        "file_out",
+        "loop",
+        "inside",
+        "outside",
+        "~",
+    ]
 )
 
 
