@@ -9,9 +9,18 @@ import onnx
 
 from panotriton.errors import ExportError
 
-__all__ = ["PROVIDERS", "fit_config", "keep_plain_layout", "set_provider"]
+__all__ = ["check_engine", "fit_config", "set_instances", "set_provider"]
 
-PROVIDERS = ("cpu", "cuda", "tensorrt")
+_PRECISIONS = {  # of each provider
+    "cpu": ("fp32", "fp16"),
+    "openvino": ("fp32", "bf16"),
+    "cuda": ("fp32", "fp16"),
+    "tensorrt": ("fp32", "fp16"),
+}
+# What `set_provider` has added to a config that is not copied anew.
+_ADDED = re.compile(
+    r'\n(optimization \{.*?\} \] \} \}|parameters \{ key: "openvino_precision".*?)\n', re.DOTALL
+)
 
 # Engines are built on the first run of a shape, for minutes: they are kept.
 _TENSORRT = """
@@ -22,6 +31,25 @@ optimization { execution_accelerators { gpu_execution_accelerator [ {
   parameters { key: "trt_engine_cache_path" value: "/tmp/panotriton-engines" }
 } ] } }
 """
+
+_OPENVINO = """
+optimization { execution_accelerators { cpu_execution_accelerator [ { name: "openvino" } ] } }
+"""
+# Of the pip-installed server's backend alone; NVIDIA's computes fp32.
+_OPENVINO_BF16 = """
+parameters { key: "openvino_precision" value { string_value: "bf16" } }
+"""
+# One image fills a core's caches; a batch of them computes no quicker.
+_CPU_BATCHES = {"osediff_vae_encoder": 1, "osediff_vae_decoder": 1, "osediff_unet": 4}
+
+
+def check_engine(provider: str, precision: str) -> None:
+    """Raise ExportError for a provider, or a precision, that is not to be had."""
+    if provider not in _PRECISIONS:
+        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(_PRECISIONS)}")
+    if precision not in _PRECISIONS[provider]:
+        expected = " or ".join(_PRECISIONS[provider])
+        raise ExportError(f"precision is {precision!r}; expected {expected} for {provider}")
 
 
 def fit_config(model: Path) -> None:
@@ -43,21 +71,26 @@ def fit_config(model: Path) -> None:
         config.write_text(text)
 
 
-def keep_plain_layout(model: Path) -> None:
-    """Have onnxruntime leave out the layout that pads channels to a vector's 16 lanes.
+def set_instances(model: Path, count: int) -> None:
+    """Have `count` instances share the cores, instead of one on all of them.
 
-    It is quick for wide networks; one of 4 to 8 channels then computes mostly padding.
+    For small networks: two on one core each waste less than two threads that wait for each other.
     """
     config = model / "config.pbtxt"
-    config.write_text(config.read_text() + "\noptimization { graph { level: 1 } }\n")
+    config.write_text(re.sub(r"count: \d+", f"count: {count}", config.read_text()))
 
 
 def set_provider(model: Path, provider: str, precision: str) -> None:
-    """Have `model`'s instances run on the CPU or a GPU, there through CUDA or TensorRT."""
+    """Have `model` run by onnxruntime or OpenVINO, CUDA or TensorRT."""
     config = model / "config.pbtxt"
-    text = re.sub(r"\noptimization \{.*\} \] \} \}\n", "", config.read_text(), flags=re.DOTALL)
-    kind = "KIND_CPU" if provider == "cpu" else "KIND_GPU"
+    kind = "KIND_CPU" if provider in ("cpu", "openvino") else "KIND_GPU"
+    text = _ADDED.sub("", config.read_text())
     text = re.sub(r"kind: KIND_(CPU|GPU)", f"kind: {kind}", text)
     if provider == "tensorrt":
         text += _TENSORRT % precision.upper()
+    if provider == "openvino":
+        text += _OPENVINO + (_OPENVINO_BF16 if precision == "bf16" else "")
+        if model.name in _CPU_BATCHES:
+            batch = f"max_batch_size: {_CPU_BATCHES[model.name]}"
+            text = re.sub(r"max_batch_size: \d+", batch, text)
     config.write_text(text)

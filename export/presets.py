@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from panotriton_export.configs import keep_plain_layout
+from panotriton.openvino_graph import has_bf16
+from panotriton_export.configs import set_instances
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.random_sd import write_random
 from panotriton_export.qwen import export_qwen
@@ -32,9 +33,17 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
     with tempfile.TemporaryDirectory() as work:
         checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
         base = SMALL / "osediff" / "base"
-        export_osediff(base, checkpoint, repository, latent_tile=LATENT_TILE, report=report)
-    for model in ("osediff_vae_encoder", "osediff_vae_decoder"):  # 4 and 8 channels
-        keep_plain_layout(repository / model)
+        export_osediff(
+            base,
+            checkpoint,
+            repository,
+            provider="openvino",
+            precision="bf16" if has_bf16() else "fp32",
+            latent_tile=LATENT_TILE,
+            report=report,
+        )
+    for model in ("osediff_vae_encoder", "osediff_unet", "osediff_vae_decoder"):
+        set_instances(repository / model, 2)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 
 

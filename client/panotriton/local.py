@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from google.protobuf import text_format
 from numpy.typing import NDArray
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton._pixels import ImageLike, pixels
 from panotriton.errors import InferenceFailed
@@ -29,7 +31,7 @@ from panotriton.results import Timings, Upscaled
 from panotriton.super_resolution import Call, Limits, SuperResolver
 from panotriton.tags import Tags
 
-__all__ = ["Upscaler", "in_process"]
+__all__ = ["Upscaler", "in_process", "open_network"]
 
 _MIN_SIDE_PX = 8
 _ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to overlap
@@ -39,7 +41,8 @@ class Upscaler:
     """`Client.upscale` in process, for one thread at a time.
 
     repository: one that `panotriton export` has built. providers: onnxruntime's names, in order of
-    preference. threads: of each network; 0 for all cores that this process may use. Raises
+    preference; None for what the repository's configs say of CPUs, as in the server. threads: of each
+    network; 0 for all cores that this process may use. Raises
     ServerStartError where the repository lacks exported networks.
     """
 
@@ -47,14 +50,14 @@ class Upscaler:
         self,
         repository: str | Path = "repository",
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] | None = None,
         threads: int = 0,
         limits: Limits = _ONE_IMAGE,
     ) -> None:
         self._repository = Path(repository)
         check_exported(self._repository, "osediff")
-        self._providers = list(providers)
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._providers = providers
+        self._threads = threads
         self._sessions: dict[str, Any] = {}
         folder = self._repository / "osediff" / "1"
         self._resolver = SuperResolver(folder, limits, Tags.read(folder))
@@ -74,18 +77,32 @@ class Upscaler:
     def _session(self, model: str) -> Any:
         """The network's session, opened on first use."""
         if model not in self._sessions:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = self._threads
-            path = self._repository / model / "1" / "model.onnx"
-            self._sessions[model] = onnxruntime.InferenceSession(
-                path, options, providers=self._providers
+            self._sessions[model] = open_network(
+                self._repository / model, self._threads, self._providers
             )
         return self._sessions[model]
 
 
+def open_network(model: Path, threads: int = 0, providers: Sequence[str] | None = None) -> Any:
+    """What runs `model`/1/model.onnx as onnxruntime's InferenceSession does; see `Upscaler`."""
+    path = model / "1" / "model.onnx"
+    threads = threads or len(os.sched_getaffinity(0))
+    config = text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
+    accelerators = config.optimization.execution_accelerators.cpu_execution_accelerator
+    if providers is None and any(each.name == "openvino" for each in accelerators):
+        from panotriton.openvino_graph import OpenVINOGraph  # noqa: PLC0415, of this engine alone
+
+        precision = config.parameters["openvino_precision"].string_value or "fp32"
+        return OpenVINOGraph(path, threads=threads, precision=precision)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    chosen = list(providers or ("CPUExecutionProvider",))
+    return onnxruntime.InferenceSession(path, options, providers=chosen)
+
+
 def in_process(session: Callable[[str], Any]) -> Call:
-    """Runs networks here. session: a model's name → its onnxruntime session."""
+    """Runs networks here. session: a model's name → what `open_network` returns."""
 
     async def call(
         model: str, inputs: dict[str, Any], outputs: Sequence[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
 from panotriton.repository import copy_model
-from panotriton_export.configs import PROVIDERS, fit_config, set_provider
+from panotriton_export.configs import check_engine, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 from panotriton_export.osediff.graph import (
-    LIMITS,
     Component,
     ParityResult,
     export_component,
+    opener,
 )
 from panotriton_export.osediff.reference import (
     LATENT_OVERLAP,
@@ -36,7 +36,7 @@ from panotriton_export.osediff.whole_image import psnr_db, run_graphs
 
 __all__ = ["CheckpointError", "ParityResult", "export_osediff"]
 
-_LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0}
+_LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0, "bf16": 35.0}
 _PROMPT = "building, sky, tree, ,"
 _HEADER = f"{'component':<22} {'shape':<18} {'differs':>8}  {'limit':>7}"
 
@@ -54,45 +54,52 @@ def export_osediff(
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
 
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
-    precision: fp32, or fp16 for the weights of all but the decoder (inputs and outputs keep their
-    types). provider: cpu, cuda or tensorrt, what the networks' configs ask the server for.
+    precision: fp32, fp16 for the weights of all but the decoder (inputs and outputs keep their types), or
+    bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
+    cpu (onnxruntime), openvino, cuda or tensorrt, what the networks' configs ask the server for.
     latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. One network
     is in memory at a time, except in the last check. Raises CheckpointError for files that do not
     fit, and ExportError where a graph differs from PyTorch.
     """
-    if precision not in LIMITS:
-        raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
-    if provider not in PROVIDERS:
-        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    check_engine(provider, precision)
     source = open_checkpoint(base, checkpoint)
     report(_HEADER)
     results: list[ParityResult] = []
-    fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
-    for compared in _export_graphs(source, repository, precision, fused):
-        results += compared
-        copy_model(compared[0].component, repository)
-        fit_config(repository / compared[0].component)
-        set_provider(repository / compared[0].component, provider, precision)
+    for build, engine in _networks(source, precision, provider):
+        component = build()
+        compared = export_component(component, repository, opener(*engine))
+        copy_model(component.name, repository)
+        fit_config(repository / component.name)
+        set_provider(repository / component.name, *engine)
         for result in compared:
             report(str(result))
+        results += compared
+        del component  # before the next is read
     _write_front(source, repository, precision, latent_tile)
     report(_check_whole_image(source, repository, precision))
     return results
 
 
-def _export_graphs(
-    source: Checkpoint, repository: Path, precision: str, fused: bool
-) -> Iterator[list[ParityResult]]:
-    """Export the four graphs one after the other; each network is freed before the next is read."""
-    base = source.base
-    build: list[Callable[[], Component]] = [
-        lambda: text_encoder_component(base.load_text_encoder(), precision),
-        lambda: vae_encoder_component(source.load_vae(), precision, fused_attention=fused),
-        lambda: unet_component(source.load_unet(), precision, fused_attention=fused),
-        lambda: vae_decoder_component(source.load_vae(), fused_attention=fused),
+def _networks(
+    source: Checkpoint, precision: str, provider: str
+) -> list[tuple[Callable[[], Component], tuple[str, str]]]:
+    """What reads each of the four networks, and the provider and precision that it gets."""
+    base, engine = source.base, (provider, precision)
+    fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
+    # Run once a prompt: not worth another engine's rounding.
+    text = ("cpu", "fp32") if provider == "openvino" else engine
+    return [
+        (lambda: text_encoder_component(base.load_text_encoder(), text[1]), text),
+        (
+            lambda: vae_encoder_component(source.load_vae(), precision, fused_attention=fused),
+            engine,
+        ),
+        (lambda: unet_component(source.load_unet(), precision, fused_attention=fused), engine),
+        (
+            lambda: vae_decoder_component(source.load_vae(), precision, fused_attention=fused),
+            engine,
+        ),
     ]
-    for component in build:
-        yield export_component(component(), repository)
 
 
 def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:

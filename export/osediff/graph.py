@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from panotriton.errors import ExportError
+from panotriton.openvino_graph import OpenVINOGraph
 
-__all__ = ["LIMITS", "Component", "ParityResult", "Probe", "compare", "export_component", "session"]
+__all__ = [
+    "LIMITS",
+    "Component",
+    "ParityResult",
+    "Probe",
+    "compare",
+    "export_component",
+    "opener",
+    "session",
+]
 
 OPSET = 18
 MAX_BATCH = 64  # only bounds what the exporter must prove; the repository's configs batch less
-LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 """Largest difference from PyTorch in fp32 that is let through, relative to the largest value."""
 
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
@@ -30,6 +41,7 @@ _EXTERNAL_ABOVE_BYTES = 1_900_000_000
 _EXTERNAL_NAME = "model.onnx.data"
 
 Tensors = Mapping[str, Tensor]
+Opener = Callable[[Path], Any]  # → what runs the graph, as onnxruntime's InferenceSession does
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +90,13 @@ class ParityResult:
         )
 
 
-def export_component(component: Component, repository: Path) -> list[ParityResult]:
+def export_component(
+    component: Component, repository: Path, open_graph: Opener | None = None
+) -> list[ParityResult]:
     """Write `repository`/NAME/1/model.onnx once its outputs agree with PyTorch's.
 
-    Raises ExportError, and leaves what was there, where they do not.
+    open_graph: opens the file with what will serve it (`session`). Raises ExportError, and leaves what
+    was there, where they do not.
     """
     version = repository / component.name / "1"
     version.mkdir(parents=True, exist_ok=True)
@@ -90,7 +105,7 @@ def export_component(component: Component, repository: Path) -> list[ParityResul
         path = Path(folder) / "model.onnx"
         _save(model, path)
         del model
-        results = compare(component, path)
+        results = compare(component, (open_graph or session)(path))
         _publish(path.parent, version)
     return results
 
@@ -152,9 +167,8 @@ def _publish(folder: Path, version: Path) -> None:
     (folder / "model.onnx").replace(version / "model.onnx")
 
 
-def compare(component: Component, path: Path) -> list[ParityResult]:
-    """Run the graph on every probe. Raises ExportError where an output is too far off."""
-    graph = session(path)
+def compare(component: Component, graph: Any) -> list[ParityResult]:
+    """Run an opened graph on every probe. Raises ExportError where an output is too far off."""
     results = []
     for probe in component.probes:
         feeds = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
@@ -165,6 +179,13 @@ def compare(component: Component, path: Path) -> list[ParityResult]:
             )
     raise_on_failure(results)
     return results
+
+
+def opener(provider: str, precision: str) -> Opener:
+    """Opens graphs with what serves them on this CPU; those for GPUs, with onnxruntime on the CPU."""
+    if provider != "openvino":
+        return session
+    return lambda path: OpenVINOGraph(path, threads=os.cpu_count() or 1, precision=precision)
 
 
 def session(path: Path) -> Any:

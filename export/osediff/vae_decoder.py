@@ -37,7 +37,9 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def vae_decoder_component(vae: Any, *, fused_attention: bool = True) -> Component:
+def vae_decoder_component(
+    vae: Any, precision: str = "fp32", *, fused_attention: bool = True
+) -> Component:
     """Takes the decoder over and leaves the encoder alone."""
     probes = [_probe(vae, *shape) for shape in _PROBED]
     module = Decoder(vae)
@@ -46,7 +48,10 @@ def vae_decoder_component(vae: Any, *, fused_attention: bool = True) -> Componen
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 2: height, 3: width}
     traced = {"LATENT": _latent(vae, *_TRACED)}
-    limits = {"SAMPLE": LIMITS["fp32"], "IMAGE": 1 / 255}
+    limit = LIMITS["bf16" if precision == "bf16" else "fp32"]
+    largest = max(float(probe.expected["SAMPLE"].abs().max()) for probe in probes)
+    # A level is 1/127.5 of SAMPLE's units, and 1/255 of IMAGE's; the last is what truncation turns.
+    limits = {"SAMPLE": limit, "IMAGE": 1 / 255 + limit * largest / 2}
     outputs = ["IMAGE", "SAMPLE"]
     return Component(
         "osediff_vae_decoder", module, traced, {"LATENT": axes}, outputs, probes, limits

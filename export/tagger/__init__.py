@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from panotriton.errors import ExportError
 from panotriton.repository import copy_model
 from panotriton.tags import Tags
-from panotriton_export.configs import PROVIDERS, fit_config, set_provider
+from panotriton_export.configs import check_engine, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
-from panotriton_export.osediff.graph import LIMITS, ParityResult, export_component
+from panotriton_export.osediff.graph import ParityResult, export_component, opener
 from panotriton_export.tagger.checkpoint import Ram, open_ram
 from panotriton_export.tagger.graph import NAME, tagger_component
 from panotriton_export.tagger.lists import read_tags
@@ -46,14 +45,12 @@ def export_tagger(
 ) -> list[ParityResult]:
     """Write osediff_tagger into `repository`, and tags.json, from which the models that use it know of it.
 
-    precision: fp32, or fp16 for the weights. provider: cpu, cuda or tensorrt. Raises ExportError where the
+    precision, provider: as of `export_osediff`. Raises ExportError where the
     graph differs from PyTorch, and leaves what was there.
     """
-    if precision not in LIMITS:
-        raise ExportError(f"precision is {precision!r}; expected one of {', '.join(LIMITS)}")
-    if provider not in PROVIDERS:
-        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-    results = export_component(tagger_component(source.ram.load(), precision), repository)
+    check_engine(provider, precision)
+    component = tagger_component(source.ram.load(), precision)
+    results = export_component(component, repository, opener(provider, precision))
     copy_model(NAME, repository)
     fit_config(repository / NAME)
     set_provider(repository / NAME, provider, precision)

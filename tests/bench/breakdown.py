@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(repository: Path, request: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One group after a small one that warms up."""
+    """One group after another that warms up: shapes compiled, memory touched."""
     trace = work / "trace.json"
     repository = traces.instrumented(repository, work / "repository")
     with (
@@ -40,9 +40,7 @@ def measure(repository: Path, request: dict[str, Any], work: Path) -> dict[str, 
         Client(server.grpc_url) as client,
         client.shared_memory(script.GROUP_BYTES) as memory,
     ):
-        client.process(
-            *script.GROUP, **request | {"crop_size": 64, "interpolations": 1}, via=memory
-        )
+        client.process(*script.GROUP, **request, via=memory)
         counts = counters.read(server.grpc_url)
         used, mine, began = (
             counters.processor_s(server.pid),

@@ -11,8 +11,8 @@ less, fewer bits or fusing layers. The machine's peaks are measured here; those 
 - A100 80 GB SXM: 312 TFLOP/s dense fp16, 2,039 GB/s (NVIDIA A100 datasheet, 2021)
 - H100 SXM: 989 TFLOP/s dense fp16, 3,350 GB/s (NVIDIA H100 datasheet, 2023)
 
-For the small preset, the exported networks are run alone, by onnxruntime on all cores, one batch after the
-other, and compared with the same floor in fp32.
+For the small preset, the exported networks are run alone, by what serves them, on all cores, one batch
+after the other, and compared with the same floor in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import script
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from panotriton.local import open_network
 from panotriton_export.osediff.random_sd import _UNET, _VAE, _blocks
 from panotriton_export.presets import LATENT_TILE, SMALL
 
@@ -274,15 +274,12 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _run_s(model: Path, feeds: dict[str, Any], runs: int) -> float:
     """Best seconds of an exported network on all cores, after a run that warms up."""
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = script.cores()
-    file = str(model / "1" / "model.onnx")
-    session = ort.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-    wanted = [session.get_outputs()[0].name]
+    network = open_network(model, script.cores())
+    wanted = [network.get_outputs()[0].name]
     times = []
     for _ in range(runs + 1):
         began = time.perf_counter()
-        session.run(wanted, feeds)
+        network.run(wanted, feeds)
         times.append(time.perf_counter() - began)
     return min(times[1:])
 

@@ -70,7 +70,7 @@ def by_ensemble(
 
 
 def measure(repository: Path, request: dict[str, Any], runs: int, work: Path) -> dict[str, Any]:
-    """Both ways in turns, after a small group that warms up each."""
+    """Both ways in turns, after a group that warms up each: shapes, pools and memory as in service."""
     trace = work / "trace.json"
     old: list[tuple[float, Outcome]] = []
     new: list[dict[str, Any]] = []
@@ -80,9 +80,8 @@ def measure(repository: Path, request: dict[str, Any], runs: int, work: Path) ->
         client.shared_memory(script.GROUP_BYTES) as memory,
         Services() as services,
     ):
-        small = request | {"crop_size": 64, "threshold": 1.0}  # keeps none
-        by_ensemble(client, memory, small, work / "warm")
-        by_files(services, small, work / "warm-files")
+        by_ensemble(client, memory, request, work / "warm")
+        by_files(services, request, work / "warm-files")
         for turn in range(runs):
             new.append(by_ensemble(client, memory, request, work / f"ensemble-{turn}"))
             old.append(by_files(services, request, work / f"files-{turn}"))

@@ -38,6 +38,7 @@ _PACKAGES = (
     "panotriton",
     "nvidia-pytriton",
     "onnxruntime",
+    "openvino",
     "torch",
     "transformers",
     "numpy",

@@ -26,6 +26,10 @@ AFFINE = f"""max_batch_size: 8
 input [{tensor("x", "FP32", "[3]")}]
 output [{tensor("plus", "FP32", "[3]")}, {tensor("double", "FP32", "[3]")}]"""
 
+OPENVINO = """optimization { execution_accelerators {
+    cpu_execution_accelerator [ { name: "openvino" } ] } }"""
+OPENVINO_PRECISION = 'parameters { key: "openvino_precision" value: { string_value: "%s" } }'
+
 
 def threads(count: int) -> str:
     return f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{count}" }} }}'
@@ -43,6 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 def _write_batching_models(repository: Path) -> None:
     save(repository, "affine", graphs.affine(), f"{AFFINE}\n{ONE}\n{JOIN}\n{threads(1)}")
+    save(repository, "by_openvino", graphs.affine(), f"{AFFINE}\n{ONE}\n{JOIN}\n{OPENVINO}")
     save(
         repository,
         "look_up",
@@ -346,6 +351,19 @@ def test_completed_with_nothing_but_a_batch_dimension(client, server):
     np.testing.assert_array_equal(infer(client, "completed_rows", x=x)["y"], -x)
 
 
+# --- OpenVINO in onnxruntime's place
+
+
+def test_openvino_gives_what_onnxruntime_gives(client, server):
+    """In batches too, of more shapes than are kept compiled."""
+    asked = [rows(0, count) for count in (1, 5, 8, 2, 3, 1)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda x: infer(client, "by_openvino", x=x), asked))
+    for x, answer in zip(asked, answers, strict=True):
+        for name, expected in infer(client, "affine", x=x).items():
+            np.testing.assert_array_equal(answer[name], expected)
+
+
 # --- refusals at load
 
 
@@ -380,8 +398,12 @@ def _write_broken_models(repository: Path) -> dict[str, str]:
             "write dims: [3]",
         ),
         "openvino": (
-            f"{AFFINE} {accelerate % 'openvino'}",
-            "OpenVINOExecutionProvider is not in the installed onnxruntime",
+            f"{AFFINE} {accelerate % 'openvino'} {OPENVINO_PRECISION % 'fp8'}",
+            "parameter openvino_precision is 'fp8', expected one of fp32, bf16",
+        ),
+        "openvino_unfit": (
+            f"{AFFINE.replace('[3]', '[4]')} {accelerate % 'openvino'}",
+            "input 'x' is [-1, 4] in config.pbtxt (batch first) but [-1, 3] in the graph",
         ),
         "other": (f"{AFFINE} {accelerate % 'xnn'}", "unknown execution accelerator 'xnn'"),
     }

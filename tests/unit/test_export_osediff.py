@@ -23,6 +23,8 @@ from torch import nn
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.errors import ExportError
+from panotriton.local import open_network
+from panotriton.openvino_graph import OpenVINOGraph
 from panotriton.osediff import TileBlend, align, one_step, plan_size
 from panotriton.repository import copy_models
 from panotriton_export.configs import set_provider
@@ -152,7 +154,7 @@ def test_what_does_not_fit_is_refused_before_any_network_is_read(
 
 def test_unknown_provider_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match="provider is 'rocm'; expected one of cpu, cuda, tensorrt"
+        ExportError, match="provider is 'rocm'; expected one of cpu, openvino, cuda, tensorrt"
     ):
         export_osediff(base, base / "osediff.pkl", tmp_path, provider="rocm")
 
@@ -176,8 +178,86 @@ def test_configs_take_the_graphs_dims_and_the_provider(
 
 
 def test_unknown_precision_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="'int8'; expected one of fp32, fp16"):
-        export_osediff(base, base / "osediff.pkl", tmp_path, precision="int8")
+    pickle = base / "osediff.pkl"
+    with pytest.raises(ExportError, match="'int8'; expected fp32 or fp16 for cpu"):
+        export_osediff(base, pickle, tmp_path, precision="int8")
+    with pytest.raises(ExportError, match="'bf16'; expected fp32 or fp16 for tensorrt"):
+        export_osediff(base, pickle, tmp_path, precision="bf16", provider="tensorrt")
+    with pytest.raises(ExportError, match="'fp16'; expected fp32 or bf16 for openvino"):
+        export_osediff(base, pickle, tmp_path, precision="fp16", provider="openvino")
+
+
+# ------------------------------------------------------------------------------- OpenVINO
+
+
+@pytest.fixture(scope="session")
+def by_openvino(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported with bf16, whose factors are rounded on every CPU, if not as fast on every one."""
+    repository = tmp_path_factory.mktemp("openvino")
+    copy_models(repository)
+    pickle = base / "osediff.pkl"
+    export_osediff(base, pickle, repository, provider="openvino", precision="bf16")
+    return repository
+
+
+def test_openvino_is_in_the_configs_of_the_networks_that_images_go_through(
+    by_openvino: Path,
+) -> None:
+    batches = {}
+    for name in COMPONENTS:
+        config = text_format.Parse(
+            (by_openvino / f"osediff_{name}" / "config.pbtxt").read_text(), ModelConfig()
+        )
+        batches[name] = config.max_batch_size
+        accelerators = config.optimization.execution_accelerators.cpu_execution_accelerator
+        images = name != "text_encoder"
+        assert [each.name for each in accelerators] == ["openvino"] * images
+        assert config.parameters["openvino_precision"].string_value == "bf16" * images
+    assert batches == {"text_encoder": 8, "vae_encoder": 1, "unet": 4, "vae_decoder": 1}
+
+
+def test_bf16_rounds_the_blocks_and_little_else(
+    by_openvino: Path, exported: tuple[Path, list[ParityResult], list[str]]
+) -> None:
+    graph_file = Path("osediff_vae_encoder", "1", "model.onnx")
+    image = RNG.integers(0, 256, (1, 64, 80, 3), dtype=np.uint8)
+    feeds = {"IMAGE": image}
+    (expected,) = graph.session(exported[0] / graph_file).run(["LATENT"], feeds)
+    full = OpenVINOGraph(by_openvino / graph_file, threads=1)
+    mixed = open_network(by_openvino / "osediff_vae_encoder", threads=1)
+    differences = [
+        graph.relative_difference(each.run(["LATENT"], feeds)[0], expected)
+        for each in (full, mixed)
+    ]
+    assert differences[0] < 1e-4 < 1e-3 < differences[1] < graph.LIMITS["bf16"]
+
+
+def test_shapes_beyond_those_kept_are_compiled_anew(by_openvino: Path) -> None:
+    path = by_openvino / "osediff_vae_encoder" / "1" / "model.onnx"
+    kept, free = (OpenVINOGraph(path, threads=1, shapes=count) for count in (2, 0))
+    images = [RNG.integers(0, 256, (n, 64, 8 * n, 3), dtype=np.uint8) for n in (1, 2, 3, 1)]
+    for image in images:
+        (got,) = kept.run(["LATENT"], {"IMAGE": image})
+        (expected,) = free.run(["LATENT"], {"IMAGE": image})
+        assert graph.relative_difference(got, expected) < 1e-4
+    assert len(kept._compiled) == 2
+    assert len(free._compiled) == 1
+
+
+def test_results_are_not_overwritten_by_the_next_run(by_openvino: Path) -> None:
+    network = OpenVINOGraph(by_openvino / "osediff_vae_encoder" / "1" / "model.onnx", threads=1)
+    black, white = (np.full((1, 64, 64, 3), level, np.uint8) for level in (0, 255))
+    (first,) = network.run(["LATENT"], {"IMAGE": black})
+    before = first.copy()
+    network.run(["LATENT"], {"IMAGE": white})
+    np.testing.assert_array_equal(first, before)
+
+
+def test_openvino_names_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(RuntimeError, match=r"model\.onnx"):
+        OpenVINOGraph(path, threads=1)
 
 
 # ------------------------------------------------------------------------------- the checkpoint

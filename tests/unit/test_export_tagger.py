@@ -47,6 +47,16 @@ def exported(files: RandomFiles, tmp_path_factory: pytest.TempPathFactory) -> Ex
     return repository, results, lines
 
 
+def test_openvino_serves_it_too(files: RandomFiles, tmp_path: Path) -> None:
+    """With the parity check on what OpenVINO computes."""
+    source = open_tagger(files.ram, files.dape, files.tags, files.thresholds)
+    for precision in ("fp32", "bf16"):
+        results = export_tagger(source, tmp_path, provider="openvino", precision=precision)
+        assert results
+        assert all(result.passed for result in results)
+    assert 'name: "openvino"' in (tmp_path / "osediff_tagger" / "config.pbtxt").read_text()
+
+
 def images() -> Tensor:
     """Noise, a ramp with a bright corner: (2, 384, 384, 3)."""
     generator = torch.Generator().manual_seed(0)
@@ -438,9 +448,9 @@ def test_every_model_that_super_resolves_gets_the_tags(exported: Exported) -> No
 
 def test_unknown_options_are_refused(files: RandomFiles, tmp_path: Path) -> None:
     source = open_tagger(files.ram, files.dape, files.tags, files.thresholds)
-    with pytest.raises(ExportError, match="'int8'; expected one of fp32, fp16"):
+    with pytest.raises(ExportError, match="'int8'; expected fp32 or fp16 for cpu"):
         export_tagger(source, tmp_path, precision="int8")
-    with pytest.raises(ExportError, match="'rocm'; expected one of cpu, cuda, tensorrt"):
+    with pytest.raises(ExportError, match="'rocm'; expected one of cpu, openvino, cuda, tensorrt"):
         export_tagger(source, tmp_path, provider="rocm")
 
 

@@ -17,6 +17,7 @@ examples:
   panotriton export --preset small --output /srv/models
   panotriton export osediff --base stable-diffusion-2-1-base --checkpoint osediff.pkl
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda
+  panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision bf16 --provider openvino
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --tagger ram_swin_large_14m.pth \
       --dape DAPE.pth --tags ram_tag_list.txt --thresholds ram_tag_list_threshold.txt
   panotriton export osediff --preset full-random   the real size, random weights: what will it cost?
@@ -82,12 +83,19 @@ def _add_osediff(parts: Any) -> None:
     )
     for name, (_, help_text) in _TAGGER_FILES.items():
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=help_text)
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="fp16: the weights of all but the decoder; bf16, with openvino: the factors of products "
+        "inside the networks' blocks, for CPUs with AVX512_BF16 or AMX (%(default)s)",
+    )
     parser.add_argument(
         "--provider",
-        choices=["cpu", "cuda", "tensorrt"],
+        choices=["cpu", "openvino", "cuda", "tensorrt"],
         default="cpu",
-        help="what runs the networks; written to their configs (%(default)s)",
+        help="what runs the networks: onnxruntime on the CPU, OpenVINO there, or a GPU; written to their "
+        "configs (%(default)s)",
     )
     _add_output(parser)
     parser.set_defaults(run=_run_osediff)

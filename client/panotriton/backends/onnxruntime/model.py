@@ -7,8 +7,10 @@ at load is refused here, so what loads here loads there. Differences:
   model's instances (the native backend: all cores for each). Each instance is a process of its own.
 - One bad request in a joined batch gets the error alone; the native backend fails the whole batch.
 - What cannot be carried through Python is refused at load: see `unsupported`.
+- The accelerator openvino is the openvino wheel itself instead of a build of onnxruntime with it, and
+  compiles for fixed shapes: see `openvino_graph`. The parameter openvino_precision is known here alone.
 
-This file imports nothing of its package: it is copied alone into the server's backend folder.
+This file is copied alone into the server's backend folder.
 """
 
 import json
@@ -53,10 +55,10 @@ SWITCH = {"1": True, "true": True, "0": False, "false": False}
 
 DEFAULT_MAX_BATCH_SIZE = 4  # the native backend's `default-max-batch-size`
 
+OPENVINO = "OpenVINO"  # not a provider of onnxruntime: it runs the whole graph
 WHEELS = {
     "CUDAExecutionProvider": "onnxruntime-gpu",
     "TensorrtExecutionProvider": "onnxruntime-gpu",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
 }
 DEPRECATED_CUDA = (
     "cudnn_conv_algo_search",
@@ -241,6 +243,8 @@ def model_file(config: Config, folder: Path) -> Path:
 
 def open_session(config: Config, path: Path, options: Any, wanted: list[Provider]) -> Any:
     """A session with every provider of `wanted`: by default onnxruntime falls back in silence."""
+    if any(name == OPENVINO for name, _ in wanted):
+        return open_openvino(config, path, options.intra_op_num_threads)
     if any(name == "CUDAExecutionProvider" for name, _ in wanted):
         ort.preload_dlls()  # finds CUDA and cuDNN in the wheels of this environment
     try:
@@ -254,6 +258,24 @@ def open_session(config: Config, path: Path, options: Any, wanted: list[Provider
             reason = "the server's log names the library that is missing"
             raise refusal(config, f"{name} did not start; {reason}, or use KIND_CPU")
     return session
+
+
+def open_openvino(config: Config, path: Path, threads: int) -> Any:
+    try:
+        from panotriton import openvino_graph  # noqa: PLC0415, of this accelerator alone
+    except ImportError as error:
+        problem = f"the accelerator openvino needs {error.name}: pip install openvino"
+        raise refusal(config, f"{problem}, or export with --provider cpu") from None
+    precisions = {name: name for name in openvino_graph.PRECISIONS}
+    precision = choice(config, "openvino_precision", precisions, "fp32")
+    if precision == "bf16" and not openvino_graph.has_bf16():
+        pb_utils.Logger.log_warn(f"{config['name']}: fp32, since this CPU has no bfloat16")
+        precision = "fp32"
+    try:
+        return openvino_graph.OpenVINOGraph(path, threads=threads, precision=precision)
+    except RuntimeError as error:
+        problem = f"OpenVINO cannot open {path}: {one_line(error)}"
+        raise refusal(config, f"{problem}; export it again") from None
 
 
 def session_options(config: Config) -> Any:
@@ -341,7 +363,7 @@ def providers(config: Config, kind: str, device_id: str) -> list[Provider]:
         cuda = {**options.get("cuda", {}), "device_id": device_id}
         wanted.append(("CUDAExecutionProvider", cuda))
     if "openvino" in options:
-        wanted.append(("OpenVINOExecutionProvider", {"device_type": "CPU"}))
+        return [(OPENVINO, {})]
     for name, _ in wanted:
         if name not in ort.get_available_providers():
             raise refusal(
