@@ -31,6 +31,8 @@ Arrays = Mapping[str, NDArray[Any]]
 # themselves, and so do the shortcuts past a block: 8 bits of mantissa would show there.
 _BLOCK_WEIGHT = re.compile(r"_blocks?\.(?!.*conv_shortcut)")
 _FOLDED_WEIGHT = re.compile(r"val_\d+")  # a linear layer's, transposed by the exporter
+_SHAPES = 8
+_SMALL_BYTES = 64_000_000
 _MIXED = ("Convolution", "MatMul")
 _TYPES = {"f32": "float", "f16": "float16", "f64": "double", "boolean": "bool", "u8": "uint8",
           "u16": "uint16", "u32": "uint32", "u64": "uint64", "i8": "int8", "i16": "int16", "i32": "int32",
@@ -47,13 +49,19 @@ class OpenVINOGraph:
 
     threads: at most so many compute at once. precision: fp32, or bf16, which has the blocks'
     convolutions and linear layers multiply bfloat16 and add up fp32; what layers hand on stays fp32.
-    shapes: so many shapes of the inputs are compiled for and kept, the last used: fixed shapes let
-    OpenVINO fuse what lies between the convolutions, and compiling takes a tenth of a second for small
-    networks. 0 compiles once, for all shapes. Raises RuntimeError for a file that is no graph.
+    shapes: so many shapes of the inputs are compiled for and kept, the last used; 0 compiles once, for
+    all shapes; None is 8, or 0 where the weights take over 64 MB, since each holds them once more. Fixed
+    shapes let OpenVINO fuse what lies between convolutions, most of a narrow network's time. Raises
+    RuntimeError for a file that is no graph.
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int, precision: str = "fp32", shapes: int = 8
+        self,
+        path: str | Path,
+        *,
+        threads: int,
+        precision: str = "fp32",
+        shapes: int | None = None,
     ) -> None:
         self._core = ov.Core()
         self._model = self._core.read_model(str(path))
@@ -66,6 +74,8 @@ class OpenVINOGraph:
             # The server's other networks would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
+        if shapes is None:
+            shapes = 0 if _weight_bytes(self._model) > _SMALL_BYTES else _SHAPES
         self._shapes = shapes
         self._compiled: OrderedDict[Any, Any] = OrderedDict()  # key → its infer request
 
@@ -118,6 +128,11 @@ def _described(port: Any) -> SimpleNamespace:
     return SimpleNamespace(
         name=port.get_any_name(), type=f"tensor({_TYPES.get(kind, kind)})", shape=shape
     )
+
+
+def _weight_bytes(model: Any) -> int:
+    constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(node.get_byte_size() for node in constants)
 
 
 def _multiply_bf16(model: Any) -> None:

@@ -3,7 +3,8 @@
     python tests/bench/fullsize.py    half an hour on 2 cores, 20 GB of disk
 
 Stable Diffusion 2.1-base is exported, compared with PyTorch and super-resolves one 512×512 image behind
-the server, in fp32; Qwen2.5-VL-3B, in bfloat16, reads one pair and writes four tokens.
+the server, by onnxruntime in fp32 and by OpenVINO with bfloat16; Qwen2.5-VL-3B, in bfloat16, reads one
+pair and writes four tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from osediff import OSEDIFF, natural
 from panotriton import Client
 from panotriton.server import LocalServer
 
+ENGINES = {
+    "onnxruntime, fp32": (),
+    "OpenVINO, bf16": ("--provider", "openvino", "--precision", "bf16"),
+}
 
-def stable_diffusion(folder: Path) -> str:
+
+def stable_diffusion(folder: Path, *engine: str) -> str:
     """Export the architecture of Stable Diffusion 2.1-base and super-resolve one 512×512 image."""
     repository = folder / "repository"
-    rows = [export(repository)]
+    rows = [export(repository, *engine)]
     weights = sum(path.stat().st_size for path in repository.rglob("*.data")) / 1e9
     with Memory(psutil.Process().pid) as used:
         began = time.perf_counter()
@@ -44,10 +50,10 @@ def stable_diffusion(folder: Path) -> str:
     return f"Weights beside the graphs: {weights:.1f} GB.\n\n{text}"
 
 
-def export(repository: Path) -> list[str]:
+def export(repository: Path, *engine: str) -> list[str]:
     """Through the command, as a user does."""
     command = [sys.executable, "-m", "panotriton", "export", "osediff"]
-    command += ["--preset", "full-random", "--output", str(repository)]
+    command += ["--preset", "full-random", "--output", str(repository), *engine]
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)
     peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
@@ -73,9 +79,11 @@ def main() -> None:
     """Measure and print. --quick is of no use here: full size is the point."""
     chosen = script.options(__doc__ or "")
     texts: dict[str, Any] = {}
-    for title, part in (("Stable Diffusion 2.1-base", stable_diffusion), ("Qwen2.5-VL-3B", qwen)):
+    parts = {f"Stable Diffusion 2.1-base, {name}": engine for name, engine in ENGINES.items()}
+    for title, engine in (*parts.items(), ("Qwen2.5-VL-3B", None)):
         with tempfile.TemporaryDirectory(prefix="panotriton-fullsize-") as folder:
-            texts[title] = part(Path(folder))
+            work = Path(folder)
+            texts[title] = qwen(work) if engine is None else stable_diffusion(work, *engine)
     markdown = "\n\n".join(f"### {title}\n\n{text}" for title, text in texts.items())
     script.finish(chosen, {"tables": texts}, markdown)
 

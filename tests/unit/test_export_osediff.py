@@ -229,7 +229,8 @@ def test_bf16_rounds_the_blocks_and_little_else(
         graph.relative_difference(each.run(["LATENT"], feeds)[0], expected)
         for each in (full, mixed)
     ]
-    assert differences[0] < 1e-4 < 1e-3 < differences[1] < graph.LIMITS["bf16"]
+    assert differences[0] < graph.LIMITS["fp32"]
+    assert 1e-3 < differences[1] < graph.LIMITS["bf16"]
 
 
 def test_shapes_beyond_those_kept_are_compiled_anew(by_openvino: Path) -> None:
@@ -483,7 +484,7 @@ def serve(image: NDArray[np.uint8], method: str) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("method", ["adain", "wavelet", "nofix"])
 @pytest.mark.parametrize("size", [(264, 420), (100, 130), (257, 300)])
 def test_the_servers_arithmetic_is_the_references(size: tuple[int, int], method: str) -> None:
-    blots = RNG.integers(0, 256, (6, 7, 3), np.uint8)
+    blots = np.random.default_rng(1).integers(0, 256, (6, 7, 3), np.uint8)
     image = cv2.resize(blots, size[::-1], interpolation=cv2.INTER_LINEAR)
     expected = super_resolve(PIPELINE, image, align=method, tiled=True)
     got = serve(image, method)
