@@ -490,7 +490,11 @@ def test_the_servers_arithmetic_is_the_references(size: tuple[int, int], method:
     got = serve(image, method)
     assert got.shape == expected.shape
     difference = np.abs(got.astype(int) - expected)
-    assert difference.max() <= (2 if method == "adain" else 1)  # it stretches what it is given
+    stretch = 1.0
+    if method == "adain":  # makes more of a level that truncation has turned
+        channels = (0, 1)
+        stretch += (expected.std(channels) / serve(image, "nofix").std(channels)).max()
+    assert difference.max() <= stretch
     assert (difference > 0).mean() < 0.01
 
 
