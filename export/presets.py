@@ -25,9 +25,12 @@ SMALL = Path(__file__).parent / "small"
 LATENT_TILE = 288
 
 
-def export_small(repository: Path, report: Callable[[str], None] = print) -> None:
+def export_small(
+    repository: Path, provider: str = "openvino", report: Callable[[str], None] = print
+) -> None:
     """The small trained networks that come with the project, through the same code as real ones.
 
+    provider: openvino, in bf16 where this CPU multiplies it, or cpu, for servers without OpenVINO.
     Their model cards, export/small/*/README.md, say what they are and are not.
     """
     with tempfile.TemporaryDirectory() as work:
@@ -37,8 +40,8 @@ def export_small(repository: Path, report: Callable[[str], None] = print) -> Non
             base,
             checkpoint,
             repository,
-            provider="openvino",
-            precision="bf16" if has_bf16() else "fp32",
+            provider=provider,
+            precision="bf16" if provider == "openvino" and has_bf16() else "fp32",
             latent_tile=LATENT_TILE,
             report=report,
         )

@@ -38,6 +38,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=["small"], help="weights that need no download")
+    parser.add_argument(
+        "--provider",
+        choices=["openvino", "cpu"],
+        default="openvino",
+        help="what runs the preset's networks: OpenVINO, or onnxruntime where a server lacks that "
+        "(%(default)s)",
+    )
     _add_output(parser)
     parser.set_defaults(run=_run_preset)
     parts = parser.add_subparsers(metavar="PART", title="parts")
@@ -141,7 +148,11 @@ def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
         raise ExportError("nothing to export: give --preset small, or a part (see --help)")
     presets = _export_code("presets")
-    return _timed(options, lambda: presets.export_small(options.output, report=_report))
+
+    def work() -> None:
+        presets.export_small(options.output, options.provider, _report)
+
+    return _timed(options, work)
 
 
 def _run_osediff(options: argparse.Namespace) -> int:
