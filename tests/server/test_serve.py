@@ -32,6 +32,16 @@ def regions(command: list[str]) -> list[str]:
     return [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
 
 
+def test_a_server_keeps_freed_memory_unless_told_otherwise(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = psutil.Process(server.pid).environ()
+    assert environment["MALLOC_ARENA_MAX"] == "1"
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == str(2 << 30)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert launcher._environment(())["MALLOC_ARENA_MAX"] == "4"
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve_tells_where_it_listens_and_leaves_nothing(
     repository: Path, end: signal.Signals

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 import panotriton
+from panotriton import openvino_graph
 
 MODEL = Path(panotriton.__file__).parent / "backends" / "onnxruntime" / "model.py"
 
@@ -277,6 +278,36 @@ def test_gpu_providers_take_device_and_options(backend, monkeypatch):
 def test_unknown_accelerators_are_refused(backend, side, accelerator, fault):
     with pytest.raises(TritonModelException, match=fault):
         backend.providers(accelerated(side, accelerator), "GPU", "0")
+
+
+def test_openvino_counts_for_instances_on_a_cpu(backend, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: list(backend.WHEELS))
+    config = accelerated("cpu", {"name": "openvino"})
+    assert backend.providers(config, "CPU", "0") == [("OpenVINO", {})]
+    assert [name for name, _ in backend.providers(config, "GPU", "0")] == [
+        "CUDAExecutionProvider",
+        "CPUExecutionProvider",
+    ]
+
+
+def test_openvino_without_its_wheel_is_refused(backend, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "panotriton.openvino_graph", raising=False)
+    monkeypatch.delattr(panotriton, "openvino_graph", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TritonModelException, match="needs openvino: pip install openvino, or"):
+        backend.open_openvino({"name": "m"}, tmp_path / "model.onnx", 1)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_left_to_cpus_that_have_it(backend, monkeypatch, tmp_path, native, expected):
+    asked, told = {}, []
+    monkeypatch.setattr(openvino_graph, "has_bf16", lambda: native)
+    monkeypatch.setattr(openvino_graph, "OpenVINOGraph", lambda path, **how: asked.update(how))
+    logger = SimpleNamespace(log_warn=told.append)
+    monkeypatch.setattr(backend.pb_utils, "Logger", logger, raising=False)
+    backend.open_openvino(parameters(openvino_precision="bf16"), tmp_path / "model.onnx", 3)
+    assert asked == {"threads": 3, "precision": expected}
+    assert told == ([] if native else ["m: fp32, since this CPU has no bfloat16"])
 
 
 def test_a_provider_that_did_not_start_is_refused(backend, monkeypatch, tmp_path):

@@ -362,7 +362,7 @@ def providers(config: Config, kind: str, device_id: str) -> list[Provider]:
     if kind == "GPU":
         cuda = {**options.get("cuda", {}), "device_id": device_id}
         wanted.append(("CUDAExecutionProvider", cuda))
-    if "openvino" in options:
+    if "openvino" in options and not wanted:
         return [(OPENVINO, {})]
     for name, _ in wanted:
         if name not in ort.get_available_providers():
