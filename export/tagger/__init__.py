@@ -10,7 +10,7 @@ from panotriton.repository import copy_model
 from panotriton.tags import Tags
 from panotriton_export.configs import check_engine, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
-from panotriton_export.osediff.graph import ParityResult, export_component, opener
+from panotriton_export.osediff.graph import ParityResult, export_component
 from panotriton_export.tagger.checkpoint import Ram, open_ram
 from panotriton_export.tagger.graph import NAME, tagger_component
 from panotriton_export.tagger.lists import read_tags
@@ -50,7 +50,7 @@ def export_tagger(
     """
     check_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)
-    results = export_component(component, repository, opener(provider, precision))
+    results = export_component(component, repository, provider, precision)
     copy_model(NAME, repository)
     fit_config(repository / NAME)
     set_provider(repository / NAME, provider, precision)
