@@ -45,8 +45,8 @@ def export_tagger(
 ) -> list[ParityResult]:
     """Write osediff_tagger into `repository`, and tags.json, from which the models that use it know of it.
 
-    precision, provider: as of `export_osediff`. Raises ExportError where the
-    graph differs from PyTorch, and leaves what was there.
+    precision, provider: as of `export_osediff`. Raises ExportError where the graph differs from
+    PyTorch, and leaves what was there.
     """
     check_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)

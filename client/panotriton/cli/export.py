@@ -148,11 +148,7 @@ def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
         raise ExportError("nothing to export: give --preset small, or a part (see --help)")
     presets = _export_code("presets")
-
-    def work() -> None:
-        presets.export_small(options.output, options.provider, _report)
-
-    return _timed(options, work)
+    return _timed(options, lambda: presets.export_small(options.output, options.provider, _report))
 
 
 def _run_osediff(options: argparse.Namespace) -> int:
