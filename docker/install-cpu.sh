@@ -27,4 +27,4 @@ ln -s "$wheel/bin/tritonserver" "$server/bin/tritonserver"
 cp "$wheel/backends/python/libtriton_python.so" "$wheel/backends/python/triton_python_backend_utils.py" \
     "$stub" "$server/backends/python/"
 chmod +x "$server/backends/python/triton_python_backend_stub"
-cp "$packages/panotriton/backends/onnxruntime/model.py" "$server/backends/onnxruntime/"
+cp "$packages/panotriton/server/backends/onnxruntime/model.py" "$server/backends/onnxruntime/"

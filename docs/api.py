@@ -13,7 +13,7 @@ from pathlib import Path
 
 import panotriton
 from panotriton import events
-from panotriton.shared_memory import Pool
+from panotriton.client.shared_memory import Pool
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "API.md"

@@ -24,8 +24,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from panotriton.report import write_report
-from panotriton.report.record import read_record
+from panotriton.groups.report import write_report
+from panotriton.groups.report.record import read_record
 
 ROOT = Path(__file__).parent.parent
 QUALITY = 82

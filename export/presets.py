@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from panotriton.openvino_graph import has_bf16
+from panotriton.server.openvino_graph import has_bf16
 from panotriton_export.configs import set_instances
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.random_sd import write_random

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.errors import ExportError
-from panotriton.repository import copy_model
+from panotriton.server.repository import copy_model
 
 __all__ = ["ENGINES", "check_folder", "export_qwen"]
 

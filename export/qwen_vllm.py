@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 
 from panotriton.errors import ExportError
-from panotriton.qwen_vllm import TOP_TOKENS
+from panotriton.models.qwen_vllm import TOP_TOKENS
 
 __all__ = ["NAME", "engine_arguments", "export_vllm", "split_template"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from panotriton.errors import ServerStartError
-from panotriton.repository import check_exported
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
+from panotriton.server.repository import check_exported
 
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 from PIL import Image as PILImage
 
-from panotriton.camera import sample_cameras
-from panotriton.folder import write_group
-from panotriton.group import interpolate_cameras, interpolate_views, make_pairs
-from panotriton.results import StageTime, Timings, group_from_tensors
+from panotriton.groups.folder import write_group
+from panotriton.pipeline.camera import sample_cameras
+from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
+from panotriton.pipeline.results import StageTime, Timings, group_from_tensors
 
 PANORAMAS = Path(__file__).parent / "data" / "panoramas"
 STAGES = (

@@ -1,9 +1,8 @@
 """Pairs of panoramas → quality-filtered, super-resolved image sequences, served by Triton."""
 
-from panotriton import events
-from panotriton.aio import AsyncClient
-from panotriton.camera import Camera, crop, lerp, sample_cameras
-from panotriton.client import Client, Tls
+from panotriton.client.aio import AsyncClient
+from panotriton.client.client import Client, Tls
+from panotriton.client.shared_memory import AsyncSharedMemory, SharedMemory
 from panotriton.errors import (
     ConnectError,
     ExportError,
@@ -17,7 +16,9 @@ from panotriton.errors import (
     ServerStartError,
     SharedMemoryError,
 )
-from panotriton.results import (
+from panotriton.pipeline import events
+from panotriton.pipeline.camera import Camera, crop, lerp, sample_cameras
+from panotriton.pipeline.results import (
     Cropped,
     Description,
     Group,
@@ -31,7 +32,6 @@ from panotriton.results import (
     Timings,
     Upscaled,
 )
-from panotriton.shared_memory import AsyncSharedMemory, SharedMemory
 
 __all__ = [
     "AsyncClient",

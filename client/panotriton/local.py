@@ -23,13 +23,13 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from panotriton._pixels import ImageLike, pixels
+from panotriton.client.pixels import ImageLike, pixels
 from panotriton.errors import InferenceFailed
-from panotriton.osediff import check_options
-from panotriton.repository import check_exported
-from panotriton.results import Timings, Upscaled
-from panotriton.super_resolution import Call, Limits, SuperResolver
-from panotriton.tags import Tags
+from panotriton.models.osediff import check_options
+from panotriton.models.super_resolution import Call, Limits, SuperResolver
+from panotriton.models.tags import Tags
+from panotriton.pipeline.results import Timings, Upscaled
+from panotriton.server.repository import check_exported
 
 __all__ = ["Upscaler", "in_process", "open_network"]
 
@@ -90,7 +90,7 @@ def open_network(model: Path, threads: int = 0, providers: Sequence[str] | None 
     config = text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
     accelerators = config.optimization.execution_accelerators.cpu_execution_accelerator
     if providers is None and any(each.name == "openvino" for each in accelerators):
-        from panotriton.openvino_graph import OpenVINOGraph  # noqa: PLC0415, of this engine alone
+        from panotriton.server.openvino_graph import OpenVINOGraph  # noqa: PLC0415, of this engine alone
 
         precision = config.parameters["openvino_precision"].string_value or "fp32"
         return OpenVINOGraph(path, threads=threads, precision=precision)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
-from panotriton.repository import copy_model
+from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from panotriton.errors import ExportError
-from panotriton.openvino_graph import OpenVINOGraph
+from panotriton.server.openvino_graph import OpenVINOGraph
 
 __all__ = [
     "LIMITS",

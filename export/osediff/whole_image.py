@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.local import in_process, open_network
-from panotriton.super_resolution import Limits, SuperResolver
+from panotriton.models.super_resolution import Limits, SuperResolver
 
 __all__ = ["psnr_db", "run_graphs"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from panotriton.repository import copy_model
-from panotriton.tags import Tags
+from panotriton.models.tags import Tags
+from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.graph import ParityResult, export_component

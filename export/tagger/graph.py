@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from panotriton.tags import TAGGED_PX
+from panotriton.models.tags import TAGGED_PX
 from panotriton_export.osediff.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.tagger.model import Tagger
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from panotriton.tags import Tags
+from panotriton.models.tags import Tags
 from panotriton_export.osediff.base import CheckpointError
 
 __all__ = ["read_tags"]

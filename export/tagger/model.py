@@ -20,7 +20,7 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextOutput,
 )
 
-from panotriton.tags import TAGGED_PX
+from panotriton.models.tags import TAGGED_PX
 
 __all__ = ["HEADS", "MEAN", "STD", "WINDOW", "Sizes", "Tagger"]
 

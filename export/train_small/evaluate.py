@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from panotriton.agreement import compare, spearman
-from panotriton.quality import parse_reply
-from panotriton.qwen import QwenVL
+from panotriton.groups.agreement import compare, spearman
+from panotriton.models.qwen import QwenVL
+from panotriton.pipeline.quality import parse_reply
 
 from .degrade import FAULTS
 from .qwen import prompts

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from panotriton.quality import LEVEL_SKELETON, LEVELS
+from panotriton.pipeline.quality import LEVEL_SKELETON, LEVELS
 
 from .degrade import FAULTS
 from .replies import Reply, describe, level, look_at, number, six_lines

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.quality import LEVEL_SKELETON, LEVELS, NUMBER_SKELETON
+from panotriton.pipeline.quality import LEVEL_SKELETON, LEVELS, NUMBER_SKELETON
 
 from .degrade import Scores
 

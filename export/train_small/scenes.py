@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from panotriton.camera import Camera, Sphere, sample_cameras
+from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 
 from .degrade import FAULTS, Scores, degrade, score
 

@@ -23,7 +23,7 @@ import script
 import traces
 
 from panotriton import Client
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

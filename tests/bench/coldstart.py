@@ -18,7 +18,7 @@ from typing import Any
 import script
 
 from panotriton import Client
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 STEPS = (
     "serve to ready",

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import script
 
-from panotriton.camera import Camera, Sphere, sample_cameras
+from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 
 
 def median_ms(work, runs):

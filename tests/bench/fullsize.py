@@ -24,7 +24,7 @@ from memory_use import Memory
 from osediff import OSEDIFF, natural
 
 from panotriton import Client
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 ENGINES = {
     "onnxruntime, fp32": (),

@@ -26,10 +26,10 @@ import numpy as np
 import script
 from filehop import client as filehop
 
-from panotriton.camera import sample_cameras
-from panotriton.client import Client
-from panotriton.gateway import stages
-from panotriton.server import LocalServer
+from panotriton.client.client import Client
+from panotriton.pipeline.camera import sample_cameras
+from panotriton.server.launch import LocalServer
+from panotriton.web.gateway import stages
 
 PANORAMAS = [script.PANORAMAS / f"{name}.jpg" for name in ("city", "forest")]
 COMMAND = [sys.executable, "-m", "panotriton", "gateway"]

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from panotriton import Client
 from panotriton.local import Upscaler
-from panotriton.osediff import TileBlend
-from panotriton.server import LocalServer
-from panotriton.super_resolution import Limits
+from panotriton.models.osediff import TileBlend
+from panotriton.models.super_resolution import Limits
+from panotriton.server.launch import LocalServer
 
 U8 = NDArray[np.uint8]
 

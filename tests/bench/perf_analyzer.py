@@ -28,7 +28,7 @@ from typing import Any
 import script
 
 from panotriton.cli import main as panotriton
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 FOLDER = script.ROOT / "build" / "bench" / "perf_analyzer"
 TOOL = FOLDER / "tool"

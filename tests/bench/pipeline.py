@@ -21,9 +21,9 @@ import traces
 from filehop.client import Outcome, Run, Services
 
 from panotriton import Client
-from panotriton.folder import write_group
-from panotriton.server import LocalServer
-from panotriton.shared_memory import SharedMemory
+from panotriton.client.shared_memory import SharedMemory
+from panotriton.groups.folder import write_group
+from panotriton.server.launch import LocalServer
 
 # In this order an instant in which several run counts: what holds the others up comes first.
 STAGES = {

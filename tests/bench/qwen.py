@@ -32,9 +32,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from panotriton.camera import Camera, Sphere, sample_cameras
-from panotriton.qwen import FixedVision, QwenVL
-from panotriton.repository import copy_model
+from panotriton.models.qwen import FixedVision, QwenVL
+from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
+from panotriton.server.repository import copy_model
 from panotriton_export.qwen_vision import export_tower, export_vision
 
 SMALL = script.ROOT / "export" / "small" / "qwen"

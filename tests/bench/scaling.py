@@ -21,7 +21,7 @@ import psutil
 import script
 
 from panotriton import Client
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 TILES = "osediff_unet"
 BATCHING = ("osediff_vae_encoder", TILES, "osediff_vae_decoder", "qwen")

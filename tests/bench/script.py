@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import psutil
 
 from panotriton.errors import PanotritonError
-from panotriton.repository import check_exported
+from panotriton.server.repository import check_exported
 
 ROOT = Path(__file__).parents[2]
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"

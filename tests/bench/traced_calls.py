@@ -12,7 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from panotriton import serving
+from panotriton.models import requests as serving
 
 # Of the request that a task works on; tasks inherit it from the one that starts them.
 _trace: contextvars.ContextVar[Any] = contextvars.ContextVar("trace")
@@ -22,7 +22,7 @@ _respond = serving.respond_async
 async def respond_async(
     requests: Sequence[Any], handle: Callable[[Any], Awaitable[Any]]
 ) -> list[Any]:
-    """serving.respond_async, with each request's trace where its calls find it."""
+    """requests.respond_async, with each request's trace where its calls find it."""
     if not hasattr(pb_utils, "UntracedRequest"):  # the server adds the class only after the import
         pb_utils.UntracedRequest = pb_utils.InferenceRequest
         pb_utils.InferenceRequest = _traced_request

@@ -30,9 +30,9 @@ def instrumented(repository: Path, target: Path) -> Path:
     shutil.copytree(repository, target, copy_function=_link)
     for model in target.glob("*/1/model.py"):
         code = model.read_text()
-        if "serving.respond_async" in code:
+        if "respond_async" in code:
             model.unlink()  # the link, so that the original stays as it is
-            model.write_text(f"{code}\n\nimport {CALLS.stem}\n")
+            model.write_text(f"import {CALLS.stem}\n\n{code}")  # before it imports what is wrapped
             shutil.copy(CALLS, model.parent)
     return target
 

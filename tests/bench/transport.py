@@ -26,9 +26,9 @@ import redis
 import script
 
 from panotriton import Client
-from panotriton.cuda import check_cuda
+from panotriton.client.cuda import check_cuda
 from panotriton.errors import SharedMemoryError
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 HEIGHT, WIDTH = 2048, 4096
 POOL_BYTES = 256 << 20

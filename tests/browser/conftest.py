@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 from tests.server import standins
 
 

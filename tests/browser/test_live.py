@@ -18,9 +18,9 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from panotriton.client import Client
-from panotriton.results import Group
-from panotriton.server import LocalServer
+from panotriton.client.client import Client
+from panotriton.pipeline.results import Group
+from panotriton.server.launch import LocalServer
 
 pytest.importorskip(
     "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"

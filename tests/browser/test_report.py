@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from panotriton.report import write_index, write_report
+from panotriton.groups.report import write_index, write_report
 from tests.groups import write_example
 
 pytest.importorskip(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from panotriton.server import find_installation
+from panotriton.server.launch import find_installation
 from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 from tests.deploy import queries
 from tests.deploy.charts import HERE, ROOT, rendered, server_models
 from tests.deploy.queries import Served

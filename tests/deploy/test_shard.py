@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from panotriton import ConnectError, InferenceFailed, PanotritonError
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 from tests.deploy.charts import CHART, ROOT
 
 SCRIPT = CHART / "files" / "shard.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from panotriton.repository import OPTIONAL
+from panotriton.server.repository import OPTIONAL
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,28 +20,28 @@ ROOT = Path(__file__).parent.parent.parent
 # PROMPT "slow" takes half a second a call; "fail" fails.
 TEXT_ENCODER = """
 import numpy as np
-from panotriton import serving
+from panotriton.models.requests import required, respond
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        ids = serving.required(request, "INPUT_IDS")  # (1, 77)
+        ids = required(request, "INPUT_IDS")  # (1, 77)
         return {"PROMPT_EMBEDS": np.repeat(ids[..., None], 1024, -1).astype(np.float32)}
 """
 VAE_ENCODER = """
 import cv2, numpy as np
-from panotriton import serving
+from panotriton.models.requests import required, respond
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        image = serving.required(request, "IMAGE")[0]
+        image = required(request, "IMAGE")[0]
         h, w = (side // 8 for side in image.shape[:2])
         latent = np.zeros((1, 4, h, w), np.float32)
         small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
@@ -50,33 +50,33 @@ class TritonPythonModel:
 """
 UNET = """
 import time, numpy as np
-from panotriton import serving
+from panotriton.models.requests import required, respond
 from panotriton.errors import InferenceFailed
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        prompt = serving.required(request, "PROMPT_EMBEDS")[0, 0, 0]
+        prompt = required(request, "PROMPT_EMBEDS")[0, 0, 0]
         if prompt == SLOW:
             time.sleep(0.5)
         if prompt == FAIL:
             raise InferenceFailed("the stand-in fails when asked to")
-        return {"NOISE": serving.required(request, "LATENT") * np.float32(2**0.5 - 1)}
+        return {"NOISE": required(request, "LATENT") * np.float32(2**0.5 - 1)}
 """
 VAE_DECODER = """
 import cv2, numpy as np
-from panotriton import serving
+from panotriton.models.requests import required, respond
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        latent = serving.required(request, "LATENT")[0, :3].clip(0, 255)
+        latent = required(request, "LATENT")[0, :3].clip(0, 255)
         h, w = (side * 8 for side in latent.shape[1:])
         return {"IMAGE": cv2.resize(latent.transpose(1, 2, 0).astype(np.uint8), (w, h))[None]}
 """
@@ -92,36 +92,36 @@ SETTINGS = {
 # Scores by the pixels, spread over 0.5 to 1.
 SCORER = """
 import numpy as np
-from panotriton import serving
+from panotriton.models.requests import required, respond, strings
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        images = serving.required(request, "IMAGES")
+        images = required(request, "IMAGES")
         finals = [0.5 + int(image.astype(np.int64).sum()) % 51 / 100 for image in images]
         return {
             "SCORE": np.array(finals, np.float32),
             "SUB_SCORES": np.full((len(images), 5), 0.5, np.float32),
-            "RAW_OUTPUT": serving.texts([f"Final Score: {final:.2f}" for final in finals]),
+            "RAW_OUTPUT": strings([f"Final Score: {final:.2f}" for final in finals]),
         }
 """
 DESCRIBER = """
-from panotriton import serving
+from panotriton.models.requests import required, respond, strings
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._work)
+        return respond(requests, self._work)
 
     @staticmethod
     def _work(request):
-        means = serving.required(request, "IMAGES").mean((1, 2, 3))
+        means = required(request, "IMAGES").mean((1, 2, 3))
         texts = [f"Mean level {mean:.1f}." for mean in means]
         return {
-            "DESCRIPTION": serving.texts(texts),
-            "DESCRIPTION_ERROR": serving.texts([""] * len(texts)),
+            "DESCRIPTION": strings(texts),
+            "DESCRIPTION_ERROR": strings([""] * len(texts)),
         }
 """
 # Hands back what it gets, and says how long it took over it.

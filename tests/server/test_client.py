@@ -29,7 +29,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
 )
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 RNG = np.random.default_rng(0)
 SMALL: dict[str, Any] = {"crop_size": 64, "interpolations": 2, "seed": 7, "threshold": 0.7}

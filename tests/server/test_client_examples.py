@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as PILImage
 
 from panotriton.cli import _parser, main
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "tests" / "examples"

@@ -20,9 +20,9 @@ import torch
 
 from panotriton import Client
 from panotriton.cli import main
+from panotriton.client.shared_memory import FOLDER, SharedMemory
 from panotriton.errors import SharedMemoryError
-from panotriton.server import LocalServer
-from panotriton.shared_memory import FOLDER, SharedMemory
+from panotriton.server.launch import LocalServer
 
 MIB = 1 << 20
 CALLS = 1000

@@ -12,7 +12,7 @@ import pytest
 
 from panotriton import AsyncClient, Client, events
 from panotriton.errors import InferenceFailed, InvalidInput, ModelUnavailable
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 FILES = (PANORAMAS / "courtyard.jpg", PANORAMAS / "interior.jpg")

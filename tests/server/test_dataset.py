@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from panotriton.cli import main
-from panotriton.dataset import Dataset
 from panotriton.errors import InvalidInput
-from panotriton.server import LocalServer
+from panotriton.groups.dataset import Dataset
+from panotriton.server.launch import LocalServer
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 GROUPS = 6

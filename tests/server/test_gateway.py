@@ -22,10 +22,10 @@ import cv2
 import numpy as np
 import pytest
 
-from panotriton.camera import CAMERA_FIELDS
-from panotriton.client import Client
-from panotriton.results import Group, Sequence
-from panotriton.server import LocalServer
+from panotriton.client.client import Client
+from panotriton.pipeline.camera import CAMERA_FIELDS
+from panotriton.pipeline.results import Group, Sequence
+from panotriton.server.launch import LocalServer
 
 ROOT = Path(__file__).parent.parent
 PANORAMAS = [ROOT / "data" / "panoramas" / f"{name}.jpg" for name in ("courtyard", "interior")]

@@ -11,7 +11,7 @@ from PIL import Image
 from panotriton import Client
 from panotriton.errors import InvalidInput, ServerStartError
 from panotriton.local import Upscaler
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 
 PANORAMA = Path(__file__).parent.parent / "data" / "panoramas" / "city.jpg"
 

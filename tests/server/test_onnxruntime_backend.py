@@ -16,7 +16,7 @@ from onnx import TensorProto
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from panotriton.errors import ServerStartError
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
 from tests.server import graphs
 from tests.server.graphs import save, tensor
 

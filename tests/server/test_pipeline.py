@@ -13,9 +13,9 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from panotriton.camera import Camera, crop, sample_cameras
-from panotriton.group import interpolate_cameras
-from panotriton.server import LocalServer
+from panotriton.pipeline.camera import Camera, crop, sample_cameras
+from panotriton.pipeline.group import interpolate_cameras
+from panotriton.server.launch import LocalServer
 
 RNG = np.random.default_rng(0)
 NAN = float("nan")

@@ -15,8 +15,8 @@ import pytest
 from panotriton import AsyncClient, Client
 from panotriton.cli import main
 from panotriton.errors import InferenceFailed, InvalidInput
-from panotriton.repository import copy_model
-from panotriton.server import LocalServer
+from panotriton.server.launch import LocalServer
+from panotriton.server.repository import copy_model
 from panotriton_export.qwen import export_qwen
 from panotriton_export.qwen_vllm import NAME as VLLM
 

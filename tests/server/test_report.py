@@ -16,8 +16,8 @@ import pytest
 
 from panotriton.cli import main
 from panotriton.cli.facts import facts, weights
-from panotriton.client import Client
-from panotriton.server import LocalServer
+from panotriton.client.client import Client
+from panotriton.server.launch import LocalServer
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 SMALL = ["--crop-size", "64", "--interpolations", "1", "--seed", "3"]

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from panotriton import server as launcher
-from panotriton.client import Client
+from panotriton.client.client import Client
 from panotriton.errors import ServerStartError
-from panotriton.server import LocalServer, find_installation
+from panotriton.server.launch import LocalServer, find_installation
+from panotriton.server.launch import launch as launcher
 
 COMMAND = [sys.executable, "-m", "panotriton"]
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
@@ -79,7 +79,7 @@ def test_a_killed_server_leaves_no_region(repository: Path) -> None:
 
 def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> None:
     code = (
-        "import sys, time, pathlib; from panotriton.server import LocalServer\n"
+        "import sys, time, pathlib; from panotriton.server.launch import LocalServer\n"
         "server = LocalServer(pathlib.Path(sys.argv[1]), load_models=['decode'])\n"
         "with server: print(server.pid, flush=True); time.sleep(600)"
     )

@@ -13,9 +13,9 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
 
-from panotriton.osediff import plan_size
-from panotriton.server import LocalServer
-from panotriton.tags import Tags, tagger_input
+from panotriton.models.osediff import plan_size
+from panotriton.models.tags import Tags, tagger_input
+from panotriton.server.launch import LocalServer
 from panotriton_export.tagger import export_tagger, open_tagger
 from panotriton_export.tagger.random_ram import write_random
 

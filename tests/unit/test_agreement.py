@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from panotriton.agreement import compare, spearman
 from panotriton.errors import InvalidInput
+from panotriton.groups.agreement import compare, spearman
 
 
 def test_the_four_outcomes_and_those_without_a_score() -> None:

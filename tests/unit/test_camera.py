@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panotriton.camera import (
+from panotriton.pipeline.camera import (
     CAMERA_FIELDS,
     LIMITS,
     Camera,

@@ -11,15 +11,15 @@ import torch
 from PIL import Image as PILImage
 
 import panotriton
-from panotriton import _calls
-from panotriton._pixels import Images
-from panotriton.camera import sample_cameras
-from panotriton.client import Client
+from panotriton.client import calls
+from panotriton.client.client import Client
+from panotriton.client.pixels import Images
 from panotriton.errors import ConnectError, InvalidImage, InvalidInput, PanotritonError
-from panotriton.folder import next_group_id, write_group
-from panotriton.group import interpolate_cameras
-from panotriton.images import decode_image
-from panotriton.results import Group, Timings, group_from_tensors
+from panotriton.groups.folder import next_group_id, write_group
+from panotriton.pipeline.camera import sample_cameras
+from panotriton.pipeline.group import interpolate_cameras
+from panotriton.pipeline.images import decode_image
+from panotriton.pipeline.results import Group, Timings, group_from_tensors
 
 RNG = np.random.default_rng(0)
 PROTOCOLS = ("grpc", "http")
@@ -106,7 +106,7 @@ def test_bad_addresses_are_refused_at_once(arguments: dict[str, str]) -> None:
         Client(**arguments)
 
 
-def group_call(one: object, two: object, **options: object) -> _calls.Call[Group]:
+def group_call(one: object, two: object, **options: object) -> calls.Call[Group]:
     defaults = {
         "seed": 1,
         "cameras": None,
@@ -118,7 +118,7 @@ def group_call(one: object, two: object, **options: object) -> _calls.Call[Group
         "interpolations": 2,
         "intermediates": False,
     }
-    return _calls.process(one, two, **(defaults | options))  # type: ignore[arg-type]
+    return calls.process(one, two, **(defaults | options))  # type: ignore[arg-type]
 
 
 def test_panoramas_of_every_kind(tmp_path: Path) -> None:

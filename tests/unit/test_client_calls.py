@@ -12,9 +12,9 @@ import torch
 from PIL import Image as PILImage
 from tritonclient.utils import InferenceServerException
 
-from panotriton import _calls, _wire
-from panotriton._pixels import Images
-from panotriton.camera import Camera
+from panotriton.client import calls, wire
+from panotriton.client.pixels import Images
+from panotriton.client.shared_memory import layout
 from panotriton.errors import (
     ConnectError,
     InferenceFailed,
@@ -25,9 +25,9 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
 )
-from panotriton.events import Done, Scored, View, event_from_tensors
-from panotriton.results import StageTime, Timings, Upscaled
-from panotriton.shared_memory import layout
+from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.events import Done, Scored, View, event_from_tensors
+from panotriton.pipeline.results import StageTime, Timings, Upscaled
 
 SR = {"upscale": 2, "align": "adain", "prompt": ""}
 
@@ -38,7 +38,7 @@ def image(height: int, width: int, value: int = 0) -> np.ndarray:
 
 def test_a_list_is_grouped_by_size_and_comes_back_in_order() -> None:
     images = [image(16, 16, 1), image(8, 24, 2), image(16, 16, 3)]
-    plan = _calls.upscale(images, **SR)
+    plan = calls.upscale(images, **SR)
     assert [call.inputs["IMAGES"].shape for call in plan.calls] == [(2, 16, 16, 3), (1, 8, 24, 3)]
     answers = [
         call.decode({"IMAGES_SR": call.inputs["IMAGES"].joined()}, Timings(1))
@@ -49,31 +49,31 @@ def test_a_list_is_grouped_by_size_and_comes_back_in_order() -> None:
 
 def test_large_batches_are_split_under_the_servers_limits() -> None:
     pairs = [image(32, 64)] * 130
-    sizes = [call.inputs["IMAGES"].shape[0] for call in _calls.score(pairs).calls]
+    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.score(pairs).calls]
     assert sizes == [64, 64, 2]
     blank = np.broadcast_to(np.uint8(0), (2048, 4096, 3))  # 33.5 MP each at twice the size
-    sizes = [call.inputs["IMAGES"].shape[0] for call in _calls.upscale([blank] * 20, **SR).calls]
+    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([blank] * 20, **SR).calls]
     assert sizes == [16, 4]  # 537 MP a request
     small = np.broadcast_to(np.uint8(0), (8, 800, 3))  # enlarged to 512×51200 on the way
-    sizes = [call.inputs["IMAGES"].shape[0] for call in _calls.upscale([small] * 21, **SR).calls]
+    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([small] * 21, **SR).calls]
     assert sizes == [20, 1]
 
 
 def test_one_image_is_one_result_and_no_image_is_none() -> None:
-    plan = _calls.upscale(image(16, 16), **SR)
+    plan = calls.upscale(image(16, 16), **SR)
     (call,) = plan.calls
     answer = call.decode({"IMAGES_SR": image(32, 32)[None]}, Timings(1))
     assert isinstance(plan.merge([answer]), Upscaled)
-    assert _calls.upscale([], **SR).merge([]) == []
+    assert calls.upscale([], **SR).merge([]) == []
 
 
 def test_a_wrong_image_of_a_list_is_named() -> None:
     with pytest.raises(InvalidImage, match=r"images\[1\] is float32"):
-        _calls.upscale([image(8, 8), image(8, 8).astype(np.float32)], **SR)
+        calls.upscale([image(8, 8), image(8, 8).astype(np.float32)], **SR)
     with pytest.raises(InvalidImage, match="image is 8×7 px; expected at least 8"):
-        _calls.upscale(image(7, 8), **SR)
+        calls.upscale(image(7, 8), **SR)
     with pytest.raises(InvalidImage, match="at least 28"):
-        _calls.describe(image(27, 64))
+        calls.describe(image(27, 64))
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,19 @@ def test_a_wrong_image_of_a_list_is_named() -> None:
 )
 def test_options_are_checked_before_anything_is_sent(option: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
-        _calls.upscale(image(8, 8), **(SR | option))  # type: ignore[arg-type]
+        calls.upscale(image(8, 8), **(SR | option))  # type: ignore[arg-type]
 
 
 def test_a_crop_of_each_camera() -> None:
     camera = Camera(10, 0, 0, 90, 0)
-    one, several = (_calls.crop(image(64, 64), c, size=64) for c in (camera, [camera] * 3))
+    one, several = (calls.crop(image(64, 64), c, size=64) for c in (camera, [camera] * 3))
     assert (one.single, several.single) == (True, False)
     assert several.calls[0].inputs["CAMERAS"].shape == (3, 5)
     assert several.calls[0].outputs == {"CROPS": 3 * 64 * 64 * 3}
     with pytest.raises(InvalidInput, match="cameras holds a float"):
-        _calls.crop(image(64, 64), [1.0], size=64)
+        calls.crop(image(64, 64), [1.0], size=64)
     with pytest.raises(InvalidInput, match="size is 63; expected 64 to 2048"):
-        _calls.crop(image(64, 64), camera, size=63)
+        calls.crop(image(64, 64), camera, size=63)
 
 
 def test_a_result_as_picture_array_and_tensor() -> None:
@@ -108,20 +108,20 @@ def test_a_result_as_picture_array_and_tensor() -> None:
     tensor = result.torch()
     assert tensor.shape == (3, 8, 16)
     assert tensor.dtype == torch.float32
-    (call,) = _calls.upscale(tensor, **SR).calls  # what comes out goes in again
+    (call,) = calls.upscale(tensor, **SR).calls  # what comes out goes in again
     np.testing.assert_array_equal(call.inputs["IMAGES"].joined()[0], pixels)
 
 
 def test_torch_is_not_imported_for_those_who_hold_no_tensor() -> None:
     code = (
-        "import sys, numpy as np, panotriton, panotriton.cli; from panotriton import _calls;"
-        "_calls.score(np.zeros((32, 64, 3), np.uint8)); sys.exit('torch' in sys.modules)"
+        "import sys, numpy as np, panotriton, panotriton.cli; from panotriton.client import calls;"
+        "calls.score(np.zeros((32, 64, 3), np.uint8)); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_only_image_tensors_of_known_size_lie_in_memory() -> None:
-    call = _calls.infer(
+    call = calls.infer(
         "echo",
         {"A": image(8, 8), "B": np.zeros(3), "C": np.zeros((0, 4, 3), np.uint8)},
         {"OUT": 100, "TEXT": 0},
@@ -146,10 +146,10 @@ def stage(requests: int, request_ms: float, queue_ms: float) -> StageTime:
 
 def test_timings_are_exact_or_none() -> None:
     before = stage(3, 100, 10)
-    exact = _wire.timings(50, before, stage(4, 130, 12))
+    exact = wire.timings(50, before, stage(4, 130, 12))
     assert exact == Timings(50, queue_ms=2, compute_ms=28, network_ms=20)
-    assert _wire.timings(50, before, stage(5, 160, 12)) == Timings(50)
-    assert _wire.timings(50, None, None) == Timings(50)
+    assert wire.timings(50, before, stage(5, 160, 12)) == Timings(50)
+    assert wire.timings(50, None, None) == Timings(50)
 
 
 class RpcError(grpc.RpcError):
@@ -186,19 +186,19 @@ class RpcError(grpc.RpcError):
 def test_errors_follow_the_status_code(
     error: Exception, live: bool, kind: type[PanotritonError]
 ) -> None:
-    where = _wire.address("host:1", "grpc", 3, False, None)
-    assert type(_wire.mapped(where, error, live)) is kind
+    where = wire.address("host:1", "grpc", 3, False, None)
+    assert type(wire.mapped(where, error, live)) is kind
 
 
 def test_memory_is_used_again_only_when_the_server_has_answered() -> None:
-    assert _wire.finished(InvalidInput("x"))
+    assert wire.finished(InvalidInput("x"))
     for error in (RequestTimeout("x"), ConnectError("x"), KeyboardInterrupt()):
-        assert not _wire.finished(error)
+        assert not wire.finished(error)
 
 
 def test_headers_and_time_limits_reach_both_protocols() -> None:
     for protocol in ("grpc", "http"):
-        where = _wire.address("host:1", protocol, 2.5, False, {"Authorization": "Bearer x"})
+        where = wire.address("host:1", protocol, 2.5, False, {"Authorization": "Bearer x"})
         options = where.call_options()
         assert options["headers"] == {"authorization": "Bearer x"}  # gRPC takes lower case only
         assert options["timeout"] == 2_500_000  # µs
@@ -206,11 +206,11 @@ def test_headers_and_time_limits_reach_both_protocols() -> None:
 
 
 def test_retries_wait_longer_each_time() -> None:
-    first, second, third = _wire.waits(3)
+    first, second, third = wire.waits(3)
     assert 0.125 <= first <= 0.375
     assert 0.25 <= second <= 0.75
     assert 0.5 <= third <= 1.5
-    assert list(_wire.waits(0)) == []
+    assert list(wire.waits(0)) == []
 
 
 def event(kind: str, **content: object) -> np.ndarray:
@@ -242,4 +242,4 @@ def test_events_are_read() -> None:
 
 def test_a_grey_picture_is_refused() -> None:
     with pytest.raises(InvalidImage, match="L picture; expected RGB"):
-        _calls.upscale(PILImage.new("L", (64, 64)), **SR)
+        calls.upscale(PILImage.new("L", (64, 64)), **SR)

@@ -9,9 +9,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from panotriton.aio import AsyncClient
-from panotriton.dataset import Dataset, find_panoramas, group_seed, pair_order
+from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput
+from panotriton.groups.dataset import Dataset, find_panoramas, group_seed, pair_order
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 
@@ -88,7 +88,7 @@ def test_nothing_is_written_once_a_run_has_ended(
             time.sleep(0.01)
         return {"kept": [1]}
 
-    monkeypatch.setattr("panotriton.dataset.fill_group", fill)
+    monkeypatch.setattr("panotriton.groups.dataset.fill_group", fill)
     paths = sorted(PANORAMAS.glob("*.jpg"))
     run = Dataset(paths, tmp_path, 1, target_n=1, in_flight=4)
     assert asyncio.run(run.run(cast(AsyncClient, Client()))).groups == 1

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from panotriton import leftovers
-from panotriton._pixels import Images
-from panotriton.client import Client
+from panotriton.client import leftovers
+from panotriton.client.client import Client
+from panotriton.client.pixels import Images
+from panotriton.client.shared_memory import FOLDER, PREFIX, SharedMemory, SystemSlot
 from panotriton.errors import SharedMemoryError
-from panotriton.shared_memory import FOLDER, PREFIX, SharedMemory, SystemSlot
 
 MIB = 1 << 20
 
@@ -147,7 +147,7 @@ def test_an_interrupt_in_the_block_removes_everything() -> None:
 
 LEAVING = """
 import os, sys, time
-from panotriton.shared_memory import SharedMemory, SystemSlot
+from panotriton.client.shared_memory import SharedMemory, SystemSlot
 pool = SharedMemory(SystemSlot, 8 << 20, False, 0.1, lambda slot: None, lambda slot: None)
 slot = pool._take(1 << 20)
 print(slot.name, flush=True)

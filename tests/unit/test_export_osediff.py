@@ -24,9 +24,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.errors import ExportError
 from panotriton.local import open_network
-from panotriton.openvino_graph import OpenVINOGraph
-from panotriton.osediff import TileBlend, align, one_step, plan_size
-from panotriton.repository import copy_models
+from panotriton.models.osediff import TileBlend, align, one_step, plan_size
+from panotriton.server.openvino_graph import OpenVINOGraph
+from panotriton.server.repository import copy_models
 from panotriton_export.configs import set_provider
 from panotriton_export.osediff import CheckpointError, ParityResult, export_osediff, graph
 from panotriton_export.osediff.checkpoint import (

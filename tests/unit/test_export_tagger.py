@@ -20,8 +20,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.cli import main
 from panotriton.errors import ExportError, ServerStartError
-from panotriton.repository import EXPORTED_FILES, check_exported, copy_models
-from panotriton.tags import Tags, tagger_input
+from panotriton.models.tags import Tags, tagger_input
+from panotriton.server.repository import EXPORTED_FILES, check_exported, copy_models
 from panotriton_export.osediff.graph import ParityResult
 from panotriton_export.tagger import CheckpointError, export_tagger, open_tagger
 from panotriton_export.tagger.checkpoint import open_ram

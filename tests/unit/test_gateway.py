@@ -22,10 +22,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from panotriton.camera import Camera, Sphere, sample_cameras
 from panotriton.errors import ConnectError, InferenceFailed, InvalidInput, PanotritonError
-from panotriton.gateway import Settings, create_apps
-from panotriton.group import interpolate_cameras, interpolate_views, make_pairs
+from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
+from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
+from panotriton.web.gateway import Settings, create_apps
 
 RNG = np.random.default_rng(0)
 CROP = 64
@@ -886,7 +886,7 @@ def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]
         before = sorted(gateway.outside.rglob("*"))
         gateway.spy = Spy()
         with monkeypatch.context() as patch:
-            patch.setattr("panotriton.gateway.paths.os.open", gateway.spy)
+            patch.setattr("panotriton.web.gateway.paths.os.open", gateway.spy)
             yield gateway
         for path in gateway.spy.opened:
             assert path.is_relative_to(gateway.data) or path.is_relative_to(gateway.out)

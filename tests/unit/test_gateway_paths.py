@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.gateway.failures import ForbiddenPath
-from panotriton.gateway.paths import Roots
+from panotriton.web.gateway.failures import ForbiddenPath
+from panotriton.web.gateway.paths import Roots
 
 INSIDE, SECRET = b"inside", b"secret"
 
@@ -200,7 +200,7 @@ def thief(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             place.symlink_to(tree / "outside" / place.relative_to(tree / "inside" / "in"))
             return real
 
-        monkeypatch.setattr("panotriton.gateway.paths.os.path.realpath", resolve_and_swap)
+        monkeypatch.setattr("panotriton.web.gateway.paths.os.path.realpath", resolve_and_swap)
 
     return arm
 

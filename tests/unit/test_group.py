@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from panotriton.camera import Camera, crop, lerp, sample_cameras
 from panotriton.errors import InvalidInput
-from panotriton.group import (
+from panotriton.pipeline.camera import Camera, crop, lerp, sample_cameras
+from panotriton.pipeline.group import (
     check_cameras,
     filter_intervals,
     interpolate_cameras,

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from panotriton import events, live
-from panotriton.camera import Camera, sample_cameras
+from panotriton import events
 from panotriton.errors import InvalidImage, InvalidInput
-from panotriton.group import interpolate_cameras, interpolate_views, make_pairs
-from panotriton.images import decode_image
-from panotriton.live import Settings
-from panotriton.live.messages import Messages
-from panotriton.live.uploads import sphere
-from panotriton.quality import Quality
-from panotriton.report.footprint import footprint
-from panotriton.report.picture import bicubic
+from panotriton.groups.report.footprint import footprint
+from panotriton.groups.report.picture import bicubic
+from panotriton.pipeline.camera import Camera, sample_cameras
+from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
+from panotriton.pipeline.images import decode_image
+from panotriton.pipeline.quality import Quality
+from panotriton.web import live
+from panotriton.web.live import Settings
+from panotriton.web.live.messages import Messages
+from panotriton.web.live.uploads import sphere
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 FILES = [(PANORAMAS / f"{name}.jpg").read_bytes() for name in ("courtyard", "interior")]

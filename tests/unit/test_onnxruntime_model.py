@@ -14,9 +14,9 @@ import onnxruntime as ort
 import pytest
 
 import panotriton
-from panotriton import openvino_graph
+from panotriton.server import openvino_graph
 
-MODEL = Path(panotriton.__file__).parent / "backends" / "onnxruntime" / "model.py"
+MODEL = Path(panotriton.__file__).parent / "server" / "backends" / "onnxruntime" / "model.py"
 
 
 class TritonModelException(Exception):
@@ -291,7 +291,7 @@ def test_openvino_counts_for_instances_on_a_cpu(backend, monkeypatch):
 
 
 def test_openvino_without_its_wheel_is_refused(backend, monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "panotriton.openvino_graph", raising=False)
+    monkeypatch.delitem(sys.modules, "panotriton.server.openvino_graph", raising=False)
     monkeypatch.delattr(panotriton, "openvino_graph", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(TritonModelException, match="needs openvino: pip install openvino, or"):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from panotriton.errors import InvalidInput
-from panotriton.osediff import TileBlend, align, check_options, one_step, plan_size, windows
+from panotriton.models.osediff import TileBlend, align, check_options, one_step, plan_size, windows
 
 RNG = np.random.default_rng(0)
 

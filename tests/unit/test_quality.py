@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from panotriton.quality import expected_level, expected_number, parse_reply, through_line
+from panotriton.pipeline.quality import expected_level, expected_number, parse_reply, through_line
 
 GOOD = """\
 Correlation: 0.9

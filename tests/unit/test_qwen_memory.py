@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from panotriton.errors import InvalidInput
-from panotriton.qwen_memory import Need, check_fits, estimate, free_ram_bytes, stored_parameters
+from panotriton.models.qwen_memory import (
+    Need,
+    check_fits,
+    estimate,
+    free_ram_bytes,
+    stored_parameters,
+)
 
 # Qwen2.5-VL-3B-Instruct.
 CONFIG_3B = {

@@ -13,8 +13,8 @@ from transformers import AutoProcessor
 from tritonclient.grpc import model_config_pb2
 
 from panotriton.errors import ExportError, InferenceFailed
-from panotriton.qwen_vllm import Chat, Question, answer, encode, questions, tensors
-from panotriton.repository import copy_model
+from panotriton.models.qwen_vllm import Chat, Question, answer, encode, questions, tensors
+from panotriton.server.repository import copy_model
 from panotriton_export.qwen import export_qwen
 from panotriton_export.qwen_vllm import split_template
 

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panotriton import report
-from panotriton.camera import LIMITS, Camera, _Maps, _rotation
 from panotriton.cli import report as command
 from panotriton.errors import InvalidImage, InvalidInput
-from panotriton.report import page, write_index, write_report
-from panotriton.report.footprint import HEIGHT, WIDTH, border, footprint, rings
-from panotriton.report.picture import bicubic, data_uri, most_different
-from panotriton.report.record import read_record
+from panotriton.groups import report
+from panotriton.groups.report import page, write_index, write_report
+from panotriton.groups.report.footprint import HEIGHT, WIDTH, border, footprint, rings
+from panotriton.groups.report.picture import bicubic, data_uri, most_different
+from panotriton.groups.report.record import read_record
+from panotriton.pipeline.camera import LIMITS, Camera, _Maps, _rotation
 from tests.groups import write_example
 
 NAN = float("nan")

@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from panotriton.repository import OPTIONAL, copy_models
+from panotriton.server.repository import OPTIONAL, copy_models
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = {

@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from panotriton._wire import Tls
 from panotriton.cli.serve import add_repository_argument
-from panotriton.client import Client
-from panotriton.repository import check_exported
-from panotriton.server import LocalServer
+from panotriton.client.client import Client
+from panotriton.client.wire import Tls
+from panotriton.server.launch import LocalServer
+from panotriton.server.repository import check_exported
 
 PIPELINE = ("crop_size", "upscale", "align", "prompt", "threshold", "interpolations")
 

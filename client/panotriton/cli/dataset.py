@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from panotriton.aio import AsyncClient
 from panotriton.cli.connection import (
     PIPELINE,
     add_pipeline_arguments,
@@ -26,8 +25,9 @@ from panotriton.cli.connection import (
     print_json,
 )
 from panotriton.cli.facts import facts
-from panotriton.dataset import Dataset, Summary, find_panoramas
+from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.groups.dataset import Dataset, Summary, find_panoramas
 
 _RETRIES = 8  # a busy server is waited for, for about two minutes
 

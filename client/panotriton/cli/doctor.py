@@ -16,11 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from panotriton.cli.connection import command, console_for, print_json
-from panotriton.client import Client
+from panotriton.client.client import Client
+from panotriton.client.leftovers import dead_regions, find_leftovers
+from panotriton.client.shared_memory import FOLDER
 from panotriton.errors import PanotritonError, ServerStartError
-from panotriton.leftovers import dead_regions, find_leftovers
-from panotriton.server import find_installation
-from panotriton.shared_memory import FOLDER
+from panotriton.server.launch import find_installation
 
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "bad": "[red]bad[/red]"}
 _MIN_SHM_BYTES = 1 << 30

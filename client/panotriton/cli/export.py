@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.errors import ExportError
-from panotriton.repository import copy_models
+from panotriton.server.repository import copy_models
 
 _EXAMPLES = """\
 examples:

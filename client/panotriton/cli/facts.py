@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from panotriton.results import Health
+from panotriton.pipeline.results import Health
 
 __all__ = ["facts", "weights"]
 

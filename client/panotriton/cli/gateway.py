@@ -81,7 +81,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
     try:
-        from panotriton.gateway import Settings, create_apps, serve  # noqa: PLC0415
+        from panotriton.web.gateway import Settings, create_apps, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise PanotritonError(
             f"the gateway needs {error.name}: pip install 'panotriton[gateway]'"

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from panotriton.agreement import Agreement, compare
-from panotriton.camera import CAMERA_FIELDS, Camera
 from panotriton.cli.connection import (
     add_server_arguments,
     add_sr_arguments,
@@ -24,8 +22,10 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.errors import InvalidInput
-from panotriton.quality import MODES
-from panotriton.results import Score, Timings
+from panotriton.groups.agreement import Agreement, compare
+from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
+from panotriton.pipeline.quality import MODES
+from panotriton.pipeline.results import Score, Timings
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SCORES = ("final", "correlation", "balance", "richness", "clarity", "coherence")

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
     try:
-        from panotriton.live import Settings, create_app, serve  # noqa: PLC0415
+        from panotriton.web.live import Settings, create_app, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise PanotritonError(
             f"the live page needs {error.name}: pip install 'panotriton[live]'"

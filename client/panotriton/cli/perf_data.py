@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from panotriton import _calls
-from panotriton._pixels import Images, file_bytes, pixels
-from panotriton.camera import Camera, sample_cameras
 from panotriton.cli.connection import command
+from panotriton.client import calls
+from panotriton.client.pixels import Images, file_bytes, pixels
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.camera import Camera, sample_cameras
 
 Inputs = Mapping[str, Any]
 
@@ -90,13 +90,13 @@ def _two(paths: list[Path], i: int) -> tuple[Path, Path]:
 
 def _panorama(paths: list[Path], i: int, size: int) -> Inputs:
     images = [pixels(str(path), path) for path in _two(paths, i)]
-    return _calls.process(
+    return calls.process(
         images[0], images[1], seed=i, crop_size=size, intermediates=False, **_GROUP
     ).inputs
 
 
 def _panorama_encoded(paths: list[Path], i: int, size: int) -> Inputs:
-    call = _calls.process(*_two(paths, i), seed=i, crop_size=size, intermediates=False, **_GROUP)
+    call = calls.process(*_two(paths, i), seed=i, crop_size=size, intermediates=False, **_GROUP)
     return call.inputs
 
 
@@ -111,18 +111,18 @@ def _preprocess(paths: list[Path], i: int, size: int) -> Inputs:
 def _crop(paths: list[Path], i: int, size: int) -> Inputs:
     rows = sample_cameras(i)[0].reshape(-1, 5)
     cameras = [Camera.from_array(row) for row in rows]
-    (call,) = _calls.crop(paths[i % len(paths)], cameras, size=size).calls
+    (call,) = calls.crop(paths[i % len(paths)], cameras, size=size).calls
     return call.inputs
 
 
 def _osediff(paths: list[Path], i: int, size: int) -> Inputs:
     image = [paths[i % len(paths)]]
-    (call,) = _calls.upscale(image, upscale=2, align="adain", prompt="").calls
+    (call,) = calls.upscale(image, upscale=2, align="adain", prompt="").calls
     return call.inputs
 
 
 def _qwen(paths: list[Path], i: int, size: int) -> Inputs:
-    (call,) = _calls.score([paths[i % len(paths)]]).calls
+    (call,) = calls.score([paths[i % len(paths)]]).calls
     return call.inputs
 
 

@@ -27,11 +27,11 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.cli.facts import facts
-from panotriton.client import Client
+from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.folder import next_group_id, process_command, write_group
-from panotriton.report import write_report
-from panotriton.results import Group, Health, StageTime
+from panotriton.groups.folder import next_group_id, process_command, write_group
+from panotriton.groups.report import write_report
+from panotriton.pipeline.results import Group, Health, StageTime
 
 _EXAMPLES = """\
   panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from panotriton.report import write_index, write_report
-from panotriton.report.record import is_group
+from panotriton.groups.report import write_index, write_report
+from panotriton.groups.report.record import is_group
 
 _EXAMPLES = """\
 examples:

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from panotriton.repository import check_exported
-from panotriton.server import Installation, LocalServer, find_installation
+from panotriton.server.launch import Installation, LocalServer, find_installation
+from panotriton.server.repository import check_exported
 
 _EXAMPLES = """\
 examples:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton import Client, ConnectError, Group, PanotritonError, RequestTimeout, ServerBusy
-from panotriton.folder import write_group
+from panotriton.groups.folder import write_group
 
 _RETRY = (ConnectError, RequestTimeout, ServerBusy)  # another try, or replica, may do
 

@@ -5,11 +5,11 @@ import os
 import cv2
 import numpy as np
 
-from panotriton import serving
-from panotriton.camera import Camera, Sphere
 from panotriton.errors import InvalidInput
-from panotriton.group import check_crop_size
-from panotriton.images import check_panorama, decode_image
+from panotriton.models.requests import number, optional, required, respond
+from panotriton.pipeline.camera import Camera, Sphere
+from panotriton.pipeline.group import check_crop_size
+from panotriton.pipeline.images import check_panorama, decode_image
 
 _MAX_CAMERAS = 256  # bounds what a request makes the server allocate
 
@@ -19,12 +19,12 @@ class TritonPythonModel:
         cv2.setNumThreads(1)  # crops bring their own threads, one a core
 
     def execute(self, requests):
-        return serving.respond(requests, self._crop)
+        return respond(requests, self._crop)
 
     @staticmethod
     def _crop(request):
-        cameras = _cameras(serving.required(request, "CAMERAS"))
-        size = serving.number(request, "CROP_SIZE", 512)
+        cameras = _cameras(required(request, "CAMERAS"))
+        size = number(request, "CROP_SIZE", 512)
         check_crop_size(size)
         views = np.empty((len(cameras), size, size, 3), np.uint8)
         Sphere(_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
@@ -44,8 +44,8 @@ def _cameras(rows):
 
 
 def _panorama(request):
-    pixels = serving.optional(request, "PANORAMA")
-    encoded = serving.optional(request, "ENCODED")
+    pixels = optional(request, "PANORAMA")
+    encoded = optional(request, "ENCODED")
     if (pixels is None) == (encoded is None):
         both = "neither is" if pixels is None else "both are"
         raise InvalidInput(f"PANORAMA or ENCODED: {both} given; send exactly one of them")

@@ -2,8 +2,8 @@
 
 import cv2
 
-from panotriton import serving
-from panotriton.group import check_cameras, interpolate_cameras, interpolate_views
+from panotriton.models.requests import number, required, respond
+from panotriton.pipeline.group import check_cameras, interpolate_cameras, interpolate_views
 
 
 class TritonPythonModel:
@@ -11,14 +11,14 @@ class TritonPythonModel:
         cv2.setNumThreads(1)  # interpolate_views brings its own threads, one a core
 
     def execute(self, requests):
-        return serving.respond(requests, self._interpolate)
+        return respond(requests, self._interpolate)
 
     @staticmethod
     def _interpolate(request):
-        cameras = serving.required(request, "CAMERAS")
+        cameras = required(request, "CAMERAS")
         check_cameras("CAMERAS", cameras)
-        kept = serving.required(request, "KEPT")
-        count = serving.number(request, "NUM_INTERPOLATIONS", 9)
+        kept = required(request, "KEPT")
+        count = number(request, "NUM_INTERPOLATIONS", 9)
         between = interpolate_cameras(cameras, kept, count)
-        views = interpolate_views(serving.required(request, "SPHERES"), between)
+        views = interpolate_views(required(request, "SPHERES"), between)
         return {"INTERPOLATED": views, "INTERPOLATED_CAMERAS": between}

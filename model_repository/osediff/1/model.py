@@ -5,11 +5,11 @@ from pathlib import Path
 import cv2
 import triton_python_backend_utils as pb_utils
 
-from panotriton import serving
-from panotriton.images import check_images
-from panotriton.osediff import check_options
-from panotriton.super_resolution import Limits, SuperResolver
-from panotriton.tags import Tags
+from panotriton.models.osediff import check_options
+from panotriton.models.requests import calls_until, number, required, respond_async, string
+from panotriton.models.super_resolution import Limits, SuperResolver
+from panotriton.models.tags import Tags
+from panotriton.pipeline.images import check_images
 
 
 class TritonPythonModel:
@@ -25,19 +25,19 @@ class TritonPythonModel:
         self._resolver = SuperResolver(folder, Limits.from_config(args["model_config"]), tags)
 
     async def execute(self, requests):
-        return await serving.respond_async(requests, self._super_resolve)
+        return await respond_async(requests, self._super_resolve)
 
     async def _super_resolve(self, request):
-        images = serving.required(request, "IMAGES")
+        images = required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=8)
-        upscale = serving.number(request, "UPSCALE", 2)
-        method = serving.text(request, "ALIGN", "adain")
+        upscale = number(request, "UPSCALE", 2)
+        method = string(request, "ALIGN", "adain")
         check_options(upscale, method)
         sharp = await self._resolver.run(
             images,
-            serving.calls_until(request.is_cancelled),
+            calls_until(request.is_cancelled),
             upscale=upscale,
             method=method,
-            prompt=serving.text(request, "PROMPT", ""),
+            prompt=string(request, "PROMPT", ""),
         )
         return {"IMAGES_SR": sharp}

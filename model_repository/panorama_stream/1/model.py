@@ -10,19 +10,29 @@ import cv2
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from panotriton import serving
-from panotriton.camera import INTERVALS
 from panotriton.errors import InvalidInput
-from panotriton.group import (
+from panotriton.models.osediff import check_options
+from panotriton.models.requests import (
+    Cancelled,
+    answers,
+    calls_until,
+    exactly_one,
+    number,
+    optional,
+    read_cameras,
+    string,
+    strings,
+)
+from panotriton.models.super_resolution import Limits, SuperResolver, run_all
+from panotriton.models.tags import Tags
+from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.group import (
     check_crop_size,
     check_interpolations,
     check_threshold,
     filter_intervals,
 )
-from panotriton.images import check_panorama, decode_image
-from panotriton.osediff import check_options
-from panotriton.super_resolution import Limits, SuperResolver, run_all
-from panotriton.tags import Tags
+from panotriton.pipeline.images import check_panorama, decode_image
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -44,12 +54,12 @@ class TritonPythonModel:
         run = _Run(request, sender, self._resolver, self._limits.images_in_flight)
         try:
             await run.run()
-        except serving.Cancelled:
+        except Cancelled:
             pass  # nobody is left to tell
         except InvalidInput as error:
             run.end("refused", error)
         except Exception as error:
-            serving.answers([error])  # logs what is unexpected
+            answers([error])  # logs what is unexpected
             run.end("failed", error)
         run.close()
 
@@ -61,13 +71,13 @@ class _Run:
         self._request = request
         self._sender = sender
         self._resolver = resolver
-        self._call = serving.calls_until(sender.is_cancelled)
+        self._call = calls_until(sender.is_cancelled)
         self._gate = asyncio.Semaphore(images_in_flight)
         self._done, self._total = 0, 0
 
     async def run(self):
         self._read_options()
-        cameras, panoramas = serving.cameras(self._request), await _panoramas(self._request)
+        cameras, panoramas = read_cameras(self._request), await _panoramas(self._request)
         self._total = 2 * INTERVALS * (1 + self._count)
         self._send("accepted")
         inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
@@ -82,7 +92,7 @@ class _Run:
     def end(self, event, error):
         # An event, not an error: those carry no status code in a stream, and where a client asks for
         # one ("triton_grpc_error"), the server of 24.10 crashes.
-        with contextlib.suppress(serving.Cancelled):
+        with contextlib.suppress(Cancelled):
             self._send(event, message=str(error))
 
     def close(self):
@@ -90,11 +100,11 @@ class _Run:
 
     def _read_options(self):
         request = self._request
-        self._size = serving.number(request, "CROP_SIZE", 512)
-        self._count = serving.number(request, "NUM_INTERPOLATIONS", 9)
-        self._threshold = serving.number(request, "THRESHOLD", 0.7)
-        upscale = serving.number(request, "UPSCALE", 2)
-        align = serving.text(request, "ALIGN", "adain")
+        self._size = number(request, "CROP_SIZE", 512)
+        self._count = number(request, "NUM_INTERPOLATIONS", 9)
+        self._threshold = number(request, "THRESHOLD", 0.7)
+        upscale = number(request, "UPSCALE", 2)
+        align = string(request, "ALIGN", "adain")
         check_interpolations(self._count)
         check_threshold(self._threshold)
         check_options(upscale, align)
@@ -102,7 +112,7 @@ class _Run:
         self._sr_options = {
             "upscale": upscale,
             "method": align,
-            "prompt": serving.text(request, "PROMPT", ""),
+            "prompt": string(request, "PROMPT", ""),
         }
 
     async def _interval(self, number):
@@ -176,10 +186,10 @@ class _Run:
 
     def _send(self, event, images=None, cameras=None, **content):
         if self._sender.is_cancelled():
-            raise serving.Cancelled
+            raise Cancelled
         content |= {"event": event, "done": self._done, "total": self._total}
         tensors = {
-            "EVENT": serving.texts([json.dumps(content)]),
+            "EVENT": strings([json.dumps(content)]),
             "IMAGES": images,
             "CAMERAS": cameras,
         }
@@ -200,9 +210,9 @@ async def _panoramas(request):
 
 
 def _panorama(request, i):
-    pixels = serving.optional(request, f"PANORAMA_{i}")
-    encoded = serving.optional(request, f"ENCODED_{i}")
-    serving.exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
+    pixels = optional(request, f"PANORAMA_{i}")
+    encoded = optional(request, f"ENCODED_{i}")
+    exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
     if pixels is None:
         return decode_image(f"ENCODED_{i}", encoded.item())
     check_panorama(f"PANORAMA_{i}", pixels)

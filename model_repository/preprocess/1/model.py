@@ -2,8 +2,8 @@
 
 import cv2
 
-from panotriton import serving
-from panotriton.group import make_pairs
+from panotriton.models.requests import number, read_cameras, required, respond
+from panotriton.pipeline.group import make_pairs
 
 
 class TritonPythonModel:
@@ -11,11 +11,11 @@ class TritonPythonModel:
         cv2.setNumThreads(1)  # make_pairs brings its own threads, one a core
 
     def execute(self, requests):
-        return serving.respond(requests, self._preprocess)
+        return respond(requests, self._preprocess)
 
     @staticmethod
     def _preprocess(request):
-        panoramas = [serving.required(request, f"PANORAMA_{number}") for number in (1, 2)]
-        cameras = serving.cameras(request)
-        pairs, spheres = make_pairs(panoramas, cameras, serving.number(request, "CROP_SIZE", 512))
+        panoramas = [required(request, f"PANORAMA_{number}") for number in (1, 2)]
+        cameras = read_cameras(request)
+        pairs, spheres = make_pairs(panoramas, cameras, number(request, "CROP_SIZE", 512))
         return {"PAIRS": pairs, "CAMERAS": cameras, "SPHERES": spheres}

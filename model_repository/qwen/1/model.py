@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from panotriton import qwen_vllm, serving
 from panotriton.errors import InferenceFailed, InvalidInput
-from panotriton.images import check_images
-from panotriton.quality import MODES
+from panotriton.models import qwen_vllm
+from panotriton.models.requests import answers, attempt, required, strings
+from panotriton.pipeline.images import check_images
+from panotriton.pipeline.quality import MODES
 
 _MIN_SIDE_PX = 28  # one merged patch
 _MAX_NEW_TOKENS = 2048
@@ -30,7 +31,7 @@ class TritonPythonModel:
         self._engine = engine(folder, settings, args)
 
     async def execute(self, requests):
-        asked = [serving.attempt(_read, request) for request in requests]
+        asked = [attempt(_read, request) for request in requests]
         together = defaultdict(list)  # question → indices of requests
         for index, request in enumerate(asked):
             if not isinstance(request, Exception):
@@ -48,14 +49,14 @@ class TritonPythonModel:
             left = iter(() if failed else outcome)
             for index in indices:
                 results[index] = outcome if failed else [next(left) for _ in asked[index][0]]
-        return serving.answers([_tensors(result) for result in results])
+        return answers([_tensors(result) for result in results])
 
 
 class _Torch:
     """The weights in this process; its one event loop waits while they work."""
 
     def __init__(self, folder, settings, args):
-        from panotriton.qwen import FixedVision, QwenVL  # noqa: PLC0415 gigabytes: torch
+        from panotriton.models.qwen import FixedVision, QwenVL  # noqa: PLC0415 gigabytes: torch
 
         limits = json.loads(args["model_config"])["parameters"]
         on_gpu = args["model_instance_kind"] == "GPU"
@@ -126,9 +127,9 @@ class _Vllm:
 
 def _read(request):
     """A request's images, and its question as values that can be compared."""
-    images = serving.required(request, "IMAGE")  # (N, H, W, 3)
+    images = required(request, "IMAGE")  # (N, H, W, 3)
     check_images("IMAGE", images, min_side_px=_MIN_SIDE_PX)
-    question = [set(serving.required(request, name).flat) for name in _QUESTION]
+    question = [set(required(request, name).flat) for name in _QUESTION]
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:
             raise InvalidInput(
@@ -152,4 +153,4 @@ def _tensors(result):
         return result
     texts, values = zip(*result, strict=True)
     values = np.array(values, np.float32)
-    return {"TEXT": serving.texts(texts)[:, None], "VALUE": values[:, None]}  # (N, 1) each
+    return {"TEXT": strings(texts)[:, None], "VALUE": values[:, None]}  # (N, 1) each

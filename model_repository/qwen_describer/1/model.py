@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from panotriton import serving
 from panotriton.errors import InferenceFailed
-from panotriton.images import check_images
+from panotriton.models.requests import ask_qwen, required, respond_async, strings
+from panotriton.pipeline.images import check_images
 
 _MAX_NEW_TOKENS = 256
 
@@ -15,17 +15,15 @@ class TritonPythonModel:
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
 
     async def execute(self, requests):
-        return await serving.respond_async(requests, self._describe)
+        return await respond_async(requests, self._describe)
 
     async def _describe(self, request):
-        images = serving.required(request, "IMAGES")
+        images = required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=28)
         try:
-            replies, _ = await serving.ask_qwen(
-                images, self._prompt, max_new_tokens=_MAX_NEW_TOKENS
-            )
+            replies, _ = await ask_qwen(images, self._prompt, max_new_tokens=_MAX_NEW_TOKENS)
             texts, error = [reply.strip() for reply in replies], ""
         except InferenceFailed as failure:
             texts, error = [""] * len(images), str(failure)
         errors = [error] * len(texts)
-        return {"DESCRIPTION": serving.texts(texts), "DESCRIPTION_ERROR": serving.texts(errors)}
+        return {"DESCRIPTION": strings(texts), "DESCRIPTION_ERROR": strings(errors)}

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from panotriton import serving
 from panotriton.errors import InvalidInput
-from panotriton.images import check_images
-from panotriton.quality import MODES, parse_reply
+from panotriton.models.requests import ask_qwen, required, respond_async, string, strings
+from panotriton.pipeline.images import check_images
+from panotriton.pipeline.quality import MODES, parse_reply
 
 _MAX_NEW_TOKENS = 512
 _MIN_SIDE_PX = 28
@@ -19,15 +19,15 @@ class TritonPythonModel:
         self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
 
     async def execute(self, requests):
-        return await serving.respond_async(requests, self._score)
+        return await respond_async(requests, self._score)
 
     async def _score(self, request):
-        images = serving.required(request, "IMAGES")
+        images = required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=_MIN_SIDE_PX)
-        mode = serving.text(request, "MODE", "generate")
+        mode = string(request, "MODE", "generate")
         if mode not in MODES:
             raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(MODES)}")
-        replies, values = await serving.ask_qwen(
+        replies, values = await ask_qwen(
             images,
             self._prompt,
             reading=MODES[mode],
@@ -39,5 +39,5 @@ class TritonPythonModel:
         return {
             "SCORE": np.array(final, np.float32),
             "SUB_SCORES": np.array([s.sub_scores() for s in scores], np.float32).reshape(-1, 5),
-            "RAW_OUTPUT": serving.texts(replies),
+            "RAW_OUTPUT": strings(replies),
         }

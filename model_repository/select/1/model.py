@@ -1,21 +1,19 @@
 """select: scores → the intervals that reach the threshold, and the views to describe."""
 
-from panotriton import serving
 from panotriton.errors import InvalidInput
-from panotriton.group import filter_intervals
-from panotriton.images import check_images
+from panotriton.models.requests import number, required, respond
+from panotriton.pipeline.group import filter_intervals
+from panotriton.pipeline.images import check_images
 
 
 class TritonPythonModel:
     def execute(self, requests):
-        return serving.respond(requests, self._select)
+        return respond(requests, self._select)
 
     @staticmethod
     def _select(request):
-        kept = filter_intervals(
-            serving.required(request, "SCORE"), serving.number(request, "THRESHOLD", 0.7)
-        )
-        pairs = serving.required(request, "PAIRS_SR")
+        kept = filter_intervals(required(request, "SCORE"), number(request, "THRESHOLD", 0.7))
+        pairs = required(request, "PAIRS_SR")
         check_images("PAIRS_SR", pairs)
         if len(pairs) != 16:
             raise InvalidInput(f"PAIRS_SR holds {len(pairs)} images; expected 16, one a score")

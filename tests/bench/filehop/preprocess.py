@@ -11,7 +11,7 @@ import numpy as np
 from flask import request
 
 from filehop.service import U8, new_app, read_image, serve, write_image, write_json
-from panotriton.camera import INTERVALS, Camera, interval_bounds, lerp, sample_cameras
+from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds, lerp, sample_cameras
 
 app = new_app("preprocess")
 

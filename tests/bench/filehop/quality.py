@@ -8,8 +8,8 @@ from typing import Any
 from flask import request
 
 from filehop.service import new_app, read_image, serve
-from panotriton.quality import parse_reply
-from panotriton.qwen import QwenVL
+from panotriton.models.qwen import QwenVL
+from panotriton.pipeline.quality import parse_reply
 from panotriton_export.presets import SMALL
 
 app = new_app("quality")

@@ -1,0 +1,327 @@
+"""What each method asks of the server, as values: pure functions from arguments to requests.
+
+`Client` and `AsyncClient` send them; nothing here knows a protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.client.pixels import (
+    ImageLike,
+    Images,
+    encoded_panorama,
+    is_file,
+    pixels,
+    same_size,
+)
+from panotriton.errors import InvalidInput
+from panotriton.models.osediff import ALIGNMENTS
+from panotriton.pipeline.camera import INTERVALS, Camera
+from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras
+from panotriton.pipeline.images import MAX_PIXELS
+from panotriton.pipeline.quality import MODES, SUB_SCORES, Quality
+from panotriton.pipeline.results import (
+    Cropped,
+    Description,
+    Group,
+    Score,
+    Timings,
+    Upscaled,
+    group_from_tensors,
+    quality,
+)
+
+__all__ = ["Call", "Plan", "crop", "describe", "infer", "process", "score", "stream", "upscale"]
+
+T = TypeVar("T")
+Tensors = dict[str, Any]
+Value = NDArray[Any] | Images
+
+_RESULTS = (
+    "CAMERAS",
+    "SCORE",
+    "SUB_SCORES",
+    "RAW_OUTPUT",
+    "KEPT",
+    "DESCRIPTION",
+    "DESCRIPTION_ERROR",
+    "INTERPOLATED_CAMERAS",
+)
+_QWEN_IMAGES = 64  # qwen's max_batch_size
+_SR_PIXELS = 4 * MAX_PIXELS  # what osediff makes for one request at most
+_MIN_SR_PX, _MIN_QWEN_PX = 8, 28
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request.
+
+    inputs: `Images` may travel through shared memory, arrays never do. outputs: name → the most
+    bytes that an image output can have, 0 for outputs that always travel inside the response.
+    decode: the response's arrays and its timings → what the caller gets.
+    """
+
+    model: str
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, int]
+    decode: Callable[[Tensors, Timings], T]
+
+
+@dataclass(frozen=True)
+class Plan(Generic[T]):
+    """The requests that answer for one image or a list: grouped by size, within the server's limits."""
+
+    calls: tuple[Call[list[T]], ...]
+    places: tuple[tuple[int, ...], ...]  # of each call's results in the caller's list
+    single: bool
+
+    def merge(self, answers: Sequence[list[T]]) -> Any:
+        """The calls' results in the caller's order; for a single image its own."""
+        found = {
+            place: result
+            for places, results in zip(self.places, answers, strict=True)
+            for place, result in zip(places, results, strict=True)
+        }
+        ordered = [found[place] for place in sorted(found)]
+        return ordered[0] if self.single else ordered
+
+
+def infer(
+    model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | Mapping[str, int]
+) -> Call[Tensors]:
+    """Any request: image-like inputs, uint8 of three axes or more, may travel through memory."""
+    sizes = outputs if isinstance(outputs, Mapping) else dict.fromkeys(outputs, 0)
+    values: dict[str, Value] = {
+        name: Images((value,), alone=True) if value.dtype == np.uint8 and value.ndim >= 3 else value
+        for name, value in inputs.items()
+    }
+    return Call(model, values, sizes, lambda tensors, timings: tensors)
+
+
+def process(
+    panorama_1: ImageLike,
+    panorama_2: ImageLike,
+    *,
+    seed: int | None,
+    cameras: NDArray[np.float64] | None,
+    crop_size: int,
+    upscale: int,
+    align: str,
+    prompt: str,
+    threshold: float,
+    interpolations: int,
+    intermediates: bool,
+    cuda: bool = False,
+) -> Call[Group]:
+    """The whole pipeline; every argument is checked before anything is sent."""
+    options = _options(crop_size, upscale, align, prompt, threshold, interpolations)
+    options |= _camera_tensors(seed, cameras)
+    model, images = _panoramas(panorama_1, panorama_2, cuda)
+    pairs, views = 2 * INTERVALS, 2 * INTERVALS * interpolations
+    crop_bytes = 3 * crop_size**2
+    outputs = dict.fromkeys(_RESULTS, 0)
+    outputs["PAIRS_SR"] = pairs * 2 * crop_bytes * upscale**2
+    outputs["INTERPOLATED_SR"] = views * crop_bytes * upscale**2  # where all eight are kept
+    if intermediates:
+        outputs |= {"PAIRS": pairs * 2 * crop_bytes, "INTERPOLATED": views * crop_bytes}
+
+    def decode(tensors: Tensors, timings: Timings) -> Group:
+        host = {name: _on_host(value) for name, value in tensors.items()}
+        return group_from_tensors(host, timings, model)
+
+    return Call(model, images | options, outputs, decode)
+
+
+def stream(
+    panorama_1: ImageLike,
+    panorama_2: ImageLike,
+    *,
+    seed: int | None,
+    cameras: NDArray[np.float64] | None,
+    crop_size: int,
+    upscale: int,
+    align: str,
+    prompt: str,
+    threshold: float,
+    interpolations: int,
+) -> dict[str, Value]:
+    """The inputs of `panorama_stream`, whose responses `events.event_from_tensors` reads."""
+    options = _options(crop_size, upscale, align, prompt, threshold, interpolations)
+    _, images = _panoramas(panorama_1, panorama_2, cuda=False)
+    return images | options | _camera_tensors(seed, cameras)
+
+
+def upscale(
+    images: Any, *, upscale: int, align: str, prompt: str, cuda: bool = False
+) -> Plan[Upscaled]:
+    """Super-resolution of one image or a list."""
+    options = _sr_options(upscale, align, prompt)
+
+    def call(batch: Images) -> Call[list[Upscaled]]:
+        outputs = {"IMAGES_SR": batch.nbytes * upscale**2}
+        return Call("osediff", {"IMAGES": batch, **options}, outputs, decode)
+
+    def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
+        return [Upscaled(image, timings, "osediff") for image in tensors["IMAGES_SR"]]
+
+    def most(height: int, width: int) -> int:
+        # A small image is enlarged on the way: what the network sees has a short side of 512 or more.
+        scale = max(upscale, 512 / min(height, width))
+        return int(_SR_PIXELS // max(height * width * scale**2, 1))
+
+    return _plan(images, call, most, _MIN_SR_PX, cuda)
+
+
+def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
+    """Quality of one pair image or a list."""
+    if mode not in MODES:
+        raise InvalidInput(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+    options: dict[str, Value] = {"MODE": np.array([mode.encode()], np.object_)}
+
+    def call(batch: Images) -> Call[list[Score]]:
+        outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
+        return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
+
+    return _plan(images, call, lambda height, width: _QWEN_IMAGES, _MIN_QWEN_PX, cuda)
+
+
+def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
+    """Descriptions of one image or a list."""
+
+    def call(batch: Images) -> Call[list[Description]]:
+        outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
+        return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
+
+    return _plan(images, call, lambda height, width: _QWEN_IMAGES, _MIN_QWEN_PX, cuda)
+
+
+def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) -> Plan[Cropped]:
+    """Views of a panorama from one camera or a list."""
+    wanted = [cameras] if isinstance(cameras, Camera) else list(cameras)
+    for camera in wanted:
+        if not isinstance(camera, Camera):
+            raise InvalidInput(
+                f"cameras holds a {type(camera).__name__}; expected panotriton.Camera"
+            )
+    _check_range("size", size, *CROP_SIZES)
+    image: dict[str, Value] = (
+        {"ENCODED": encoded_panorama(panorama)}
+        if is_file(panorama)
+        else {"PANORAMA": Images((pixels("panorama", panorama, cuda=cuda),), alone=True)}
+    )
+    rows = np.array([camera.to_array() for camera in wanted]).reshape(-1, 5)
+    inputs = image | {"CAMERAS": rows, "CROP_SIZE": np.array([size], np.int32)}
+
+    def decode(tensors: Tensors, timings: Timings) -> list[Cropped]:
+        views = zip(tensors["CROPS"], wanted, strict=True)
+        return [Cropped(view, timings, "crop", camera) for view, camera in views]
+
+    call = Call("crop", inputs, {"CROPS": len(wanted) * 3 * size**2}, decode)
+    return Plan((call,), (tuple(range(len(wanted))),), single=isinstance(cameras, Camera))
+
+
+def _plan(
+    images: Any,
+    call: Callable[[Images], Call[list[T]]],
+    most: Callable[[int, int], int],
+    min_side_px: int,
+    cuda: bool,
+) -> Plan[T]:
+    """One request a group of same-sized images, split where `most(height, width)` says."""
+    single = not isinstance(images, (list, tuple))
+    wanted = [images] if single else images
+    arrays = [
+        pixels("image" if single else f"images[{i}]", image, min_side_px=min_side_px, cuda=cuda)
+        for i, image in enumerate(wanted)
+    ]
+    places: list[tuple[int, ...]] = []
+    for group in same_size(arrays):
+        size = max(1, most(*arrays[group[0]].shape[:2]))
+        places += [tuple(group[i : i + size]) for i in range(0, len(group), size)]
+    calls = tuple(call(Images(tuple(arrays[i] for i in part))) for part in places)
+    return Plan(calls, tuple(places), single)
+
+
+def _scores(tensors: Tensors, timings: Timings) -> list[Score]:
+    rows = zip(tensors["SUB_SCORES"], tensors["SCORE"], tensors["RAW_OUTPUT"], strict=True)
+    return [_score(quality(subs, final), raw.decode(), timings) for subs, final, raw in rows]
+
+
+def _score(scores: Quality, raw: str, timings: Timings) -> Score:
+    return Score(
+        final=scores.final_score,
+        **{name: getattr(scores, name) for name in SUB_SCORES},
+        raw=raw,
+        timings=timings,
+        model="qwen_scorer",
+    )
+
+
+def _descriptions(tensors: Tensors, timings: Timings) -> list[Description]:
+    rows = zip(tensors["DESCRIPTION"], tensors["DESCRIPTION_ERROR"], strict=True)
+    return [Description(t.decode(), e.decode(), timings, "qwen_describer") for t, e in rows]
+
+
+def _options(
+    crop_size: int, upscale: int, align: str, prompt: str, threshold: float, interpolations: int
+) -> dict[str, Value]:
+    _check_range("crop_size", crop_size, *CROP_SIZES)
+    _check_range("threshold", threshold, 0, 1)
+    _check_range("interpolations", interpolations, 0, MAX_INTERPOLATIONS)
+    return {
+        **_sr_options(upscale, align, prompt),
+        "CROP_SIZE": np.array([crop_size], np.int32),
+        "THRESHOLD": np.array([threshold], np.float32),
+        "NUM_INTERPOLATIONS": np.array([interpolations], np.int32),
+    }
+
+
+def _sr_options(upscale: int, align: str, prompt: str) -> dict[str, Value]:
+    _check_range("upscale", upscale, 1, 4)
+    if align not in ALIGNMENTS:
+        raise InvalidInput(f"align is {align!r}; expected one of {', '.join(ALIGNMENTS)}")
+    return {
+        "UPSCALE": np.array([upscale], np.int32),
+        "ALIGN": np.array([align.encode()], np.object_),
+        "PROMPT": np.array([prompt.encode()], np.object_),
+    }
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also for NaN
+        raise InvalidInput(f"{name} is {value}; expected {low:g} to {high:g}")
+
+
+def _camera_tensors(seed: int | None, cameras: NDArray[np.float64] | None) -> dict[str, Value]:
+    if cameras is None:
+        seed = 0 if seed is None else seed
+        if not 0 <= seed < 2**63:
+            raise InvalidInput(f"seed is {seed}; expected 0 to 2⁶³-1")
+        return {"SEED": np.array([seed], np.int64)}
+    if seed is not None:
+        raise InvalidInput("seed and cameras are both given; give one of them")
+    cameras = np.asarray(cameras, np.float64)
+    check_cameras("cameras", cameras)
+    return {"GIVEN_CAMERAS": cameras}
+
+
+def _panoramas(one: ImageLike, two: ImageLike, cuda: bool) -> tuple[str, dict[str, Value]]:
+    """The ensemble that takes these two, and its image inputs: files go as they are."""
+    if is_file(one) and is_file(two):
+        files = {"ENCODED_1": encoded_panorama(one), "ENCODED_2": encoded_panorama(two)}
+        return "panorama_encoded", dict(files)
+    images = {
+        f"PANORAMA_{i}": Images((pixels(f"panorama_{i}", image, cuda=cuda),), alone=True)
+        for i, image in enumerate((one, two), start=1)
+    }
+    return "panorama", dict(images)
+
+
+def _on_host(value: Any) -> Any:
+    return value if isinstance(value, np.ndarray) else value.cpu().numpy()

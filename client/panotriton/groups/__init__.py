@@ -1,0 +1,1 @@
+"""Groups on disk: folders, data sets, reports, agreement of scores."""

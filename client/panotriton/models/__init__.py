@@ -1,0 +1,1 @@
+"""What the models of model_repository/ run inside tritonserver. Imports pipeline and errors alone."""

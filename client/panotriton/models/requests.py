@@ -1,0 +1,196 @@
+"""What the repository's model.py files share: reading a request's tensors, answering, calling on.
+
+Importable only inside tritonserver, which brings `triton_python_backend_utils`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.pipeline.camera import sample_cameras
+from panotriton.pipeline.group import check_cameras
+
+__all__ = [
+    "Cancelled",
+    "answers",
+    "ask_qwen",
+    "attempt",
+    "call",
+    "calls_until",
+    "exactly_one",
+    "number",
+    "optional",
+    "read_cameras",
+    "required",
+    "respond",
+    "respond_async",
+    "string",
+    "strings",
+]
+
+Tensors = dict[str, NDArray[Any]]
+_QWEN_IMAGES = 64  # qwen's max_batch_size
+
+
+class Cancelled(Exception):
+    """The caller wants no answer any more."""
+
+
+def respond(requests: Sequence[Any], handle: Callable[[Any], Tensors]) -> list[Any]:
+    """Answer each request by `handle`; a bad one gets its error and its batch mates go on."""
+    return answers([attempt(handle, request) for request in requests])
+
+
+async def respond_async(
+    requests: Sequence[Any], handle: Callable[[Any], Awaitable[Tensors]]
+) -> list[Any]:
+    """`respond` for handlers that call other models: all requests are worked on together."""
+    return answers(await asyncio.gather(*map(handle, requests), return_exceptions=True))
+
+
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, or the exception that it raises."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error
+
+
+def answers(results: Sequence[Tensors | BaseException]) -> list[Any]:
+    """A response for each result: its tensors, or its error with the code that fits."""
+    return [_answer(result) for result in results]
+
+
+def _answer(result: Tensors | BaseException) -> Any:
+    if isinstance(result, InvalidInput):
+        return _failure(str(result), pb_utils.TritonError.INVALID_ARG)
+    if isinstance(result, InferenceFailed):
+        return _failure(str(result), pb_utils.TritonError.INTERNAL)
+    if isinstance(result, Cancelled):
+        return _failure("cancelled", pb_utils.TritonError.CANCELLED)
+    if isinstance(result, BaseException):
+        pb_utils.Logger.log_error("".join(traceback.format_exception(result)))
+        reason = f"{type(result).__name__}: {result} (the server's log has the details)"
+        return _failure(reason, pb_utils.TritonError.INTERNAL)
+    tensors = [pb_utils.Tensor(name, value) for name, value in result.items()]
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _failure(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def required(request: Any, name: str) -> NDArray[Any]:
+    """The tensor `name`; the config makes the server refuse requests without it."""
+    return np.asarray(pb_utils.get_input_tensor_by_name(request, name).as_numpy())
+
+
+def optional(request: Any, name: str) -> NDArray[Any] | None:
+    """The tensor `name`, or None where the caller left it out."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else np.asarray(tensor.as_numpy())
+
+
+def number(request: Any, name: str, default: float) -> Any:
+    """The one value of an optional [1] tensor."""
+    values = optional(request, name)
+    return default if values is None else values.item()
+
+
+def string(request: Any, name: str, default: str) -> str:
+    """The one value of an optional [1] string tensor, as UTF-8."""
+    values = optional(request, name)
+    if values is None:
+        return default
+    try:
+        return str(values.item().decode())
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{name} is not UTF-8: {error}") from error
+
+
+def strings(values: Sequence[str]) -> NDArray[np.object_]:
+    """A string tensor (N,)."""
+    return np.array([value.encode() for value in values], dtype=np.object_)
+
+
+def read_cameras(request: Any) -> NDArray[np.float64]:
+    """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
+    given = optional(request, "GIVEN_CAMERAS")
+    seed = optional(request, "SEED")
+    exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
+    if given is not None:
+        check_cameras("GIVEN_CAMERAS", given)
+        return given
+    value = np.asarray(seed).item()
+    if value < 0:
+        raise InvalidInput(f"SEED is {value}; expected 0 or more")
+    return sample_cameras(value)
+
+
+def exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
+    """Raise InvalidInput unless one of two optional tensors was sent, and one alone."""
+    if (value is None) == (other_value is None):
+        both = "neither is" if value is None else "both are"
+        raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
+
+
+async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
+    """Send one request to another model of this server and wait for it without blocking others.
+
+    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=list(outputs),
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(v)) for name, v in inputs.items()],
+    )
+    response = await request.async_exec()
+    if response.has_error():
+        raise InferenceFailed(f"{model}: {response.error().message()}")
+    return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+def calls_until(is_cancelled: Callable[[], bool]) -> Callable[..., Awaitable[Tensors]]:
+    """`call` for one request: raises Cancelled instead of sending anything once that is so."""
+
+    async def checked(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
+        if is_cancelled():
+            raise Cancelled
+        return await call(model, inputs, outputs)
+
+    return checked
+
+
+async def ask_qwen(
+    images: NDArray[np.uint8],
+    system_prompt: str,
+    *,
+    reading: str = "text",
+    stop_after: str = "",
+    max_new_tokens: int = 1,
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Texts and values (N,) for images (N, H, W, 3), N ≥ 0, from the model that holds the weights."""
+    question = {
+        "SYSTEM_PROMPT": strings([system_prompt]),
+        "READING": strings([reading]),
+        "STOP_AFTER": strings([stop_after]),
+        "MAX_NEW_TOKENS": np.array([max_new_tokens], np.int32),
+    }
+    parts = [images[i : i + _QWEN_IMAGES] for i in range(0, len(images), _QWEN_IMAGES)]
+    results = await asyncio.gather(*(_ask(part, question) for part in parts))
+    replies = [text.decode() for result in results for text in result["TEXT"].flat]
+    values = [result["VALUE"][:, 0] for result in results]
+    return replies, np.concatenate([np.empty(0, np.float32), *values])
+
+
+async def _ask(images: NDArray[np.uint8], question: Tensors) -> Tensors:
+    repeated = {name: value.repeat(len(images))[:, None] for name, value in question.items()}
+    return await call("qwen", {"IMAGE": images} | repeated, ["TEXT", "VALUE"])  # (N, 1) each

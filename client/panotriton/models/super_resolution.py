@@ -1,0 +1,243 @@
+"""OSEDiff's way from image to image: resize, encode, denoise in tiles, decode, align colours.
+
+The four networks are behind `call`, which sends tensors to one of them by name: other models of the
+server, or graphs in this process (`panotriton.local`). Torch-free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from panotriton.errors import InvalidInput
+from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
+from panotriton.models.tags import Tags, tagger_input
+from panotriton.pipeline.images import MAX_PIXELS
+
+__all__ = ["Call", "Limits", "SuperResolver", "run_all"]
+
+_TILES_A_REQUEST = 4
+_VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
+_PROMPTS = 64
+
+T = TypeVar("T")
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+Positions = list[tuple[int, int]]  # (y, x) of tiles
+
+
+class Call(Protocol):
+    """Runs the network `model` on `inputs`; returns the named `outputs`. May raise to end the work."""
+
+    def __call__(
+        self, model: str, inputs: dict[str, Any], outputs: Sequence[str]
+    ) -> Awaitable[dict[str, NDArray[Any]]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds memory: each is a parameter of the model's config.pbtxt.
+
+    images_in_flight: of one call between encoder and decoder; tiles_in_flight: of one image, sent and
+    not yet back; vae_untiled_max_pixels: above it the VAE works in tiles of 1024 px with 64 px of
+    context, which changes the result a little, since group norm then sees one tile at a time.
+    """
+
+    images_in_flight: int = 4
+    tiles_in_flight: int = 16
+    vae_untiled_max_pixels: int = 4_194_304
+
+    @classmethod
+    def from_config(cls, model_config: str) -> Limits:
+        """Read the parameters of a model's config, the JSON that the server hands to `initialize`."""
+        parameters = json.loads(model_config)["parameters"]
+        return cls(**{name: int(parameters[name]["string_value"]) for name in cls.__slots__})
+
+
+class SuperResolver:
+    """Images → super-resolved images. Not for several threads; for any number of coroutines.
+
+    folder: with the osediff.json and tokenizer.json that the export writes. tags: of the network
+    osediff_tagger, whose finds then precede every prompt; without, prompts are used as they are.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, tags: Tags | None = None) -> None:
+        settings = json.loads((folder / "osediff.json").read_text())
+        self._settings: dict[str, Any] = settings
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._limits = limits
+        self._tags = tags
+        self._embeds: dict[str, F32] = {}  # prompt → (1, 77, D); the last 64
+
+    async def run(self, images: U8, call: Call, *, upscale: int, method: str, prompt: str) -> U8:
+        """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
+
+        method: one of `panotriton.models.osediff.ALIGNMENTS`. Raises InvalidInput for more pixels than a
+        request may make, before they are allocated; else whatever `call` raises.
+        """
+        plan = plan_size(images.shape[1], images.shape[2], upscale, self._settings["process_size"])
+        _check_amount(len(images), plan)
+        if self._tags is None:  # one prompt: before images that would all find it missing
+            await self._embed(prompt, call)
+        results = np.empty((len(images), *plan.output, 3), np.uint8)
+        gate = asyncio.Semaphore(self._limits.images_in_flight)
+
+        async def work(index: int) -> None:
+            async with gate:
+                source = await asyncio.to_thread(plan.prepare, images[index])
+                embeds = await self._embed(await self._tagged(prompt, source, call), call)
+                sharp = await _Networks(self._settings, self._limits, call, embeds).run(source)
+                results[index] = await asyncio.to_thread(_finish, plan, sharp, source, method)
+
+        await run_all(work(index) for index in range(len(images)))
+        return results
+
+    async def _tagged(self, prompt: str, source: U8, call: Call) -> str:
+        """The prompt of one image (H, W, 3): its tags and `prompt`. Triton joins what all images ask."""
+        if self._tags is None:
+            return prompt
+        image = await asyncio.to_thread(tagger_input, source)
+        result = await call("osediff_tagger", {"IMAGE": image[None]}, ["PROBABILITY"])
+        return self._tags.prompt(result["PROBABILITY"][0], prompt)
+
+    async def _embed(self, prompt: str, call: Call) -> F32:
+        """The prompt's embedding (1, 77, D), computed once a prompt."""
+        if prompt not in self._embeds:
+            ids = np.array([self._tokenizer.encode(prompt).ids], np.int64)  # (1, 77)
+            result = await call("osediff_text_encoder", {"INPUT_IDS": ids}, ["PROMPT_EMBEDS"])
+            if len(self._embeds) >= _PROMPTS:
+                self._embeds.pop(next(iter(self._embeds)))
+            self._embeds[prompt] = result["PROMPT_EMBEDS"].copy()
+        return self._embeds[prompt]
+
+
+class _Networks:
+    """One image's way through encoder, UNet and decoder."""
+
+    def __init__(self, settings: dict[str, Any], limits: Limits, call: Call, embeds: F32) -> None:
+        self._settings = settings
+        self._factor = int(settings["vae_scale_factor"])
+        self._limits = limits
+        self._call = call
+        self._embeds = embeds  # (1, 77, D)
+
+    async def run(self, source: U8) -> U8:
+        """One image (H, W, 3), sides multiples of 8 → the same size, super-resolved."""
+        latent = await self._encode(source)  # (C, h, w)
+        noise = await self._denoise(latent)  # (C, h, w)
+        return await self._decode(one_step(latent, noise, self._settings["alpha_cumprod"]), source)
+
+    async def _encode(self, source: U8) -> F32:
+        tile, pad = _VAE_TILE_PX, _VAE_PAD_PX
+        if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
+            return await self._encode_tile(source)
+        f = self._factor
+        shape = (self._settings["latent_channels"], source.shape[0] // f, source.shape[1] // f)
+        latent = np.zeros(shape, np.float32)
+        for window in windows(shape[1], shape[2], tile // f, pad // f):
+            part = await self._encode_tile(source[_times(window.read, f)])
+            latent[:, window.read[0], window.read[1]] += part * window.weights
+        return latent
+
+    async def _denoise(self, latent: F32) -> F32:
+        channels, height, width = latent.shape
+        tile = int(self._settings["latent_tile"])
+        if height * width <= tile * tile:
+            noise: F32 = (await self._predict_noise(latent[None]))[0]
+            return noise
+        blend = TileBlend((channels, height, width), tile, self._settings["latent_overlap"])
+        chunks = range(0, len(blend.positions), _TILES_A_REQUEST)
+        sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
+        try:
+            for positions in (blend.positions[i : i + _TILES_A_REQUEST] for i in chunks):
+                work = self._predict_noise(blend.cut(latent, positions))
+                sent.append((positions, asyncio.ensure_future(work)))
+                if len(sent) * _TILES_A_REQUEST >= self._limits.tiles_in_flight:
+                    await self._blend_first(blend, sent)
+            while sent:
+                await self._blend_first(blend, sent)
+        finally:
+            for _, task in sent:
+                task.cancel()
+        return blend.result()
+
+    @staticmethod
+    async def _blend_first(
+        blend: TileBlend, sent: deque[tuple[Positions, asyncio.Task[F32]]]
+    ) -> None:
+        """In the order of the tiles, not of their arrival: sums then round alike every time."""
+        positions, task = sent[0]
+        blend.add(await task, positions)
+        sent.popleft()
+
+    async def _decode(self, latent: F32, source: U8) -> U8:
+        if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
+            return await self._decode_tile(latent)
+        f = self._factor
+        image = np.zeros(source.shape, np.float32)
+        for window in windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX):
+            y, x = (slice(span.start // f, span.stop // f) for span in window.read)
+            tile = await self._decode_tile(latent[:, y, x])
+            # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
+            tile = align(tile, source[window.read], "adain")
+            image[window.read] += tile * window.weights[..., None]
+        return np.asarray(image + np.float32(0.5), np.uint8)
+
+    async def _encode_tile(self, pixels: U8) -> F32:
+        result = await self._call("osediff_vae_encoder", {"IMAGE": pixels[None]}, ["LATENT"])
+        latent: F32 = result["LATENT"][0]  # (C, h, w)
+        return latent
+
+    async def _predict_noise(self, tiles: F32) -> F32:
+        embeds = np.broadcast_to(self._embeds, (len(tiles), *self._embeds.shape[1:]))  # (T, 77, D)
+        inputs = {"LATENT": tiles, "PROMPT_EMBEDS": embeds}
+        return (await self._call("osediff_unet", inputs, ["NOISE"]))["NOISE"]  # (T, C, h, w)
+
+    async def _decode_tile(self, latent: F32) -> U8:
+        result = await self._call("osediff_vae_decoder", {"LATENT": latent[None]}, ["IMAGE"])
+        image: U8 = result["IMAGE"][0]  # (H, W, 3)
+        return image
+
+
+def _finish(plan: SizePlan, sharp: U8, source: U8, method: str) -> U8:
+    return plan.finish(align(sharp, source, method))
+
+
+def _times(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
+    """Latent spans in pixels."""
+    y, x = (slice(span.start * factor, span.stop * factor) for span in spans)
+    return y, x
+
+
+def _check_amount(count: int, plan: SizePlan) -> None:
+    """Bound what a request makes the server allocate, before it does."""
+    height, width = plan.network
+    if height * width > MAX_PIXELS:
+        raise InvalidInput(
+            f"IMAGES would be super-resolved at {width}×{height} px; expected at most "
+            f"{MAX_PIXELS / 1e6:.0f} megapixels: send smaller or less elongated images"
+        )
+    if count * height * width > 4 * MAX_PIXELS:
+        raise InvalidInput(
+            f"IMAGES would make {count} images of {width}×{height} px; expected at most "
+            f"{4 * MAX_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
+        )
+
+
+async def run_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all; on the first failure stop the rest, so that no work outlives its request."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,135 @@
+"""The stages of a group that are geometry and arithmetic: pairs, the filter and in-between views.
+
+Camera arrays are float64 with a last axis of 5 in the order of `camera.CAMERA_FIELDS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.errors import InvalidInput
+from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, Camera, Sphere, lerp_arrays
+from panotriton.pipeline.images import check_panorama
+
+__all__ = [
+    "CROP_SIZES",
+    "check_cameras",
+    "check_crop_size",
+    "check_interpolations",
+    "check_threshold",
+    "filter_intervals",
+    "interpolate_cameras",
+    "interpolate_views",
+    "make_pairs",
+]
+
+CROP_SIZES = (64, 2048)
+MAX_INTERPOLATIONS = 255
+CAMERAS_SHAPE = (2, INTERVALS, 2, len(CAMERA_FIELDS))
+_THREADS = os.cpu_count() or 1
+
+U8 = NDArray[np.uint8]
+F64 = NDArray[np.float64]
+
+
+def check_cameras(name: str, cameras: F64) -> None:
+    """Raise InvalidInput unless `cameras` is (2, 8, 2, 5) with every field inside its limits."""
+    if cameras.shape != CAMERAS_SHAPE:
+        raise InvalidInput(
+            f"{name} has shape {cameras.shape}; expected {CAMERAS_SHAPE}: panorama, interval, "
+            f"left|right, ({', '.join(CAMERA_FIELDS)})"
+        )
+    for index in np.ndindex(*CAMERAS_SHAPE[:3]):
+        try:
+            Camera.from_array(cameras[index])
+        except ValueError as error:
+            raise InvalidInput(f"{name}{list(index)}: {error}") from error
+
+
+def check_crop_size(crop_size: int) -> None:
+    """Raise InvalidInput unless a crop's side is 64 to 2048 px."""
+    low, high = CROP_SIZES
+    if not low <= crop_size <= high:
+        raise InvalidInput(f"CROP_SIZE is {crop_size}; expected {low} to {high} px")
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise InvalidInput unless 0 ≤ threshold ≤ 1."""
+    if not 0.0 <= threshold <= 1.0:
+        raise InvalidInput(f"THRESHOLD is {threshold}; expected 0 to 1")
+
+
+def check_interpolations(count: int) -> None:
+    """Raise InvalidInput unless 0 ≤ count ≤ 255."""
+    if not 0 <= count <= MAX_INTERPOLATIONS:
+        raise InvalidInput(f"NUM_INTERPOLATIONS is {count}; expected 0 to {MAX_INTERPOLATIONS}")
+
+
+def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> tuple[U8, U8]:
+    """Crop every pair image of a group.
+
+    panoramas: two (H, W, 3) uint8; cameras: (2, 8, 2, 5).
+    Returns the pairs (16, S, 2S, 3), left crop | right crop, panorama 1's eight intervals first, and
+    the spheres (2, S, S, 3), the resized panoramas that `interpolate_views` samples again.
+    """
+    for number, panorama in enumerate(panoramas, start=1):
+        check_panorama(f"PANORAMA_{number}", panorama)
+    check_crop_size(crop_size)
+    pairs = np.empty((2 * INTERVALS, crop_size, 2 * crop_size, 3), np.uint8)
+    spheres = [Sphere(panorama, crop_size) for panorama in panoramas]
+    for p, sphere in enumerate(spheres):
+        halves = pairs[p * INTERVALS : (p + 1) * INTERVALS].reshape(INTERVALS, crop_size, 2, -1, 3)
+        views = [halves[k, :, side] for k in range(INTERVALS) for side in range(2)]
+        sphere.crops(_cameras(cameras[p]), views, threads=_THREADS)
+    return pairs, np.stack([sphere.image for sphere in spheres])
+
+
+def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDArray[np.int32]:
+    """Interval ids (1…8) whose lowest score over both panoramas reaches the threshold.
+
+    scores: (16,) as `make_pairs` orders them. NaN is "no score": an interval is judged by its valid
+    scores alone and dropped where it has none.
+    """
+    if scores.shape != (2 * INTERVALS,):
+        raise InvalidInput(
+            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one a pair"
+        )
+    check_threshold(threshold)
+    by_panorama = scores.reshape(2, INTERVALS)
+    lowest = np.fmin(by_panorama[0], by_panorama[1])  # NaN only where both are
+    # float32 scores against a float32 threshold: 0.7 must reach 0.7.
+    return np.flatnonzero(lowest >= np.float32(threshold)).astype(np.int32) + 1
+
+
+def interpolate_cameras(cameras: F64, kept: NDArray[np.int32], count: int = 9) -> F64:
+    """The in-between cameras, (K, 2, N, 5): kept interval, panorama, weight i/(N+1) for i = 1…N."""
+    check_interpolations(count)
+    if len(kept) and not (kept.min() >= 1 and kept.max() <= INTERVALS):
+        raise InvalidInput(f"KEPT is {kept.tolist()}; expected interval ids from 1 to {INTERVALS}")
+    ends = cameras[:, kept - 1].transpose(1, 0, 2, 3)[:, :, :, None]  # (K, 2, left|right, 1, 5)
+    w = (np.arange(1, count + 1) / (count + 1))[:, None]  # (N, 1)
+    return lerp_arrays(ends[:, :, 0], ends[:, :, 1], w)
+
+
+def interpolate_views(spheres: U8, between: F64) -> U8:
+    """Crop the in-between views: spheres (2, S, S, 3), cameras (K, 2, N, 5) → (K·2·N, S, S, 3)."""
+    low, high = CROP_SIZES
+    if spheres.ndim != 4 or spheres.shape[0] != 2 or spheres.shape[1] != spheres.shape[2]:
+        raise InvalidInput(f"SPHERES has shape {spheres.shape}; expected (2, S, S, 3)")
+    kept, _, count, _ = between.shape
+    size = spheres.shape[1]
+    if not low <= size <= high:
+        raise InvalidInput(f"SPHERES has sides of {size} px; expected {low} to {high}")
+    views = np.empty((kept, 2, count, size, size, 3), np.uint8)
+    for p in range(2):
+        flat = [view for interval in views[:, p] for view in interval]
+        Sphere(spheres[p], size).crops(_cameras(between[:, p]), flat, threads=_THREADS)
+    return views.reshape(kept * 2 * count, size, size, 3)
+
+
+def _cameras(rows: F64) -> list[Camera]:
+    return [Camera.from_array(row) for row in rows.reshape(-1, len(CAMERA_FIELDS))]

@@ -1,0 +1,100 @@
+"""The three services as FastAPI apps that share one set of connections, locks and roots."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+from fastapi import APIRouter, FastAPI, Response
+
+from panotriton.client.client import Client
+from panotriton.errors import ConnectError, InvalidInput
+from panotriton.web.gateway import interpolate, osediff, preprocess, quality
+from panotriton.web.gateway.connections import Connection, SharedConnection
+from panotriton.web.gateway.context import Context, Settings
+from panotriton.web.gateway.docs import FAILURES
+from panotriton.web.gateway.failures import Reply, answer_failures
+from panotriton.web.gateway.limits import BodyLimit
+from panotriton.web.gateway.paths import Roots
+from panotriton.web.gateway.schemas import Health
+from panotriton.web.gateway.workers import Workers
+
+__all__ = ["SERVICES", "Settings", "create_apps"]
+
+# Service → its routers and its port by custom.
+SERVICES = {"preprocess": 5000, "osediff": 5001, "quality": 5002}
+_ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
+    "preprocess": (preprocess.router, interpolate.router),
+    "osediff": (osediff.router,),
+    "quality": (quality.router,),
+}
+_MAX_SHARED_BYTES = 4 << 30  # a thread's; made as requests need it
+_ABOUT = """\
+Endpoints that take paths open files below the gateway's roots only. Those that end in `_tensor` do the \
+same work on tensors. Images are RGB. Every failure is `{"error": "…"}`.
+"""
+
+
+@contextlib.contextmanager
+def create_apps(
+    settings: Settings, connect: Callable[[], Connection] | None = None
+) -> Iterator[dict[str, FastAPI]]:
+    """The apps by service name, usable inside the block. `connect` makes the clients, one a thread.
+
+    Makes the output folder. Raises InvalidInput where it cannot, or a root does not exist.
+    """
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"output {settings.output} cannot be made: {error.strerror}") from error
+    connect = connect or (lambda: _connect(settings))
+    with (
+        Roots([settings.output, *settings.roots]) as roots,
+        Workers(connect, settings.threads, settings.max_waiting) as workers,
+    ):
+        context = Context(settings, roots, workers)
+        yield {name: _create_app(name, context) for name in SERVICES}
+
+
+def _connect(settings: Settings) -> Connection:
+    client = Client(settings.url, timeout_s=settings.timeout_s)
+    return SharedConnection(client, _MAX_SHARED_BYTES) if settings.shared_memory else client
+
+
+def _create_app(service: str, context: Context) -> FastAPI:
+    app = FastAPI(
+        title=f"panotriton gateway: {service}",
+        description=_ABOUT,
+        version=metadata.version("panotriton"),
+        default_response_class=Reply,
+    )
+    answer_failures(app)
+    app.add_middleware(BodyLimit, max_bytes=_body_limit(context.settings))
+    for make_router in _ROUTERS[service]:
+        app.include_router(make_router(context))
+    app.include_router(_health(service, context))
+    return app
+
+
+def _body_limit(settings: Settings) -> Callable[[str], int]:
+    def limit(path: str) -> int:
+        tensor = path.endswith("_tensor")
+        return settings.max_body_bytes if tensor else settings.max_path_body_bytes
+
+    return limit
+
+
+def _health(service: str, context: Context) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health", response_model=Health, responses={503: FAILURES[503]})
+    async def health() -> Response:
+        """Whether the Triton server behind is ready, asked on a thread of its own."""
+        try:
+            await context.check_health()
+        except ConnectError as error:
+            return Reply({"status": "unhealthy", "service": service, "error": str(error)}, 503)
+        return Reply({"status": "healthy", "service": service})
+
+    return routes

@@ -1,0 +1,98 @@
+"""What the endpoints of all three services share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import Request, Response
+
+from panotriton.errors import ConnectError, InvalidInput
+from panotriton.pipeline.group import CROP_SIZES
+from panotriton.web.gateway.connections import Connection
+from panotriton.web.gateway.groups import Groups
+from panotriton.web.gateway.paths import Roots
+from panotriton.web.gateway.tensors import Incoming, TensorOptions, read
+from panotriton.web.gateway.workers import Workers
+
+__all__ = ["Context", "Settings"]
+
+O = TypeVar("O", bound=TensorOptions)  # noqa: E741
+T = TypeVar("T")
+
+
+_LIMITS = {
+    "seed": (0, 2**62),
+    "crop_size": CROP_SIZES,
+    "upscale": (1, 4),
+    "threads": (1, 256),
+    "max_waiting": (0, 65536),
+    "max_body_bytes": (1, 1 << 40),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A gateway's options.
+
+    output: where preprocessing makes group folders; a root as well. seed: group g draws its cameras
+    from seed + g. max_body_bytes bounds tensor requests; those with paths are bounded to 4 MiB.
+    shared_memory: the server is on this machine and may map regions of each thread.
+    Raises InvalidInput for a number out of range.
+    """
+
+    output: Path
+    roots: tuple[Path, ...] = ()
+    url: str = "localhost:8001"
+    seed: int = 0
+    crop_size: int = 512
+    upscale: int = 2
+    threads: int = 4
+    max_waiting: int = 64
+    max_body_bytes: int = 512 << 20
+    shared_memory: bool = False
+    timeout_s: float = 3600.0
+    max_path_body_bytes: int = field(default=4 << 20, init=False)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidInput(f"{name} is {value}; expected {low} to {high}")
+
+
+class Context:
+    """The settings and the resources of a running gateway."""
+
+    def __init__(self, settings: Settings, roots: Roots, workers: Workers) -> None:
+        self.settings = settings
+        self.roots = roots
+        self.groups = Groups(roots, roots.check(str(settings.output)), settings.seed)
+        self._workers = workers
+
+    async def run(self, work: Callable[[Context, Connection, T], object], request: T) -> object:
+        """The answer of one path endpoint's function, on a thread of its own."""
+        return await self._workers.run(lambda client: work(self, client, request))
+
+    async def run_tensor(
+        self,
+        work: Callable[[Context, Connection, Incoming[O]], Response],
+        request: Request,
+        options: type[O],
+        min_side_px: int,
+    ) -> Response:
+        """Read a tensor request and answer it; both on a thread of its own, since bodies are large."""
+        kind = request.headers.get("content-type", "")
+        body = await request.body()
+        incoming = partial(read, body, kind, request.query_params, options, min_side_px)
+        return await self._workers.run(lambda client: work(self, client, incoming()))
+
+    async def check_health(self) -> None:
+        """Raise ConnectError unless the server answers and its models are ready."""
+        if not await self._workers.ready():
+            raise ConnectError(
+                f"the Triton server at {self.settings.url} is not ready; start it with `panotriton serve`"
+            )

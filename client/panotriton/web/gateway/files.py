@@ -1,0 +1,83 @@
+"""Image files: read to RGB uint8 pixels and written from them, below the roots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.groups.folder import JPEG_QUALITY
+from panotriton.pipeline.images import MAX_PIXELS, decode_image
+from panotriton.web.gateway.failures import ForbiddenPath
+from panotriton.web.gateway.paths import Roots
+
+__all__ = ["check_name", "read_image", "read_images", "write_images"]
+
+_OPTIONS = {
+    ".jpg": (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY),
+    ".jpeg": (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY),
+    ".png": (),
+    ".webp": (cv2.IMWRITE_WEBP_QUALITY, JPEG_QUALITY),
+}
+_MAX_PIXELS_IN_ALL = 4 * MAX_PIXELS  # 1.6 GB of pixels
+
+U8 = NDArray[np.uint8]
+
+
+def read_image(roots: Roots, path: str) -> U8:
+    """The pixels (H, W, 3); their number is checked before they are decoded."""
+    return decode_image(path, roots.read(path))
+
+
+def read_images(roots: Roots, paths: Sequence[str]) -> list[U8 | InvalidInput]:
+    """Each file's pixels or what is wrong with it. A path outside the roots fails them all."""
+    for path in paths:
+        roots.check(path)
+    images: list[U8 | InvalidInput] = []
+    pixels = 0
+    for path in paths:
+        image = _attempt(roots, path)
+        pixels += 0 if isinstance(image, InvalidInput) else image.shape[0] * image.shape[1]
+        if pixels > _MAX_PIXELS_IN_ALL:
+            raise InvalidInput(
+                f"the files up to {path} have {pixels / 1e6:.0f} megapixels; expected at most "
+                f"{_MAX_PIXELS_IN_ALL / 1e6:.0f} a request: send fewer at once"
+            )
+        images.append(image)
+    return images
+
+
+def _attempt(roots: Roots, path: str) -> U8 | InvalidInput:
+    try:
+        return read_image(roots, path)
+    except ForbiddenPath:
+        raise
+    except InvalidInput as error:
+        return error
+
+
+def check_name(path: Path) -> None:
+    """Raise InvalidInput unless the file's name tells a format that can be written."""
+    if path.suffix.lower() not in _OPTIONS:
+        raise InvalidInput(f"{path} ends in no known format; expected {', '.join(_OPTIONS)}")
+
+
+def write_images(roots: Roots, images: Iterable[tuple[Path, U8]]) -> None:
+    """Write (H, W, 3) images to their paths, each in one step, in the format of its name."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
+        list(pool.map(lambda item: roots.write(item[0], _encode(*item)), images))
+
+
+def _encode(path: Path, image: U8) -> bytes:
+    suffix = path.suffix.lower()
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    ok, data = cv2.imencode(suffix, bgr, _OPTIONS[suffix])
+    if not ok:
+        raise PanotritonError(f"cannot encode {path}")
+    return data.tobytes()

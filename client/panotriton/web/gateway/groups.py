@@ -1,0 +1,159 @@
+"""A group's folder: what its files are called, and the cameras that its two panoramas share.
+
+`params/shared_right_params.json` and `params/panorama1_left_params.json` carry the cameras from the
+first panorama's request to the second's, each a list of eight, as the file-path services kept them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.errors import InvalidInput
+from panotriton.groups.folder import group_folder
+from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, LIMITS, Camera, sample_cameras
+from panotriton.web.gateway.failures import ForbiddenPath
+from panotriton.web.gateway.paths import Roots
+
+__all__ = ["Groups", "Params", "camera_row", "pair_stem", "params"]
+
+F64 = NDArray[np.float64]
+Params = dict[str, float]
+
+_RIGHT = "shared_right_params.json"
+_LEFT_1 = "panorama1_left_params.json"
+_MAX_STATE_BYTES = 64 << 10
+_LOCKS = 64
+
+
+class Groups:
+    """The groups below one output folder."""
+
+    def __init__(self, roots: Roots, output: Path, seed: int) -> None:
+        self._roots = roots
+        self._output = output
+        self._seed = seed
+        # One lock a group keeps its two files together; groups may share one, which only costs time.
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    def folder(self, group_id: int) -> Path:
+        """`output/group_0001`."""
+        return group_folder(self._output, group_id)
+
+    def first_cameras(self, group_id: int) -> F64:
+        """Draw the first panorama's cameras (8, left|right, 5) and keep them for the second."""
+        cameras: F64 = self._drawn(group_id)[0]
+        with self._lock(group_id):
+            self._write_rows(group_id, _RIGHT, cameras[:, 1])
+            self._write_rows(group_id, _LEFT_1, cameras[:, 0])
+        return cameras
+
+    def second_cameras(self, group_id: int, base: str) -> F64:
+        """The second panorama's cameras (8, left|right, 5), from what the first left in the folder.
+
+        base: what the second panorama's files are named after. Raises InvalidInput where the first
+        panorama has not been here, or has the same name and would lose its files.
+        """
+        with self._lock(group_id):
+            right = self._read_rows(group_id, _RIGHT)
+            left_1 = self._read_rows(group_id, _LEFT_1)
+            self._check_base(group_id, base, left_1)
+        return np.stack([_second_left(left_1, right, self._drawn(group_id)), right], axis=1)
+
+    def write_params(self, group_id: int, base: str, cameras: F64) -> list[tuple[str, str]]:
+        """Write each pair's left and right camera; returns the paths."""
+        written = []
+        for interval, pair in enumerate(cameras, start=1):
+            names = tuple(
+                f"{base}_yaw{interval:02d}_{side}_params.json" for side in ("left", "right")
+            )
+            paths = [
+                self._write(group_id, n, params(row)) for n, row in zip(names, pair, strict=True)
+            ]
+            written.append((paths[0], paths[1]))
+        return written
+
+    def _drawn(self, group_id: int) -> F64:
+        return sample_cameras(self._seed + group_id)  # (2, 8, 2, 5)
+
+    def _lock(self, group_id: int) -> AbstractContextManager[bool]:
+        return self._locks[group_id % _LOCKS]
+
+    def _check_base(self, group_id: int, base: str, left_1: F64) -> None:
+        try:
+            taken = self._read(group_id, f"{base}_yaw01_left_params.json")
+        except InvalidInput:
+            return  # no such file: the name is free
+        if taken == params(left_1[0]):
+            raise InvalidInput(
+                f"the second panorama of group {group_id} is called {base} like the first; expected "
+                "another name, since their files go to one folder: rename or copy it"
+            )
+
+    def _read_rows(self, group_id: int, name: str) -> F64:
+        rows = self._read(group_id, name)
+        try:
+            cameras = [camera_row(row) for row in rows]
+            if len(cameras) != INTERVALS:
+                raise ValueError(f"{len(cameras)} cameras")
+        except (TypeError, ValueError, KeyError) as error:
+            raise InvalidInput(
+                f"{name} of group {group_id} is broken ({error}); expected a list of {INTERVALS} "
+                f"cameras with {', '.join(CAMERA_FIELDS)}: send the first panorama again"
+            ) from error
+        return np.stack(cameras)
+
+    def _read(self, group_id: int, name: str) -> Any:
+        path = self.folder(group_id) / "params" / name
+        try:
+            return json.loads(self._roots.read(str(path), _MAX_STATE_BYTES))
+        except ForbiddenPath:
+            raise
+        except (InvalidInput, ValueError) as error:
+            raise InvalidInput(
+                f"group {group_id} has no cameras yet ({error}); expected its first panorama before "
+                "the second: send it with is_first true"
+            ) from error
+
+    def _write_rows(self, group_id: int, name: str, rows: F64) -> None:
+        self._write(group_id, name, [params(row) for row in rows])
+
+    def _write(self, group_id: int, name: str, content: Any) -> str:
+        path = self.folder(group_id) / "params" / name
+        self._roots.write(path, (json.dumps(content, indent=4) + "\n").encode())
+        return str(path)
+
+
+def _second_left(left_1: F64, right: F64, drawn: F64) -> F64:
+    """The second panorama's left cameras (8, 5): as far from what the first's are as those drawn are.
+
+    The kept state decides, whoever wrote it. Where it is what was drawn, so is the result, to the bit.
+    """
+    low, high = np.array([LIMITS[name] for name in CAMERA_FIELDS]).T
+    moved = (left_1 + drawn[1, :, 0] - drawn[0, :, 0]).clip(low, high)
+    left_2 = np.where(left_1 == drawn[0, :, 0], drawn[1, :, 0], moved)
+    left_2[:, 0] = right[:, 0]  # the yaw is the pair's
+    return left_2
+
+
+def pair_stem(base: str, interval: int) -> str:
+    """What a pair's files are named: `{base}_yaw01_pair`."""
+    return f"{base}_yaw{interval:02d}_pair"
+
+
+def params(row: F64) -> Params:
+    """A (5,) camera as the services' JSON object."""
+    return asdict(Camera.from_array(row))
+
+
+def camera_row(fields: Mapping[str, float]) -> F64:
+    """The reverse; raises ValueError or KeyError for a field that is missing or out of range."""
+    return Camera(*(float(fields[name]) for name in CAMERA_FIELDS)).to_array()

@@ -1,0 +1,210 @@
+"""In-between views: `/generate_interpolated_images` by paths, `/interpolate_tensor` by tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic import Field
+
+from panotriton.errors import InvalidInput
+from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS
+from panotriton.pipeline.images import MAX_PIXELS, MIN_SIDE_PX
+from panotriton.web.gateway import stages
+from panotriton.web.gateway.connections import Connection
+from panotriton.web.gateway.context import Context
+from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
+from panotriton.web.gateway.failures import ForbiddenPath, Reply
+from panotriton.web.gateway.files import read_image, write_images
+from panotriton.web.gateway.groups import camera_row, params
+from panotriton.web.gateway.preprocess import check_panoramas
+from panotriton.web.gateway.schemas import InterpolateReply, InterpolateRequest, SplitEntry
+from panotriton.web.gateway.tensors import CameraOptions, Incoming, answer
+
+__all__ = ["InterpolateOptions", "router"]
+
+# As the file-path services found a group's folder in the path of a split image.
+_GROUP = re.compile(r"^(.*?/group_\d+)/")
+
+F64 = NDArray[np.float64]
+U8 = NDArray[np.uint8]
+
+
+class InterpolateOptions(CameraOptions):
+    num_interpolations: int = Field(9, ge=0, le=MAX_INTERPOLATIONS)
+    crop_size: int | None = Field(None, ge=CROP_SIZES[0], le=CROP_SIZES[1])
+
+
+def router(context: Context) -> APIRouter:
+    """The endpoints of port 5000 that make in-between views."""
+    routes = APIRouter()
+
+    @routes.post(
+        "/generate_interpolated_images", response_model=InterpolateReply, responses=FAILURES
+    )
+    async def generate_interpolated_images(request: InterpolateRequest) -> Response:
+        """Crop the views between each entry's cameras into the group's interpolated/."""
+        return Reply(await context.run(_interpolate_files, request))
+
+    @routes.post(
+        "/interpolate_tensor",
+        openapi_extra=tensor_endpoint(InterpolateOptions),
+        responses=tensor_reply(
+            "K·P·num_interpolations views of crop_size: interval by interval, then panorama, then "
+            "weight i/(N+1).",
+            "NHWC or NCHW.",
+            cameras="(K, P, N, 5) of the views. Not in .npy replies.",
+        ),
+    )
+    async def interpolate_tensor(request: Request) -> Response:
+        """Views of one panorama or of two of one size, between `cameras` (P, K ≤ 8, left|right, 5)."""
+        return await context.run_tensor(
+            _interpolate_tensor, request, InterpolateOptions, MIN_SIDE_PX
+        )
+
+    return routes
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A good entry of the request: which panorama it is of (0 or 1), and what its views are called."""
+
+    entry: SplitEntry
+    panorama: int
+    prefix: Path
+
+
+Views = list[dict[str, Any]]
+
+
+def _interpolate_files(context: Context, client: Connection, request: InterpolateRequest) -> Any:
+    paths = (request.panorama1_path, request.panorama2_path)
+    bases = [Path(path).stem for path in paths]
+    if bases[0] == bases[1]:
+        raise InvalidInput(
+            f"both panoramas are called {bases[0]}; expected different names, since the entries' file "
+            "names tell which one they are of: rename or copy one"
+        )
+    splits, errors = _splits(context, request, bases)
+    panoramas = [read_image(context.roots, path) for path in paths]
+    views: dict[int, Views] = {}
+    for indices, ends in _requests(context, request, splits):
+        count, size = request.num_interpolations, context.settings.crop_size
+        crops, cameras = stages.interpolate(client, panoramas, ends, count, size)
+        for p, column in enumerate(indices):
+            for k, index in enumerate(column):
+                views[index] = _write(context, splits[index].prefix, crops[k, p], cameras[k, p])
+    entries = enumerate(request.split_results)
+    results = [_result(e, splits.get(i), views.get(i, []), errors.get(i)) for i, e in entries]
+    return {"success": True, "results": results}
+
+
+def _splits(
+    context: Context, request: InterpolateRequest, bases: Sequence[str]
+) -> tuple[dict[int, _Split], dict[int, str]]:
+    """The good entries by index, and what is wrong with the others."""
+    folder = context.groups.folder(request.group_id) / "interpolated"
+    splits, errors = {}, {}
+    for index, entry in enumerate(request.split_results):
+        try:
+            splits[index] = _split(context, entry, bases, folder)
+        except ForbiddenPath:
+            raise
+        except InvalidInput as error:
+            errors[index] = str(error)
+    return splits, errors
+
+
+def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Path) -> _Split:
+    stem = Path(entry.pair_image or entry.left_image).stem
+    holders = [p for p, base in enumerate(bases) if stem.startswith(f"{base}_yaw")]
+    if not holders:
+        raise InvalidInput(
+            f"pair_image {entry.pair_image!r} is of neither panorama; expected a name that starts with "
+            f"{bases[0]}_yaw or {bases[1]}_yaw"
+        )
+    group = _GROUP.match(entry.left_image)
+    folder = context.roots.check(group[1]) / "interpolated" if group else folder
+    # a and a_yaw_b both begin a_yaw_b_yaw01: the longer name is meant.
+    panorama = max(holders, key=lambda p: len(bases[p]))
+    return _Split(entry, panorama, folder / (Path(entry.left_image).stem or f"{stem}_left"))
+
+
+def _requests(
+    context: Context, request: InterpolateRequest, splits: Mapping[int, _Split]
+) -> Iterator[tuple[list[list[int]], F64]]:
+    """As many entries at once as fit: their indices by panorama, and their cameras (2, K, 2, 5)."""
+    columns = [[i for i, split in splits.items() if split.panorama == p] for p in range(2)]
+    step = _most_intervals(request.num_interpolations, context.settings.crop_size)
+    for start in range(0, max(map(len, columns)), step):
+        indices = [column[start : start + step] for column in columns]
+        yield indices, _ends([[splits[i].entry for i in column] for column in indices])
+
+
+def _most_intervals(count: int, crop_size: int) -> int:
+    """How many intervals of two panoramas with `count` views each make one request: 1 to 8."""
+    pixels = 2 * max(count, 1) * crop_size * crop_size
+    return min(max(MAX_PIXELS // pixels, 1), INTERVALS)
+
+
+def _ends(columns: Sequence[Sequence[SplitEntry]]) -> F64:
+    """The left and right cameras; a panorama with fewer entries borrows the rest from the other."""
+    longest = max(columns, key=len)
+    rows = [[*column, *longest[len(column) :]] for column in columns]
+    return np.array([[_pair(entry) for entry in row] for row in rows])
+
+
+def _pair(entry: SplitEntry) -> list[F64]:
+    return [camera_row(end.model_dump()) for end in (entry.main_params, entry.rand_params)]
+
+
+def _write(context: Context, prefix: Path, crops: U8, cameras: F64) -> Views:
+    """Write one entry's views (N, S, S, 3); returns what the reply says of them."""
+    paths = [prefix.with_name(f"{prefix.name}_interp_{i + 1:02d}.jpg") for i in range(len(crops))]
+    write_images(context.roots, zip(paths, crops, strict=True))
+    return [
+        {"path": str(path), "weight_idx": i, "params": params(row)}
+        for i, (path, row) in enumerate(zip(paths, cameras, strict=True), start=1)
+    ]
+
+
+def _result(
+    entry: SplitEntry, split: _Split | None, views: Views, error: str | None
+) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"success": True} if split else {"success": False, "error": error}
+    return {
+        "panorama": f"panorama{split.panorama + 1}" if split else None,
+        "interval": entry.interval,
+        "interpolated_images": views,
+        "main_params": entry.main_params.model_dump(),
+        "rand_params": entry.rand_params.model_dump(),
+    } | outcome
+
+
+def _interpolate_tensor(
+    context: Context, client: Connection, incoming: Incoming[InterpolateOptions]
+) -> Response:
+    options = incoming.options
+    crop_size = options.crop_size or context.settings.crop_size
+    ends = options.camera_array()  # (P, K, 2, 5)
+    if len(ends) != check_panoramas(incoming.images):
+        raise InvalidInput(
+            f"cameras are of {len(ends)} panoramas; expected {len(incoming.images)}, one set each"
+        )
+    most = _most_intervals(options.num_interpolations, crop_size)
+    if ends.shape[1] > most:
+        raise InvalidInput(
+            f"cameras ask for {ends.shape[1]} intervals; expected at most {most} with "
+            f"{options.num_interpolations} views of {crop_size} px: ask for fewer at once"
+        )
+    views, cameras = stages.interpolate(
+        client, list(incoming.images), ends, options.num_interpolations, crop_size
+    )
+    return answer(incoming, views.reshape(-1, *views.shape[3:]), cameras)

@@ -1,0 +1,120 @@
+"""Super-resolution: `/super_resolution_batch` by paths, `/super_resolution_tensor` by tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic import Field
+
+from panotriton.errors import InvalidInput
+from panotriton.web.gateway import stages
+from panotriton.web.gateway.batches import Failure, by_size
+from panotriton.web.gateway.connections import Connection
+from panotriton.web.gateway.context import Context
+from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
+from panotriton.web.gateway.failures import Reply
+from panotriton.web.gateway.files import check_name, read_images, write_images
+from panotriton.web.gateway.schemas import SuperResolutionReply, SuperResolutionRequest
+from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
+
+__all__ = ["router"]
+
+_MIN_SIDE_PX = 8
+
+U8 = NDArray[np.uint8]
+
+
+class SuperResolutionOptions(TensorOptions):
+    align_method: Literal["adain", "wavelet", "nofix"] = "adain"
+    upscale: Annotated[int, Field(ge=1, le=4)] = 2
+    prompt: str = Field("", max_length=4096)
+
+
+def router(context: Context) -> APIRouter:
+    """The endpoints of port 5001."""
+    routes = APIRouter()
+
+    @routes.post("/super_resolution_batch", response_model=SuperResolutionReply, responses=FAILURES)
+    async def super_resolution_batch(request: SuperResolutionRequest) -> Response:
+        """Sharpen images; images of one size go to the model together. A bad one fails alone."""
+        return Reply(await context.run(_sharpen_files, request))
+
+    @routes.post(
+        "/super_resolution_tensor",
+        openapi_extra=tensor_endpoint(SuperResolutionOptions),
+        responses=tensor_reply(
+            "`upscale` times the size, sides a multiple of 8.", "As the request's."
+        ),
+    )
+    async def super_resolution_tensor(request: Request) -> Response:
+        """Sharpen one image or a batch of one size, at least 8 px a side."""
+        return await context.run_tensor(
+            _sharpen_tensor, request, SuperResolutionOptions, _MIN_SIDE_PX
+        )
+
+    return routes
+
+
+def _sharpen_files(context: Context, client: Connection, request: SuperResolutionRequest) -> Any:
+    targets = _targets(context, request)
+    loaded = read_images(context.roots, request.input_paths)
+    images = [
+        image if isinstance(target, Path) else target
+        for image, target in zip(loaded, targets, strict=True)
+    ]
+
+    def sharpen(stack: U8) -> list[U8]:
+        upscale = context.settings.upscale
+        return list(
+            stages.super_resolve(client, stack, align=request.align_method, upscale=upscale)
+        )
+
+    outcomes = list(zip(targets, by_size(images, sharpen), strict=True))
+    written = [(t, s) for t, s in outcomes if isinstance(t, Path) and isinstance(s, np.ndarray)]
+    write_images(context.roots, written)
+    return {"success": True, "results": [_result(*outcome) for outcome in outcomes]}
+
+
+def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
+    """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
+    folder = context.roots.check(request.output_dir or str(context.settings.output)) / "osediff"
+    taken: set[Path] = set()
+    return [_target(folder / Path(path).name, taken) for path in request.input_paths]
+
+
+def _target(target: Path, taken: set[Path]) -> Path | InvalidInput:
+    try:
+        check_name(target)
+    except InvalidInput as error:
+        return error
+    if target in taken:
+        return InvalidInput(
+            f"{target.name} is the name of another image of this request; expected distinct names, "
+            "since results keep them: send it in a request of its own, with another output_dir"
+        )
+    taken.add(target)
+    return target
+
+
+def _result(target: Path | InvalidInput, outcome: object) -> dict[str, Any]:
+    if isinstance(outcome, Failure):
+        return {"success": False, "output_path": None, "error": str(outcome)}
+    return {"success": True, "output_path": str(target)}
+
+
+def _sharpen_tensor(
+    context: Context, client: Connection, incoming: Incoming[SuperResolutionOptions]
+) -> Response:
+    options = incoming.options
+    sharp = stages.super_resolve(
+        client,
+        incoming.images,
+        align=options.align_method,
+        upscale=options.upscale,
+        prompt=options.prompt,
+    )
+    return answer(incoming, sharp, batch=False)

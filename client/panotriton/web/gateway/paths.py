@@ -1,0 +1,186 @@
+"""Files that requests name, opened below the allowed roots only.
+
+A path is resolved first, links included, and must then lie below a root. It is opened from the
+root's own descriptor one component at a time, following no link: whatever is swapped between check and
+open is refused or was inside all along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.web.gateway.failures import ForbiddenPath
+
+__all__ = ["MAX_FILE_BYTES", "Roots"]
+
+MAX_FILE_BYTES = 512 << 20
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without NONBLOCK, opening a named pipe would wait for its writer.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# A caller can cure these; a full disk is ours.
+_NAME_AT_FAULT = (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOTEMPTY)
+
+
+class Roots:
+    """The folders below which requests may read and write. Holds them open until closed."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._open: dict[Path, int] = {}  # resolved root → descriptor
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for folder in folders:
+                self._add(folder)
+            undo.pop_all()
+
+    def __enter__(self) -> Roots:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folders; safe to call twice."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _add(self, folder: Path) -> None:
+        real = Path(os.path.realpath(folder))
+        if real in self._open:
+            return
+        try:
+            self._open[real] = os.open(real, _FOLDER)
+        except OSError as error:
+            raise InvalidInput(
+                f"root {folder}: {error.strerror}; expected a folder that exists"
+            ) from error
+
+    def check(self, path: str) -> Path:
+        """The path with its links resolved; a relative one starts at the working directory.
+
+        Raises ForbiddenPath where it does not lie below a root, whether it exists or not.
+        """
+        return self._locate(path)[0]
+
+    def read(self, path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """The content of a regular file of at most `max_bytes`.
+
+        Raises ForbiddenPath outside the roots, InvalidInput where it cannot be read.
+        """
+        real, root = self._locate(path)
+        if real == root:
+            raise _no_file(path)
+        with self._folder(real.parent, root, path) as folder:
+            file = _open(path, real.name, folder, _READ)
+        try:
+            return _read_all(path, file, max_bytes)
+        finally:
+            os.close(file)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Replace a file in one step, so that a reader never sees half of it; makes its folders.
+
+        Raises ForbiddenPath outside the roots, PanotritonError where it cannot be written.
+        """
+        # The name is not resolved: a link of that name is replaced, not followed.
+        parent, root = self._locate(str(path.parent))
+        if path.name in ("", ".."):
+            raise _no_file(str(path))
+        with self._folder(parent, root, str(path), create=True) as folder:
+            _replace(path, folder, data)
+
+    def _locate(self, path: str) -> tuple[Path, Path]:
+        """The resolved path and the innermost root that holds it."""
+        try:
+            real = Path(os.path.realpath(path))
+        except (ValueError, OSError) as error:  # a NUL, or what no file name can hold
+            raise InvalidInput(f"{path!r} is no path: {error}") from error
+        holders = [root for root in self._open if real.is_relative_to(root)]
+        if not holders:
+            raise ForbiddenPath(
+                f"{path} is outside the folders that this gateway may open; move it below one of "
+                "them, or start the gateway with another --root"
+            )
+        return real, max(holders, key=lambda root: len(root.parts))
+
+    @contextlib.contextmanager
+    def _folder(self, real: Path, root: Path, path: str, *, create: bool = False) -> Iterator[int]:
+        """A descriptor of the folder `real`, reached from the root's without following a link."""
+        folder = os.dup(self._open[root])
+        try:
+            for part in real.relative_to(root).parts:
+                inner = _enter(path, part, folder, create)
+                os.close(folder)
+                folder = inner
+            yield folder
+        finally:
+            os.close(folder)
+
+
+def _enter(path: str, part: str, folder: int, create: bool) -> int:
+    if create:
+        try:
+            os.mkdir(part, dir_fd=folder)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    return _open(path, part, folder, _FOLDER)
+
+
+def _open(path: str, part: str, folder: int, flags: int) -> int:
+    try:
+        return os.open(part, flags, dir_fd=folder)
+    except OSError as error:
+        if _is_link(part, folder):  # resolved before: it has just taken the place of what was there
+            raise ForbiddenPath(
+                f"{path} leads through a link that is not safe to follow"
+            ) from error
+        raise InvalidInput(f"cannot open {path}: {error.strerror}") from error
+
+
+def _is_link(part: str, folder: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(part, dir_fd=folder).st_mode)
+    except OSError:
+        return False
+
+
+def _read_all(path: str, file: int, max_bytes: int) -> bytes:
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise _no_file(path)
+    if status.st_size > max_bytes:
+        raise InvalidInput(f"{path} has {status.st_size} bytes; expected at most {max_bytes}")
+    with open(file, "rb", closefd=False) as content:
+        return content.read(max_bytes)
+
+
+def _no_file(path: str) -> InvalidInput:
+    return InvalidInput(f"{path} is not a regular file; expected the path of one")
+
+
+def _replace(path: Path, folder: int, data: bytes) -> None:
+    """Write beside, then rename."""
+    temporary = f".{uuid.uuid4().hex}"
+    try:
+        with os.fdopen(os.open(temporary, _CREATE, 0o666, dir_fd=folder), "wb") as file:
+            file.write(data)
+        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise _unwritable(str(path), error) from error
+
+
+def _unwritable(path: str, error: OSError) -> PanotritonError:
+    kind = InvalidInput if error.errno in _NAME_AT_FAULT else PanotritonError
+    return kind(f"cannot write {path}: {error.strerror}")

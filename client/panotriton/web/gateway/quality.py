@@ -1,0 +1,137 @@
+"""Scores and descriptions: `/evaluate_pairs` and `/generate_descriptions`, by paths and by tensors."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from panotriton.errors import InvalidInput
+from panotriton.web.gateway import stages
+from panotriton.web.gateway.batches import Failure, by_size
+from panotriton.web.gateway.connections import Connection
+from panotriton.web.gateway.context import Context
+from panotriton.web.gateway.docs import FAILURES, tensor_endpoint
+from panotriton.web.gateway.failures import Reply
+from panotriton.web.gateway.files import read_images
+from panotriton.web.gateway.schemas import (
+    DescribeReply,
+    DescribeRequest,
+    DescribeTensorReply,
+    EvaluateReply,
+    EvaluateRequest,
+    EvaluateTensorReply,
+    PairEntry,
+)
+from panotriton.web.gateway.tensors import Incoming, TensorOptions
+
+__all__ = ["router"]
+
+_MIN_SIDE_PX = 28
+
+
+class ScoreOptions(TensorOptions):
+    pass
+
+
+def router(context: Context) -> APIRouter:
+    """The endpoints of port 5002."""
+    routes = APIRouter()
+
+    @routes.post("/evaluate_pairs", response_model=EvaluateReply, responses=FAILURES)
+    async def evaluate_pairs(request: EvaluateRequest) -> Response:
+        """Score pair images. A bad one fails alone and says so in its entry."""
+        return Reply(await context.run(_score_files, request))
+
+    @routes.post("/generate_descriptions", response_model=DescribeReply, responses=FAILURES)
+    async def generate_descriptions(request: DescribeRequest) -> Response:
+        """Describe images in two or three sentences. A bad one fails alone."""
+        return Reply(await context.run(_describe_files, request))
+
+    @routes.post(
+        "/evaluate_pairs_tensor",
+        openapi_extra=tensor_endpoint(ScoreOptions),
+        response_model=EvaluateTensorReply,
+        responses=FAILURES,
+    )
+    async def evaluate_pairs_tensor(request: Request) -> Response:
+        """Score pairs (left | right) of one size, at least 28 px a side. The reply is always JSON."""
+        return await context.run_tensor(_score_tensor, request, ScoreOptions, _MIN_SIDE_PX)
+
+    @routes.post(
+        "/generate_descriptions_tensor",
+        openapi_extra=tensor_endpoint(ScoreOptions),
+        response_model=DescribeTensorReply,
+        responses=FAILURES,
+    )
+    async def generate_descriptions_tensor(request: Request) -> Response:
+        """Describe images of one size, at least 28 px a side. The reply is always JSON."""
+        return await context.run_tensor(_describe_tensor, request, ScoreOptions, _MIN_SIDE_PX)
+
+    return routes
+
+
+def _score_files(context: Context, client: Connection, request: EvaluateRequest) -> Any:
+    paths = [pair.pair_image or pair.super_resolved or "" for pair in request.pairs_data]
+    images = read_images(context.roots, [path for path in paths if path])
+    found = iter(images)
+    missing = InvalidInput("pair_image is missing; expected the path of a pair image")
+    scores = by_size(
+        [next(found) if path else missing for path in paths], partial(stages.score, client)
+    )
+    entries = zip(request.pairs_data, paths, scores, strict=True)
+    return {"success": True, "results": [_scored(*entry) for entry in entries]}
+
+
+def _scored(pair: PairEntry, path: str, score: stages.Score | Failure) -> dict[str, Any]:
+    if isinstance(score, Failure):
+        # Without its interval: a caller's filter then leaves it out instead of keeping it unscored.
+        return {"success": False, "error": str(score), "image_path": path}
+    final = score.quality.final_score
+    echo = pair.model_dump(include={"interval", "main_params", "rand_params", "yaw_interval"})
+    return {"pair_image": path, "final_score": None if math.isnan(final) else str(final)} | echo
+
+
+def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
+    images = read_images(context.roots, request.image_paths)
+    descriptions = by_size(images, partial(stages.describe, client))
+    now = time.time()
+    pairs = zip(request.image_paths, descriptions, strict=True)
+    return {
+        "success": True,
+        "results": [
+            {"image_path": path, "timestamp": now} | _described(description)
+            for path, description in pairs
+        ],
+    }
+
+
+def _described(description: stages.Description | Failure) -> dict[str, str]:
+    if isinstance(description, Failure):
+        return {"description": "", "error": str(description)}
+    error = {"error": description.error} if description.error else {}
+    return {"description": description.text} | error
+
+
+def _score_tensor(
+    context: Context, client: Connection, incoming: Incoming[ScoreOptions]
+) -> Response:
+    scores = stages.score(client, incoming.images)
+    return Reply({"success": True, "results": [_numbers(score) for score in scores]})
+
+
+def _numbers(score: stages.Score) -> dict[str, Any]:
+    numbers = asdict(score.quality)
+    finite = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    return finite | {"raw_output": score.raw_output}
+
+
+def _describe_tensor(
+    context: Context, client: Connection, incoming: Incoming[ScoreOptions]
+) -> Response:
+    found = stages.describe(client, incoming.images)
+    return Reply({"success": True, "results": [_described(description) for description in found]})

@@ -1,0 +1,222 @@
+"""The JSON of the path endpoints, field by field as the file-path services had it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, JsonValue
+
+from panotriton.pipeline.camera import LIMITS
+from panotriton.pipeline.group import MAX_INTERPOLATIONS
+
+__all__ = [
+    "CameraParams",
+    "DescribeReply",
+    "DescribeRequest",
+    "DescribeTensorReply",
+    "Error",
+    "EvaluateReply",
+    "EvaluateRequest",
+    "EvaluateTensorReply",
+    "Health",
+    "InterpolateReply",
+    "InterpolateRequest",
+    "PairEntry",
+    "PreprocessReply",
+    "PreprocessRequest",
+    "SplitEntry",
+    "SuperResolutionReply",
+    "SuperResolutionRequest",
+]
+
+
+def _finite(value: JsonValue) -> JsonValue:
+    json.dumps(value, allow_nan=False)  # raises ValueError: it could not be sent back
+    return value
+
+
+# What a caller passes along to find again in the reply.
+Echo = Annotated[JsonValue, AfterValidator(_finite)]
+FilePath = Annotated[
+    str,
+    Field(min_length=1, description="Below a root; a relative one starts where the gateway does."),
+]
+GroupId = Annotated[int, Field(ge=0, le=999_999_999, description="Folder group_0001 is 1.")]
+
+
+class CameraParams(BaseModel):
+    """A camera, angles in degrees."""
+
+    yaw: float = Field(ge=LIMITS["yaw"][0], le=LIMITS["yaw"][1])
+    pitch: float = Field(ge=LIMITS["pitch"][0], le=LIMITS["pitch"][1])
+    roll: float = Field(ge=LIMITS["roll"][0], le=LIMITS["roll"][1])
+    vfov: float = Field(ge=LIMITS["vfov"][0], le=LIMITS["vfov"][1])
+    xi: float = Field(ge=LIMITS["xi"][0], le=LIMITS["xi"][1])
+
+
+class PreprocessRequest(BaseModel):
+    image_path: FilePath
+    group_id: GroupId
+    is_first: bool = Field(
+        True,
+        description="The first panorama draws the group's cameras, the second takes them over.",
+    )
+
+
+class PairResult(BaseModel):
+    pair_image: str
+    main_params: CameraParams = Field(description="The left camera.")
+    rand_params: CameraParams = Field(description="The right camera, the same for both panoramas.")
+    main_params_file: str
+    rand_params_file: str
+    interval: int = Field(ge=1, le=8)
+    yaw_interval: list[int] = Field(min_length=2, max_length=2)
+    group_id: int
+
+
+class PreprocessReply(BaseModel):
+    success: bool
+    results: list[PairResult]
+
+
+class SplitEntry(BaseModel):
+    """A pair that was split. Its file name tells the panorama, left_image where the views go."""
+
+    pair_image: str = ""
+    left_image: str = ""
+    main_params: CameraParams
+    rand_params: CameraParams
+    interval: Echo = None
+
+
+class InterpolateRequest(BaseModel):
+    split_results: list[SplitEntry] = Field(min_length=1, max_length=64)
+    panorama1_path: FilePath
+    panorama2_path: FilePath
+    group_id: GroupId
+    num_interpolations: int = Field(9, ge=0, le=MAX_INTERPOLATIONS)
+
+
+class View(BaseModel):
+    path: str
+    weight_idx: int = Field(ge=1, description="i of the weight i/(N+1) of the right camera.")
+    params: CameraParams
+
+
+class InterpolateResult(BaseModel):
+    panorama: Literal["panorama1", "panorama2"] | None
+    interval: JsonValue
+    interpolated_images: list[View]
+    main_params: CameraParams
+    rand_params: CameraParams
+    success: bool
+    error: str | None = Field(None, description="Present where success is false.")
+
+
+class InterpolateReply(BaseModel):
+    success: bool
+    results: list[InterpolateResult]
+
+
+class SuperResolutionRequest(BaseModel):
+    input_paths: list[FilePath] = Field(min_length=1, max_length=1024)
+    output_dir: str | None = Field(
+        None, description="Results go to its folder osediff. Left out: the gateway's output folder."
+    )
+    align_method: Literal["adain", "wavelet", "nofix"] = "adain"
+
+
+class SuperResolutionResult(BaseModel):
+    success: bool
+    output_path: str | None
+    error: str | None = Field(None, description="Present where success is false.")
+
+
+class SuperResolutionReply(BaseModel):
+    success: bool
+    results: list[SuperResolutionResult]
+
+
+class PairEntry(BaseModel):
+    pair_image: str | None = None
+    super_resolved: str | None = Field(None, description="Taken where pair_image is missing.")
+    interval: Echo = None
+    main_params: Echo = None
+    rand_params: Echo = None
+    yaw_interval: Echo = None
+
+
+class EvaluateRequest(BaseModel):
+    pairs_data: list[PairEntry] = Field(min_length=1, max_length=1024)
+
+
+class EvaluateResult(BaseModel):
+    """A scored pair, or {success: false, error, image_path}."""
+
+    pair_image: str | None = None
+    final_score: str | None = Field(None, description="0 to 1 as text; null where there is none.")
+    interval: JsonValue = None
+    main_params: JsonValue = None
+    rand_params: JsonValue = None
+    yaw_interval: JsonValue = None
+    success: bool = True
+    error: str | None = None
+    image_path: str | None = None
+
+
+class EvaluateReply(BaseModel):
+    success: bool
+    results: list[EvaluateResult]
+
+
+class DescribeRequest(BaseModel):
+    image_paths: list[FilePath] = Field(min_length=1, max_length=1024)
+
+
+class DescribeResult(BaseModel):
+    image_path: str
+    description: str
+    timestamp: float
+    error: str | None = Field(None, description="Present where the description failed.")
+
+
+class DescribeReply(BaseModel):
+    success: bool
+    results: list[DescribeResult]
+
+
+class TensorScore(BaseModel):
+    """Each 0 to 1, null where the reply has none."""
+
+    correlation: float | None
+    balance: float | None
+    richness: float | None
+    clarity: float | None
+    coherence: float | None
+    final_score: float | None
+    raw_output: str
+
+
+class EvaluateTensorReply(BaseModel):
+    success: bool
+    results: list[TensorScore]
+
+
+class TensorDescription(BaseModel):
+    description: str
+    error: str | None = Field(None, description="Present where the description failed.")
+
+
+class DescribeTensorReply(BaseModel):
+    success: bool
+    results: list[TensorDescription]
+
+
+class Health(BaseModel):
+    status: Literal["healthy"]
+    service: str
+
+
+class Error(BaseModel):
+    error: str
