@@ -292,7 +292,7 @@ def test_openvino_counts_for_instances_on_a_cpu(backend, monkeypatch):
 
 def test_openvino_without_its_wheel_is_refused(backend, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "panotriton.server.openvino_graph", raising=False)
-    monkeypatch.delattr(panotriton, "openvino_graph", raising=False)
+    monkeypatch.delattr(panotriton.server, "openvino_graph", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(TritonModelException, match="needs openvino: pip install openvino, or"):
         backend.open_openvino({"name": "m"}, tmp_path / "model.onnx", 1)
