@@ -20,7 +20,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from panotriton.errors import ExportError
 from panotriton_export.configs import fit_config
-from panotriton_export.osediff.graph import (
+from panotriton_export.graph import (
     LIMITS,
     MAX_BATCH,
     Component,

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from panotriton.errors import ExportError
 from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
-from panotriton_export.osediff.base import CheckpointError
-from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
-from panotriton_export.osediff.graph import (
+from panotriton_export.graph import (
     Component,
     ParityResult,
     export_component,
 )
+from panotriton_export.osediff.base import CheckpointError
+from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 from panotriton_export.osediff.reference import (
     LATENT_OVERLAP,
     LATENT_TILE,

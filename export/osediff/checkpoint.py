@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from panotriton_export.osediff.base import Base, CheckpointError, open_base
-from panotriton_export.osediff.pickles import read_pickle
+from panotriton_export.pickles import read_pickle
 
 __all__ = [
     "Checkpoint",

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.attention import fuse_attention
 from panotriton_export.osediff.base import PROMPT_TOKENS, TIMESTEP
-from panotriton_export.osediff.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.upsample import replace_upsamplers
 
 __all__ = ["OneStepUNet", "unet_component"]

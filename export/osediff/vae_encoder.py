@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.attention import fuse_attention
-from panotriton_export.osediff.graph import LIMITS, MAX_BATCH, Component, Probe
 
 __all__ = ["Encoder", "vae_encoder_component"]
 

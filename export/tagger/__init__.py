@@ -9,8 +9,8 @@ from pathlib import Path
 from panotriton.models.tags import Tags
 from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.graph import ParityResult, export_component
 from panotriton_export.osediff.base import CheckpointError
-from panotriton_export.osediff.graph import ParityResult, export_component
 from panotriton_export.tagger.checkpoint import Ram, open_ram
 from panotriton_export.tagger.graph import NAME, tagger_component
 from panotriton_export.tagger.lists import read_tags

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from panotriton.models.tags import TAGGED_PX
-from panotriton_export.osediff.graph import LIMITS, MAX_BATCH, Component, Probe
+from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.tagger.model import Tagger
 
 __all__ = ["NAME", "tagger_component"]

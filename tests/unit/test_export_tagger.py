@@ -22,7 +22,7 @@ from panotriton.cli import main
 from panotriton.errors import ExportError, ServerStartError
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.server.repository import EXPORTED_FILES, check_exported, copy_models
-from panotriton_export.osediff.graph import ParityResult
+from panotriton_export.graph import ParityResult
 from panotriton_export.tagger import CheckpointError, export_tagger, open_tagger
 from panotriton_export.tagger.checkpoint import open_ram
 from panotriton_export.tagger.lists import read_tags

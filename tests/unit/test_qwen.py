@@ -25,7 +25,7 @@ from panotriton.errors import ExportError, InvalidInput
 from panotriton.models.qwen import FixedVision, QwenVL, choose_attention, choose_dtype
 from panotriton.pipeline.quality import LEVELS, parse_reply
 from panotriton.server.repository import copy_model
-from panotriton_export.osediff.graph import session
+from panotriton_export.graph import session
 from panotriton_export.qwen import check_folder, export_qwen
 from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
 from panotriton_export.train_small.degrade import Scores
