@@ -27,8 +27,9 @@ from panotriton.local import open_network
 from panotriton.models.osediff import TileBlend, align, one_step, plan_size
 from panotriton.server.openvino_graph import OpenVINOGraph
 from panotriton.server.repository import copy_models
+from panotriton_export import graph
 from panotriton_export.configs import set_provider
-from panotriton_export.osediff import CheckpointError, ParityResult, export_osediff, graph
+from panotriton_export.osediff import CheckpointError, ParityResult, export_osediff
 from panotriton_export.osediff.checkpoint import (
     add_adapters,
     open_checkpoint,
