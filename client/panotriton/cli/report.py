@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from panotriton.groups import layout
 from panotriton.groups.report import write_index, write_report
-from panotriton.groups.report.record import is_group
 
 _EXAMPLES = """\
 examples:
@@ -38,10 +38,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page of a group, or those of all groups and their index."""
-    if is_group(options.folder):
+    if layout.is_group(options.folder):
         _show(write_report(options.folder, options.output))
         return 0
-    for folder in sorted(filter(is_group, options.folder.glob("group_*"))):
+    for folder in layout.group_folders(options.folder):
         _show(write_report(folder))
     _show(write_index(options.folder, options.output))
     return 0

@@ -35,13 +35,8 @@ import numpy as np
 from panotriton.client import calls
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
-from panotriton.groups.folder import (
-    fill_group,
-    group_folder,
-    process_command,
-    read_result,
-    write_json,
-)
+from panotriton.groups import layout
+from panotriton.groups.folder import fill_group, process_command, read_result, write_json
 from panotriton.groups.report import write_index, write_report
 from panotriton.pipeline.camera import INTERVALS
 
@@ -189,16 +184,15 @@ class Dataset:
 
     def _recall(self) -> None:
         """Take what an earlier run has left: groups in place, and those that waited for one before."""
-        for pattern in (".*.json.[0-9]*", ".index.html.[0-9]*"):
+        for pattern in (".*.json.[0-9]*", f".{layout.INDEX}.[0-9]*"):
             for half_written in self.output.glob(pattern):
                 half_written.unlink()
         for folder in (self.output / ".work", self.output):
-            for group in folder.glob("group_*"):
-                number = group.name.removeprefix("group_")
-                if number.isdigit():  # and no unfinished one
-                    self._outcomes[int(number) - 1] = _Outcome(read_result(group))
+            for group in folder.iterdir():
+                if number := layout.group_number(group):  # and no unfinished one
+                    self._outcomes[number - 1] = _Outcome(read_result(group))
                     if folder == self.output:
-                        self._floor = max(self._floor, int(number))
+                        self._floor = max(self._floor, number)
 
     async def _make(self, client: AsyncClient, index: int) -> _Outcome:
         paths = [self.panoramas[place] for place in self._pairs[index]]
@@ -283,7 +277,7 @@ class Dataset:
         if not last and began - self._results_at < 20 * self._results_cost_s:
             return  # group_info.json has them: nothing is lost
         settled = (self._outcomes[index].result for index in range(self._settled))
-        write_json(self.output / "results.json", [result for result in settled if result])
+        write_json(self.output / layout.RESULTS, [result for result in settled if result])
         self._results_at = time.monotonic()
         self._results_cost_s = self._results_at - began
 
@@ -294,22 +288,22 @@ class Dataset:
             for index, outcome in sorted(self._outcomes.items())
             if outcome.result is None and index in known
         }
-        write_json(self.output / "failed.json", failures)
+        write_json(self.output / layout.FAILED, failures)
 
     async def _write_pages(self) -> None:
         """The reports that an earlier run without `pages` has left out, and the index over all."""
         for index in range(self._settled):
             folder = self._folder(index)
-            if folder.is_dir() and not (folder / "report.html").exists():
+            if folder.is_dir() and not (folder / layout.REPORT).exists():
                 page = self._waiting(index).with_suffix(".html")
-                write_report(folder, page).replace(folder / "report.html")
+                write_report(folder, page).replace(folder / layout.REPORT)
                 await asyncio.sleep(0)  # where Ctrl-C is heard
         self._write_failures(last=True)
         if self._count()["groups"]:
             write_index(self.output)
 
     def _read_failures(self) -> None:
-        path = self.output / "failed.json"
+        path = self.output / layout.FAILED
         if path.exists():
             for group_id, failure in json.loads(path.read_text(encoding="utf-8")).items():
                 self._outcomes[int(group_id) - 1] = _Outcome(None, failure["error"])
@@ -326,10 +320,10 @@ class Dataset:
         return summary
 
     def _folder(self, index: int) -> Path:
-        return group_folder(self.output, index + 1)
+        return layout.group_folder(self.output, index + 1)
 
     def _waiting(self, index: int) -> Path:
-        return group_folder(self.output / ".work", index + 1)
+        return layout.group_folder(self.output / ".work", index + 1)
 
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,34 +16,29 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.pipeline.camera import Camera
-from panotriton.pipeline.results import Group, Interval, Pair
+from panotriton.groups import layout
+from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.results import Group, Interval, Pair, Sequence
 
 __all__ = [
     "fill_group",
-    "group_folder",
     "next_group_id",
     "process_command",
     "read_result",
+    "read_results",
     "write_group",
     "write_json",
 ]
 
 JPEG_QUALITY = 95
 _RESULT = ("group_id", "kept", "scores", "intervals")
-_FOLDERS = ("pairs", "params", "osediff", "descriptions", "interpolated", "interpolated_sr")
 
 U8 = NDArray[np.uint8]
 
 
-def group_folder(root: Path, group_id: int) -> Path:
-    """The folder of a group under the output root."""
-    return root / f"group_{group_id:04d}"
-
-
 def next_group_id(root: Path) -> int:
     """One more than the highest group_NNNN folder under `root`; 1 where there is none."""
-    taken = [int(p.name[6:]) for p in root.glob("group_*") if p.name[6:].isdigit()]
+    taken = [layout.group_number(path) or 0 for path in root.glob("*")]
     return max(taken, default=0) + 1
 
 
@@ -56,12 +51,12 @@ def write_group(
     about: facts of the run (panoramas, options, versions, weights), kept in group_info.json. Images
     are JPEG. The folder appears when it is complete; one of the same number is replaced.
     """
-    folder = group_folder(root, group_id)
+    folder = layout.group_folder(root, group_id)
     part = root / f".{folder.name}.{os.getpid()}"
     result = fill_group(group, part, group_id, bases, about)
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
-    _add_result(root / "results.json", result)
+    _add_result(root, result)
     return folder
 
 
@@ -70,26 +65,32 @@ def fill_group(
 ) -> dict[str, Any]:
     """Write a group's files to `folder`, emptied first; returns the group's entry of results.json."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in _FOLDERS:
+    for name in layout.FOLDERS:
         (folder / name).mkdir(parents=True)
-    names = bases if bases[0] != bases[1] else (f"{bases[0]}_1", f"{bases[1]}_2")
+    names = layout.distinct_bases(*bases)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
         list(pool.map(lambda item: _write_jpeg(folder / item[0], item[1]), _images(group, names)))
     for path, content in _parameters(group, names):
         write_json(folder / path, content)
     result = _result(group, names, group_id)
-    write_json(folder / "group_info.json", about | result)
+    write_json(folder / layout.INFO, about | result)
     return result
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """A complete group's entry of results.json."""
-    content = json.loads((folder / "group_info.json").read_text(encoding="utf-8"))
+    content = json.loads((folder / layout.INFO).read_text(encoding="utf-8"))
     return {name: content[name] for name in _RESULT}
 
 
+def read_results(root: Path) -> list[dict[str, Any]]:
+    """The entries of `root`/results.json; none where there is no such file."""
+    path = root / layout.RESULTS
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
 def process_command(
-    panoramas: Sequence[Path], options: Mapping[str, Any], output: str = "out", *more: str
+    panoramas: Iterable[Path], options: Mapping[str, Any], output: str = "out", *more: str
 ) -> str:
     """The command line that makes a group again; options as group_info.json holds them."""
     words = ["panotriton", "process", *map(str, panoramas)]
@@ -101,43 +102,42 @@ def process_command(
 
 def _images(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, U8]]:
     for pair in group.pairs:
-        stem = _stem(names, pair)
+        place = names[pair.panorama - 1], pair.interval
         if pair.image is not None:
-            yield f"pairs/{stem}.jpg", pair.image
-        yield f"osediff/{stem}.jpg", pair.sharp
+            yield layout.pair(*place), pair.image
+        yield layout.sharp_pair(*place), pair.sharp
     for interval in group.intervals:
-        for p, sequence in enumerate(interval.sequences):
-            stem = _stem(names, group.pairs[p * 8 + interval.interval - 1])
-            yield f"interpolated/{stem}_left.jpg", sequence.images[0]
-            yield f"interpolated/{stem}_right.jpg", sequence.images[-1]
-            for i, view in enumerate(sequence.images[1:-1], start=1):
-                yield f"interpolated_sr/{stem}_left_interp_{i:02d}.jpg", view
+        for name, sequence in zip(names, interval.sequences, strict=True):
+            paths = _sequence_paths(name, interval.interval, len(sequence.images))
+            yield from zip(paths, sequence.images, strict=True)
             for i, view in enumerate(sequence.crops or (), start=1):
-                yield f"interpolated/{stem}_left_interp_{i:02d}.jpg", view
+                yield layout.between_view(name, interval.interval, i, sharp=False), view
+
+
+def _sequence_paths(name: str, interval: int, count: int) -> list[str]:
+    """Where the images of a sequence lie: left, the super-resolved views in between, right."""
+    left, right = (layout.end_view(name, interval, side) for side in layout.SIDES)
+    between = [layout.between_view(name, interval, i, sharp=True) for i in range(1, count - 1)]
+    return [left, *between, right]
 
 
 def _parameters(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, Any]]:
-    first, second = group.pairs[:8], group.pairs[8:]
-    yield "params/shared_right_params.json", [asdict(p.right) for p in first]
-    yield "params/panorama1_left_params.json", [asdict(p.left) for p in first]
-    for pair in (*first, *second):
-        stem = _stem(names, pair).removesuffix("_pair")
-        yield f"params/{stem}_left_params.json", asdict(pair.left)
-        yield f"params/{stem}_right_params.json", asdict(pair.right)
+    first = group.pairs[:INTERVALS]
+    yield layout.RIGHT_PARAMS, [asdict(p.right) for p in first]
+    yield layout.LEFT_1_PARAMS, [asdict(p.left) for p in first]
+    for pair in group.pairs:
+        for side, camera in zip(layout.SIDES, (pair.left, pair.right), strict=True):
+            yield layout.params(names[pair.panorama - 1], pair.interval, side), asdict(camera)
     for interval in group.intervals:
-        stem = _stem(names, second[interval.interval - 1])
+        place = names[1], interval.interval
         yield (
-            f"descriptions/{stem}.json",
+            layout.description(*place),
             {
-                "image_path": f"interpolated/{stem}_right.jpg",
+                "image_path": layout.end_view(*place, "right"),
                 "description": interval.description,
                 "error": interval.description_error or None,
             },
         )
-
-
-def _stem(names: tuple[str, str], pair: Pair) -> str:
-    return f"{names[pair.panorama - 1]}_yaw{pair.interval:02d}_pair"
 
 
 def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, An
         group_id,
         list(group.kept),
         [_score(pair) for pair in group.pairs],
-        [_interval(group, interval, names) for interval in group.intervals],
+        [_interval(interval, names) for interval in group.intervals],
     )
     return dict(zip(_RESULT, content, strict=True))
 
@@ -156,37 +156,35 @@ def _score(pair: Pair) -> dict[str, Any]:
     return {"panorama": pair.panorama, "interval": pair.interval, **scores, "raw": pair.raw_reply}
 
 
-def _interval(group: Group, interval: Interval, names: tuple[str, str]) -> dict[str, Any]:
+def _interval(interval: Interval, names: tuple[str, str]) -> dict[str, Any]:
     return {
         "interval": interval.interval,
         "yaw_interval": list(interval.yaw_bounds),
         "description": interval.description,
         "description_error": interval.description_error or None,
         "sequences": [
-            _sequence_entry(group, interval, p, names) for p in range(len(interval.sequences))
+            {"panorama": p, "images": _views(name, interval.interval, sequence)}
+            for p, (name, sequence) in enumerate(
+                zip(names, interval.sequences, strict=True), start=1
+            )
         ],
     }
 
 
-def _sequence_entry(
-    group: Group, interval: Interval, p: int, names: tuple[str, str]
-) -> dict[str, Any]:
-    stem = _stem(names, group.pairs[p * 8 + interval.interval - 1])
-    cameras = interval.sequences[p].cameras
-    middle = [f"interpolated_sr/{stem}_left_interp_{i:02d}.jpg" for i in range(1, len(cameras) - 1)]
-    paths = [f"interpolated/{stem}_left.jpg", *middle, f"interpolated/{stem}_right.jpg"]
-    views = zip(paths, cameras, strict=True)
-    return {"panorama": p + 1, "images": [_view(i, *view) for i, view in enumerate(views)]}
+def _views(name: str, interval: int, sequence: Sequence) -> list[dict[str, Any]]:
+    views = zip(
+        _sequence_paths(name, interval, len(sequence.images)), sequence.cameras, strict=True
+    )
+    return [
+        {"path": path, "weight_idx": index, "params": asdict(camera)}
+        for index, (path, camera) in enumerate(views)
+    ]
 
 
-def _view(index: int, path: str, camera: Camera) -> dict[str, Any]:
-    return {"path": path, "weight_idx": index, "params": asdict(camera)}
-
-
-def _add_result(path: Path, result: dict[str, Any]) -> None:
-    results = json.loads(path.read_text()) if path.exists() else []
-    others = [entry for entry in results if entry["group_id"] != result["group_id"]]
-    write_json(path, sorted([*others, result], key=lambda entry: int(entry["group_id"])))
+def _add_result(root: Path, result: dict[str, Any]) -> None:
+    others = [entry for entry in read_results(root) if entry["group_id"] != result["group_id"]]
+    entries = sorted([*others, result], key=lambda entry: int(entry["group_id"]))
+    write_json(root / layout.RESULTS, entries)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton import Client, ConnectError, Group, PanotritonError, RequestTimeout, ServerBusy
-from panotriton.groups.folder import write_group
+from panotriton.groups.folder import read_results, write_group
 
 _RETRY = (ConnectError, RequestTimeout, ServerBusy)  # another try, or replica, may do
 
@@ -67,8 +67,7 @@ def shard_of(pairs: list[Pair], index: int, shards: int) -> list[Pair]:
 
 def finished(folder: Path) -> set[int]:
     """Groups that results.json already has; it is written last, and atomically."""
-    path = folder / "results.json"
-    return {entry["group_id"] for entry in json.loads(path.read_text())} if path.exists() else set()
+    return {entry["group_id"] for entry in read_results(folder)}
 
 
 def resolve(host: str, port: str) -> list[str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from panotriton.errors import InvalidInput
+from panotriton.groups import layout
 from panotriton.groups.report.document import render, save, template
 from panotriton.groups.report.picture import data_uri, read_picture, within
-from panotriton.groups.report.record import Record, is_group, read_record
+from panotriton.groups.report.record import Record, read_record
 from panotriton.groups.report.verdict import outcome
 
 __all__ = ["write_index"]
@@ -48,13 +49,13 @@ def write_index(root: Path, output: Path | None = None) -> Path:
     in failed.json are shown as such. The page is self-contained;
     its thumbnails share 20 MB. Raises InvalidInput where `root` has no group.
     """
-    folders = sorted(path for path in root.glob("group_*") if is_group(path))
+    folders = layout.group_folders(root)
     if not folders:
         raise InvalidInput(
             f"{root} has no group; expected folders such as group_0001 with a group_info.json, as "
             "`panotriton process -o` writes them"
         )
-    path = output or root / "index.html"
+    path = output or root / layout.INDEX
     entries = [_entry(folder, path.parent, _THUMBS_BYTES // len(folders)) for folder in folders]
     styles = (template("page.css"),)
     page = render(
@@ -63,7 +64,7 @@ def write_index(root: Path, output: Path | None = None) -> Path:
         styles=styles,
         name=root.resolve().name,
         entries=entries,
-        failures=_failures(root / "failed.json"),
+        failures=_failures(root / layout.FAILED),
     )
     return save(page, path)
 
@@ -79,7 +80,7 @@ def _failures(path: Path) -> list[Failure]:
 
 def _entry(folder: Path, base: Path, max_bytes: int) -> Entry:
     record = read_record(folder)
-    report = folder / "report.html"
+    report = folder / layout.REPORT
     return Entry(
         record=record,
         outcome=outcome(record),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import InvalidImage
+from panotriton.groups import layout
 from panotriton.groups.report.document import render, save, template
 from panotriton.groups.report.footprint import Footprint, footprint
 from panotriton.groups.report.picture import bicubic, data_uri, most_different, read_picture, within
@@ -106,7 +107,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         worst_first=sorted(record.pairs, key=Pair.rank),
         stages=_bars(record.stages),
     )
-    return save(page, output or folder / "report.html")
+    return save(page, output or folder / layout.REPORT)
 
 
 def _key(pair: Pair) -> tuple[int, int]:

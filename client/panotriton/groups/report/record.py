@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.errors import InvalidInput
+from panotriton.groups import layout
 from panotriton.groups.folder import process_command
 from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds
 from panotriton.pipeline.quality import SUB_SCORES
 
-__all__ = ["Interval", "Pair", "Record", "Stage", "View", "is_group", "read_record"]
+__all__ = ["Interval", "Pair", "Record", "Stage", "View", "read_record"]
 
-_INFO = "group_info.json"
 # Stages that other stages call: their time is part of the caller's own.
 _PART_NAMES = ("qwen",)
 _PART_PREFIX = "osediff_"
@@ -132,22 +132,17 @@ class Record:
         return sum(len(views) for interval in self.kept for views in interval.sequences)
 
 
-def is_group(folder: Path) -> bool:
-    """Whether `folder` is one group's."""
-    return (folder / _INFO).is_file()
-
-
 def read_record(folder: Path) -> Record:
     """Read a group's folder.
 
     Raises InvalidInput where group_info.json is missing, is no JSON, or lacks what a report needs.
     """
-    info = _read_json(folder / _INFO)
+    info = _read_json(folder / layout.INFO)
     try:
         return _record(folder, info)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InvalidInput(
-            f"{folder / _INFO} is not as a run writes it ({type(error).__name__}: {error}); "
+            f"{folder / layout.INFO} is not as a run writes it ({type(error).__name__}: {error}); "
             "expected the file of `panotriton process -o`: run it again"
         ) from error
 
@@ -167,12 +162,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _record(folder: Path, info: dict[str, Any]) -> Record:
-    result = info.get("result", info)  # groups of 0.1.0 have the result's keys beside the run's
     panoramas = tuple(Path(path) for path in info["panoramas"])
     options = info.get("options", {})
     return Record(
         folder=folder,
-        group_id=int(result["group_id"]),
+        group_id=int(info["group_id"]),
         panoramas=panoramas,
         options=options,
         version=info.get("version"),
@@ -180,25 +174,17 @@ def _record(folder: Path, info: dict[str, Any]) -> Record:
         weights={str(name): str(value) for name, value in info.get("weights", {}).items()},
         command=info.get("command") or process_command(panoramas, options),
         seconds=info.get("seconds"),
-        intervals=_intervals(folder, result, _names(panoramas)),
+        intervals=_intervals(folder, info, layout.distinct_bases(*(p.stem for p in panoramas))),
         stages=tuple(_stage(stage) for stage in info.get("stages", ())),
     )
 
 
-def _names(panoramas: tuple[Path, ...]) -> tuple[str, str]:
-    """What the group's files are named after, as `folder.write_group` makes it distinct."""
-    first, second = (path.stem for path in panoramas)
-    return (first, second) if first != second else (f"{first}_1", f"{second}_2")
-
-
-def _intervals(
-    folder: Path, result: dict[str, Any], names: tuple[str, str]
-) -> tuple[Interval, ...]:
-    kept = {int(entry["interval"]): entry for entry in result["intervals"]}
-    scores = {(int(s["panorama"]), int(s["interval"])): s for s in result["scores"]}
+def _intervals(folder: Path, info: dict[str, Any], bases: tuple[str, str]) -> tuple[Interval, ...]:
+    kept = {int(entry["interval"]): entry for entry in info["intervals"]}
+    scores = {(int(s["panorama"]), int(s["interval"])): s for s in info["scores"]}
     found = []
     for number in range(1, INTERVALS + 1):
-        first, second = (_pair(folder, names[p - 1], scores[p, number]) for p in (1, 2))
+        first, second = (_pair(folder, bases[p - 1], scores[p, number]) for p in (1, 2))
         entry = kept.get(number, {})
         found.append(
             Interval(
@@ -213,23 +199,22 @@ def _intervals(
     return tuple(found)
 
 
-def _pair(folder: Path, name: str, score: dict[str, Any]) -> Pair:
-    stem = f"{name}_yaw{int(score['interval']):02d}"
+def _pair(folder: Path, base: str, score: dict[str, Any]) -> Pair:
+    interval = int(score["interval"])
     left, right = (
-        Camera(**_read_json(folder / "params" / f"{stem}_{side}_params.json"))
-        for side in ("left", "right")
+        Camera(**_read_json(folder / layout.params(base, interval, side))) for side in layout.SIDES
     )
-    before = folder / "pairs" / f"{stem}_pair.jpg"
+    before = folder / layout.pair(base, interval)
     return Pair(
         panorama=int(score["panorama"]),
-        interval=int(score["interval"]),
+        interval=interval,
         left=left,
         right=right,
         score=_number(score["final_score"]),
         sub_scores={key: _number(score[key]) for key in SUB_SCORES},
         raw=str(score["raw"]),
         before=before if before.is_file() else None,
-        after=folder / "osediff" / f"{stem}_pair.jpg",
+        after=folder / layout.sharp_pair(base, interval),
     )
 
 

@@ -1,7 +1,7 @@
-"""A group's folder: what its files are called, and the cameras that its two panoramas share.
+"""The cameras that a group's two panoramas share, in its folder.
 
-`params/shared_right_params.json` and `params/panorama1_left_params.json` carry the cameras from the
-first panorama's request to the second's, each a list of eight, as the file-path services kept them.
+`layout.RIGHT_PARAMS` and `layout.LEFT_1_PARAMS` carry them from the first panorama's request to the
+second's, each a list of eight, as the file-path services kept them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput
-from panotriton.groups.folder import group_folder
+from panotriton.groups import layout
 from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, LIMITS, Camera, sample_cameras
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 
-__all__ = ["Groups", "Params", "camera_row", "pair_stem", "params"]
+__all__ = ["Groups", "Params", "camera_row", "params"]
 
 F64 = NDArray[np.float64]
 Params = dict[str, float]
 
-_RIGHT = "shared_right_params.json"
-_LEFT_1 = "panorama1_left_params.json"
 _MAX_STATE_BYTES = 64 << 10
 _LOCKS = 64
 
@@ -46,14 +44,14 @@ class Groups:
 
     def folder(self, group_id: int) -> Path:
         """`output/group_0001`."""
-        return group_folder(self._output, group_id)
+        return layout.group_folder(self._output, group_id)
 
     def first_cameras(self, group_id: int) -> F64:
         """Draw the first panorama's cameras (8, left|right, 5) and keep them for the second."""
         cameras: F64 = self._drawn(group_id)[0]
         with self._lock(group_id):
-            self._write_rows(group_id, _RIGHT, cameras[:, 1])
-            self._write_rows(group_id, _LEFT_1, cameras[:, 0])
+            self._write_rows(group_id, layout.RIGHT_PARAMS, cameras[:, 1])
+            self._write_rows(group_id, layout.LEFT_1_PARAMS, cameras[:, 0])
         return cameras
 
     def second_cameras(self, group_id: int, base: str) -> F64:
@@ -63,8 +61,8 @@ class Groups:
         panorama has not been here, or has the same name and would lose its files.
         """
         with self._lock(group_id):
-            right = self._read_rows(group_id, _RIGHT)
-            left_1 = self._read_rows(group_id, _LEFT_1)
+            right = self._read_rows(group_id, layout.RIGHT_PARAMS)
+            left_1 = self._read_rows(group_id, layout.LEFT_1_PARAMS)
             self._check_base(group_id, base, left_1)
         return np.stack([_second_left(left_1, right, self._drawn(group_id)), right], axis=1)
 
@@ -72,13 +70,11 @@ class Groups:
         """Write each pair's left and right camera; returns the paths."""
         written = []
         for interval, pair in enumerate(cameras, start=1):
-            names = tuple(
-                f"{base}_yaw{interval:02d}_{side}_params.json" for side in ("left", "right")
+            left, right = (
+                self._write(group_id, layout.params(base, interval, side), params(row))
+                for side, row in zip(layout.SIDES, pair, strict=True)
             )
-            paths = [
-                self._write(group_id, n, params(row)) for n, row in zip(names, pair, strict=True)
-            ]
-            written.append((paths[0], paths[1]))
+            written.append((left, right))
         return written
 
     def _drawn(self, group_id: int) -> F64:
@@ -89,7 +85,7 @@ class Groups:
 
     def _check_base(self, group_id: int, base: str, left_1: F64) -> None:
         try:
-            taken = self._read(group_id, f"{base}_yaw01_left_params.json")
+            taken = self._read(group_id, layout.params(base, 1, "left"))
         except InvalidInput:
             return  # no such file: the name is free
         if taken == params(left_1[0]):
@@ -106,13 +102,13 @@ class Groups:
                 raise ValueError(f"{len(cameras)} cameras")
         except (TypeError, ValueError, KeyError) as error:
             raise InvalidInput(
-                f"{name} of group {group_id} is broken ({error}); expected a list of {INTERVALS} "
+                f"{Path(name).name} of group {group_id} is broken ({error}); expected a list of {INTERVALS} "
                 f"cameras with {', '.join(CAMERA_FIELDS)}: send the first panorama again"
             ) from error
         return np.stack(cameras)
 
     def _read(self, group_id: int, name: str) -> Any:
-        path = self.folder(group_id) / "params" / name
+        path = self.folder(group_id) / name
         try:
             return json.loads(self._roots.read(str(path), _MAX_STATE_BYTES))
         except ForbiddenPath:
@@ -127,7 +123,7 @@ class Groups:
         self._write(group_id, name, [params(row) for row in rows])
 
     def _write(self, group_id: int, name: str, content: Any) -> str:
-        path = self.folder(group_id) / "params" / name
+        path = self.folder(group_id) / name
         self._roots.write(path, (json.dumps(content, indent=4) + "\n").encode())
         return str(path)
 
@@ -142,11 +138,6 @@ def _second_left(left_1: F64, right: F64, drawn: F64) -> F64:
     left_2 = np.where(left_1 == drawn[0, :, 0], drawn[1, :, 0], moved)
     left_2[:, 0] = right[:, 0]  # the yaw is the pair's
     return left_2
-
-
-def pair_stem(base: str, interval: int) -> str:
-    """What a pair's files are named: `{base}_yaw01_pair`."""
-    return f"{base}_yaw{interval:02d}_pair"
 
 
 def params(row: F64) -> Params:

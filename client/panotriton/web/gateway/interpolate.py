@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from panotriton.errors import InvalidInput
+from panotriton.groups import layout
 from panotriton.pipeline.camera import INTERVALS
 from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS
 from panotriton.pipeline.images import MAX_PIXELS, MIN_SIDE_PX
@@ -29,9 +29,6 @@ from panotriton.web.gateway.schemas import InterpolateReply, InterpolateRequest,
 from panotriton.web.gateway.tensors import CameraOptions, Incoming, answer
 
 __all__ = ["InterpolateOptions", "router"]
-
-# As the file-path services found a group's folder in the path of a split image.
-_GROUP = re.compile(r"^(.*?/group_\d+)/")
 
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
@@ -74,11 +71,11 @@ def router(context: Context) -> APIRouter:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A good entry of the request: which panorama it is of (0 or 1), and what its views are called."""
+    """A good entry of the request: which panorama it is of (0 or 1), and the left view, no suffix."""
 
     entry: SplitEntry
     panorama: int
-    prefix: Path
+    left: Path
 
 
 Views = list[dict[str, Any]]
@@ -100,7 +97,7 @@ def _interpolate_files(context: Context, client: Connection, request: Interpolat
         crops, cameras = stages.interpolate(client, panoramas, ends, count, size)
         for p, column in enumerate(indices):
             for k, index in enumerate(column):
-                views[index] = _write(context, splits[index].prefix, crops[k, p], cameras[k, p])
+                views[index] = _write(context, splits[index].left, crops[k, p], cameras[k, p])
     entries = enumerate(request.split_results)
     results = [_result(e, splits.get(i), views.get(i, []), errors.get(i)) for i, e in entries]
     return {"success": True, "results": results}
@@ -110,7 +107,7 @@ def _splits(
     context: Context, request: InterpolateRequest, bases: Sequence[str]
 ) -> tuple[dict[int, _Split], dict[int, str]]:
     """The good entries by index, and what is wrong with the others."""
-    folder = context.groups.folder(request.group_id) / "interpolated"
+    folder = context.groups.folder(request.group_id)
     splits, errors = {}, {}
     for index, entry in enumerate(request.split_results):
         try:
@@ -124,17 +121,19 @@ def _splits(
 
 def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Path) -> _Split:
     stem = Path(entry.pair_image or entry.left_image).stem
-    holders = [p for p, base in enumerate(bases) if stem.startswith(f"{base}_yaw")]
+    holders = [p for p, base in enumerate(bases) if stem.startswith(layout.base_prefix(base))]
     if not holders:
         raise InvalidInput(
             f"pair_image {entry.pair_image!r} is of neither panorama; expected a name that starts with "
-            f"{bases[0]}_yaw or {bases[1]}_yaw"
+            f"{' or '.join(map(layout.base_prefix, bases))}"
         )
-    group = _GROUP.match(entry.left_image)
-    folder = context.roots.check(group[1]) / "interpolated" if group else folder
+    # As the file-path services found it: in the path of the split image.
+    group = layout.enclosing_group(entry.left_image)
+    folder = context.roots.check(group) if group else folder
     # a and a_yaw_b both begin a_yaw_b_yaw01: the longer name is meant.
     panorama = max(holders, key=lambda p: len(bases[p]))
-    return _Split(entry, panorama, folder / (Path(entry.left_image).stem or f"{stem}_left"))
+    left = Path(entry.left_image).stem or layout.end_name(stem, "left")
+    return _Split(entry, panorama, folder / layout.INTERPOLATED / left)
 
 
 def _requests(
@@ -165,9 +164,10 @@ def _pair(entry: SplitEntry) -> list[F64]:
     return [camera_row(end.model_dump()) for end in (entry.main_params, entry.rand_params)]
 
 
-def _write(context: Context, prefix: Path, crops: U8, cameras: F64) -> Views:
+def _write(context: Context, left: Path, crops: U8, cameras: F64) -> Views:
     """Write one entry's views (N, S, S, 3); returns what the reply says of them."""
-    paths = [prefix.with_name(f"{prefix.name}_interp_{i + 1:02d}.jpg") for i in range(len(crops))]
+    names = [layout.between_name(left.name, i) for i in range(1, len(crops) + 1)]
+    paths = [left.with_name(f"{name}.jpg") for name in names]
     write_images(context.roots, zip(paths, crops, strict=True))
     return [
         {"path": str(path), "weight_idx": i, "params": params(row)}

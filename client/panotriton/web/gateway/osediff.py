@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from panotriton.errors import InvalidInput
+from panotriton.groups import layout
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.batches import Failure, by_size
 from panotriton.web.gateway.connections import Connection
@@ -81,7 +82,7 @@ def _sharpen_files(context: Context, client: Connection, request: SuperResolutio
 
 def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
     """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
-    folder = context.roots.check(request.output_dir or str(context.settings.output)) / "osediff"
+    folder = context.roots.check(request.output_dir or str(context.settings.output)) / layout.SHARP
     taken: set[Path] = set()
     return [_target(folder / Path(path).name, taken) for path in request.input_paths]
 

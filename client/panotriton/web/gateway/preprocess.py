@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from panotriton.errors import InvalidInput
+from panotriton.groups import layout
 from panotriton.pipeline.camera import INTERVALS, interval_bounds, sample_cameras
 from panotriton.pipeline.group import CROP_SIZES
 from panotriton.pipeline.images import MIN_SIDE_PX
@@ -21,7 +22,7 @@ from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
 from panotriton.web.gateway.failures import Reply
 from panotriton.web.gateway.files import read_image, write_images
-from panotriton.web.gateway.groups import pair_stem, params
+from panotriton.web.gateway.groups import params
 from panotriton.web.gateway.schemas import PreprocessReply, PreprocessRequest
 from panotriton.web.gateway.tensors import CameraOptions, Incoming, answer
 
@@ -74,8 +75,8 @@ def _crop_file(context: Context, client: Connection, request: PreprocessRequest)
         else groups.second_cameras(group_id, base)
     )
     pairs = stages.preprocess(client, [panorama], cameras[None], context.settings.crop_size)
-    folder = groups.folder(group_id) / "pairs"
-    paths = [folder / f"{pair_stem(base, k + 1)}.jpg" for k in range(INTERVALS)]
+    folder = groups.folder(group_id)
+    paths = [folder / layout.pair(base, interval) for interval in range(1, INTERVALS + 1)]
     write_images(context.roots, zip(paths, pairs, strict=True))
     files = groups.write_params(group_id, base, cameras)
     return {"success": True, "results": _pairs(group_id, cameras, paths, files)}
