@@ -67,6 +67,37 @@ def test_one_image_is_one_result_and_no_image_is_none() -> None:
     assert calls.upscale([], **SR).merge([]) == []
 
 
+@pytest.mark.parametrize("failure", [InvalidInput("x"), InferenceFailed("x")])
+def test_a_request_that_fails_leaves_the_others_their_results(failure: PanotritonError) -> None:
+    plan = calls.upscale([image(16, 16, 1), image(8, 24, 2), image(16, 16, 3)], **SR)
+
+    def send(call: calls.Call[list[Upscaled]]) -> list[Upscaled]:
+        if call.inputs["IMAGES"].shape[1] == 16:
+            raise failure
+        return call.decode({"IMAGES_SR": call.inputs["IMAGES"].joined()}, Timings(1))
+
+    first, second, third = plan.outcomes(send)
+    assert first is third is failure
+    assert int(second.numpy()[0, 0, 0]) == 2
+
+
+@pytest.mark.parametrize("error", [ServerBusy("x"), ConnectError("x"), ModelUnavailable("x")])
+def test_what_concerns_the_server_fails_them_all(error: PanotritonError) -> None:
+    def send(call: calls.Call[list[Upscaled]]) -> list[Upscaled]:
+        raise error
+
+    with pytest.raises(type(error)):
+        calls.upscale([image(16, 16)], **SR).outcomes(send)
+
+
+def test_one_tensor_is_one_request_however_large() -> None:
+    batch = np.zeros((70, 28, 28, 3), np.uint8)
+    plan = calls.score(Images((batch,), alone=True))
+    (call,) = plan.calls
+    assert call.inputs["IMAGES"].joined() is batch
+    assert plan.places == (tuple(range(70)),)
+
+
 def test_a_wrong_image_of_a_list_is_named() -> None:
     with pytest.raises(InvalidImage, match=r"images\[1\] is float32"):
         calls.upscale([image(8, 8), image(8, 8).astype(np.float32)], **SR)

@@ -367,6 +367,13 @@ def test_scores_are_text_and_failures_are_left_out_by_an_old_filter(gateway: Gat
     assert reply["results"][0]["final_score"] is None
 
 
+def test_images_are_asked_for_in_the_clients_portions(gateway: Gateway) -> None:
+    pairs = [{"pair_image": str(gateway.image("a.png"))}] * 65
+    results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert [result["final_score"] for result in results] == ["0.8"] * 65
+    assert [len(inputs["IMAGES"]) for _, inputs in gateway.stub.calls] == [64, 1]
+
+
 def test_descriptions(gateway: Gateway) -> None:
     paths = [
         str(gateway.image("a.png")),

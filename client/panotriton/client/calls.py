@@ -20,7 +20,7 @@ from panotriton.client.pixels import (
     pixels,
     same_size,
 )
-from panotriton.errors import InvalidInput
+from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.models.osediff import ALIGNMENTS
 from panotriton.pipeline.camera import INTERVALS, Camera
 from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras
@@ -37,11 +37,25 @@ from panotriton.pipeline.results import (
     quality,
 )
 
-__all__ = ["Call", "Plan", "crop", "describe", "infer", "process", "score", "stream", "upscale"]
+__all__ = [
+    "Call",
+    "Failure",
+    "Plan",
+    "crop",
+    "describe",
+    "infer",
+    "process",
+    "score",
+    "stream",
+    "upscale",
+]
 
 T = TypeVar("T")
+R = TypeVar("R")
 Tensors = dict[str, Any]
 Value = NDArray[Any] | Images
+Failure = InvalidInput | InferenceFailed
+"""What is wrong with an image, or with what a model makes of it."""
 
 _RESULTS = (
     "CAMERAS",
@@ -83,13 +97,31 @@ class Plan(Generic[T]):
 
     def merge(self, answers: Sequence[list[T]]) -> Any:
         """The calls' results in the caller's order; for a single image its own."""
+        ordered = self._ordered(answers)
+        return ordered[0] if self.single else ordered
+
+    def outcomes(self, send: Callable[[Call[list[T]]], list[T]]) -> list[T | Failure]:
+        """What `send` makes of each image, or why the request that holds it failed, in order.
+
+        What concerns the server and not the images (it is busy, unreachable) is raised.
+        """
+
+        def attempt(call: Call[list[T]], count: int) -> Sequence[T | Failure]:
+            try:
+                return send(call)
+            except (InvalidInput, InferenceFailed) as error:
+                return [error] * count
+
+        parts = zip(self.calls, self.places, strict=True)
+        return self._ordered([attempt(call, len(places)) for call, places in parts])
+
+    def _ordered(self, answers: Sequence[Sequence[R]]) -> list[R]:
         found = {
             place: result
             for places, results in zip(self.places, answers, strict=True)
             for place, result in zip(places, results, strict=True)
         }
-        ordered = [found[place] for place in sorted(found)]
-        return ordered[0] if self.single else ordered
+        return [found[place] for place in sorted(found)]
 
 
 def infer(
@@ -160,7 +192,7 @@ def stream(
 def upscale(
     images: Any, *, upscale: int, align: str, prompt: str, cuda: bool = False
 ) -> Plan[Upscaled]:
-    """Super-resolution of one image or a list."""
+    """Super-resolution of one image, a list, or `Images` that make one request as they are."""
     options = _sr_options(upscale, align, prompt)
 
     def call(batch: Images) -> Call[list[Upscaled]]:
@@ -179,7 +211,7 @@ def upscale(
 
 
 def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
-    """Quality of one pair image or a list."""
+    """Quality of one pair image, a list, or `Images`, see `upscale`."""
     if mode not in MODES:
         raise InvalidInput(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     options: dict[str, Value] = {"MODE": np.array([mode.encode()], np.object_)}
@@ -192,7 +224,7 @@ def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Sc
 
 
 def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
-    """Descriptions of one image or a list."""
+    """Descriptions of one image, a list, or `Images`, see `upscale`."""
 
     def call(batch: Images) -> Call[list[Description]]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
@@ -233,7 +265,9 @@ def _plan(
     min_side_px: int,
     cuda: bool,
 ) -> Plan[T]:
-    """One request a group of same-sized images, split where `most(height, width)` says."""
+    """One request per group of same-sized images, split where `most(height, width)` says."""
+    if isinstance(images, Images):
+        return Plan((call(images),), (tuple(range(images.shape[0])),), single=False)
     single = not isinstance(images, (list, tuple))
     wanted = [images] if single else images
     arrays = [

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI, Response
 
 from panotriton.client.client import Client
 from panotriton.errors import ConnectError, InvalidInput
-from panotriton.web.gateway import interpolate, osediff, preprocess, quality
+from panotriton.web.gateway import interpolate, preprocess, quality, super_resolution
 from panotriton.web.gateway.connections import Connection, SharedConnection
 from panotriton.web.gateway.context import Context, Settings
 from panotriton.web.gateway.docs import FAILURES
@@ -26,7 +26,7 @@ __all__ = ["SERVICES", "Settings", "create_apps"]
 SERVICES = {"preprocess": 5000, "osediff": 5001, "quality": 5002}
 _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
     "preprocess": (preprocess.router, interpolate.router),
-    "osediff": (osediff.router,),
+    "osediff": (super_resolution.router,),
     "quality": (quality.router,),
 }
 _MAX_SHARED_BYTES = 4 << 30  # a thread's; made as requests need it

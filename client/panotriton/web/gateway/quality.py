@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from panotriton.client import calls
+from panotriton.client.calls import Failure
+from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.quality import SUB_SCORES
+from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import stages
-from panotriton.web.gateway.batches import Failure, by_size
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint
@@ -80,25 +82,25 @@ def _score_files(context: Context, client: Connection, request: EvaluateRequest)
     images = read_images(context.roots, [path for path in paths if path])
     found = iter(images)
     missing = InvalidInput("pair_image is missing; expected the path of a pair image")
-    scores = by_size(
-        [next(found) if path else missing for path in paths], partial(stages.score, client)
-    )
+    scores = stages.each(client, [next(found) if path else missing for path in paths], calls.score)
     entries = zip(request.pairs_data, paths, scores, strict=True)
     return {"success": True, "results": [_scored(*entry) for entry in entries]}
 
 
-def _scored(pair: PairEntry, path: str, score: stages.Score | Failure) -> dict[str, Any]:
+def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any]:
     if isinstance(score, Failure):
         # Without its interval: a caller's filter then leaves it out instead of keeping it unscored.
         return {"success": False, "error": str(score), "image_path": path}
-    final = score.quality.final_score
     echo = pair.model_dump(include={"interval", "main_params", "rand_params", "yaw_interval"})
-    return {"pair_image": path, "final_score": None if math.isnan(final) else str(final)} | echo
+    return {
+        "pair_image": path,
+        "final_score": None if math.isnan(score.final) else str(score.final),
+    } | echo
 
 
 def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
     images = read_images(context.roots, request.image_paths)
-    descriptions = by_size(images, partial(stages.describe, client))
+    descriptions = stages.each(client, images, calls.describe)
     now = time.time()
     pairs = zip(request.image_paths, descriptions, strict=True)
     return {
@@ -110,7 +112,7 @@ def _describe_files(context: Context, client: Connection, request: DescribeReque
     }
 
 
-def _described(description: stages.Description | Failure) -> dict[str, str]:
+def _described(description: Description | Failure) -> dict[str, str]:
     if isinstance(description, Failure):
         return {"description": "", "error": str(description)}
     error = {"error": description.error} if description.error else {}
@@ -120,18 +122,18 @@ def _described(description: stages.Description | Failure) -> dict[str, str]:
 def _score_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
-    scores = stages.score(client, incoming.images)
+    scores = stages.together(client, calls.score(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_numbers(score) for score in scores]})
 
 
-def _numbers(score: stages.Score) -> dict[str, Any]:
-    numbers = asdict(score.quality)
+def _numbers(score: Score) -> dict[str, Any]:
+    numbers = {name: getattr(score, name) for name in SUB_SCORES} | {"final_score": score.final}
     finite = {name: None if math.isnan(value) else value for name, value in numbers.items()}
-    return finite | {"raw_output": score.raw_output}
+    return finite | {"raw_output": score.raw}
 
 
 def _describe_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
-    found = stages.describe(client, incoming.images)
+    found = stages.together(client, calls.describe(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_described(description) for description in found]})

@@ -1,52 +1,33 @@
-"""The stages as functions over tensors, each one request to one model of the server.
+"""The stages that work on images, through the client's plans, and the two that the client has no method for.
 
-The only module of the gateway that knows the models' names. Images are RGB uint8, cameras float64
-with a last axis of 5 in the order of `camera.CAMERA_FIELDS`. Image outputs are asked for with the most
-bytes that they can have, so that a `Connection` over shared memory can make room for them.
+Images are RGB uint8, cameras float64 with a last axis of 5 in the order of `camera.CAMERA_FIELDS`. Image
+outputs are asked for with the most bytes that they can have, so that a `Connection` over shared memory
+can make room for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from panotriton.client.calls import Call, Failure, Plan
+from panotriton.client.pixels import Images
 from panotriton.pipeline.camera import INTERVALS, Sphere
 from panotriton.pipeline.images import MIN_SIDE_PX
-from panotriton.pipeline.quality import Quality
+from panotriton.pipeline.results import Timings
 from panotriton.web.gateway.connections import Connection
 
-__all__ = [
-    "Description",
-    "Score",
-    "describe",
-    "interpolate",
-    "preprocess",
-    "score",
-    "super_resolve",
-]
+__all__ = ["each", "interpolate", "preprocess", "tensor", "together"]
 
 U8 = NDArray[np.uint8]
 F64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A pair's scores, NaN where the reply has none, and the reply itself."""
-
-    quality: Quality
-    raw_output: str
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """Two or three sentences, or why there are none."""
-
-    text: str
-    error: str
+T = TypeVar("T")
+_UNTIMED = Timings(math.nan)  # replies hold no times
 
 
 def preprocess(client: Connection, panoramas: Sequence[U8], cameras: F64, crop_size: int) -> U8:
@@ -90,37 +71,38 @@ def interpolate(
     return views[:, :panorama_count], got["INTERPOLATED_CAMERAS"][:, :panorama_count]
 
 
-def super_resolve(
-    client: Connection, images: U8, *, align: str = "adain", upscale: int = 2, prompt: str = ""
-) -> U8:
-    """Images (N, h, w, 3) → (N, H, W, 3), `upscale` times as large to a multiple of 8."""
-    inputs: dict[str, NDArray[Any]] = {
-        "IMAGES": images,
-        "ALIGN": np.array([align.encode()], np.object_),
-        "UPSCALE": np.array([upscale], np.int32),
-        "PROMPT": np.array([prompt.encode()], np.object_),
+def each(
+    client: Connection, images: Sequence[U8 | Failure], plan: Callable[[list[U8]], Plan[T]]
+) -> list[T | Failure]:
+    """What a plan makes of each image, see `Plan.outcomes`; a failure among them is passed on."""
+    good = [image for image in images if not isinstance(image, Failure)]
+    outcomes = iter(plan(good).outcomes(partial(_send, client)))
+    return [image if isinstance(image, Failure) else next(outcomes) for image in images]
+
+
+def together(client: Connection, plan: Plan[T]) -> list[T]:
+    """What a plan of one request makes of its images."""
+    (call,) = plan.calls
+    return _send(client, call)
+
+
+def tensor(client: Connection, plan: Plan[Any], output: str) -> U8:
+    """The same as the one tensor that the server sent, for a reply that is a tensor, too."""
+    (call,) = plan.calls
+    made: U8 = _tensors(client, call)[output]
+    return made
+
+
+def _send(client: Connection, call: Call[T]) -> T:
+    return call.decode(_tensors(client, call), _UNTIMED)
+
+
+def _tensors(client: Connection, call: Call[Any]) -> dict[str, NDArray[Any]]:
+    inputs = {
+        name: value.joined() if isinstance(value, Images) else value
+        for name, value in call.inputs.items()
     }
-    most = {"IMAGES_SR": images.nbytes * upscale * upscale}
-    sharp: U8 = client.infer("osediff", inputs, most)["IMAGES_SR"]
-    return sharp
-
-
-def score(client: Connection, images: U8) -> list[Score]:
-    """Scores of pair images (N, H, 2H, 3)."""
-    got = client.infer("qwen_scorer", {"IMAGES": images}, ("SCORE", "SUB_SCORES", "RAW_OUTPUT"))
-    rows = np.concatenate([got["SUB_SCORES"], got["SCORE"][:, None]], axis=1)  # (N, 6)
-    return [
-        Score(Quality(*(round(float(value), 6) for value in row)), reply.decode())
-        for row, reply in zip(rows, got["RAW_OUTPUT"], strict=True)
-    ]
-
-
-def describe(client: Connection, images: U8) -> list[Description]:
-    """Descriptions of images (N, H, W, 3)."""
-    outputs = ("DESCRIPTION", "DESCRIPTION_ERROR")
-    got = client.infer("qwen_describer", {"IMAGES": images}, outputs)
-    pairs = zip(*(got[name] for name in outputs), strict=True)
-    return [Description(text.decode(), error.decode()) for text, error in pairs]
+    return client.infer(call.model, inputs, call.outputs)
 
 
 def _spheres(panoramas: Sequence[U8], crop_size: int) -> list[U8]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
-from numpy.typing import NDArray
 from pydantic import Field
 
+from panotriton.client import calls
+from panotriton.client.calls import Failure
+from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
+from panotriton.pipeline.results import Upscaled
 from panotriton.web.gateway import stages
-from panotriton.web.gateway.batches import Failure, by_size
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
@@ -25,8 +27,6 @@ from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
 __all__ = ["router"]
 
 _MIN_SIDE_PX = 8
-
-U8 = NDArray[np.uint8]
 
 
 class SuperResolutionOptions(TensorOptions):
@@ -67,16 +67,12 @@ def _sharpen_files(context: Context, client: Connection, request: SuperResolutio
         image if isinstance(target, Path) else target
         for image, target in zip(loaded, targets, strict=True)
     ]
-
-    def sharpen(stack: U8) -> list[U8]:
-        upscale = context.settings.upscale
-        return list(
-            stages.super_resolve(client, stack, align=request.align_method, upscale=upscale)
-        )
-
-    outcomes = list(zip(targets, by_size(images, sharpen), strict=True))
-    written = [(t, s) for t, s in outcomes if isinstance(t, Path) and isinstance(s, np.ndarray)]
-    write_images(context.roots, written)
+    upscale = context.settings.upscale
+    plan = partial(calls.upscale, upscale=upscale, align=request.align_method, prompt="")
+    results: list[Upscaled | Failure] = stages.each(client, images, plan)
+    outcomes = list(zip(targets, results, strict=True))
+    good = [(t, s.numpy()) for t, s in outcomes if isinstance(t, Path) and isinstance(s, Upscaled)]
+    write_images(context.roots, good)
     return {"success": True, "results": [_result(*outcome) for outcome in outcomes]}
 
 
@@ -111,11 +107,10 @@ def _sharpen_tensor(
     context: Context, client: Connection, incoming: Incoming[SuperResolutionOptions]
 ) -> Response:
     options = incoming.options
-    sharp = stages.super_resolve(
-        client,
-        incoming.images,
+    plan = calls.upscale(
+        Images((incoming.images,), alone=True),
         align=options.align_method,
         upscale=options.upscale,
         prompt=options.prompt,
     )
-    return answer(incoming, sharp, batch=False)
+    return answer(incoming, stages.tensor(client, plan, "IMAGES_SR"), batch=False)
