@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.pipeline.camera import sample_cameras
 from panotriton.pipeline.group import check_cameras
+from panotriton.pipeline.images import check_panorama, decode_image
 
 __all__ = [
     "Cancelled",
@@ -29,6 +30,7 @@ __all__ = [
     "number",
     "optional",
     "read_cameras",
+    "read_panorama",
     "required",
     "respond",
     "respond_async",
@@ -133,6 +135,21 @@ def read_cameras(request: Any) -> NDArray[np.float64]:
     if value < 0:
         raise InvalidInput(f"SEED is {value}; expected 0 or more")
     return sample_cameras(value)
+
+
+def read_panorama(request: Any, suffix: str = "") -> NDArray[np.uint8]:
+    """The panorama (H, W, 3) that the caller sent: pixels as PANORAMA, or a file's bytes as ENCODED.
+
+    suffix: of both names. Raises InvalidInput where both or neither came, InvalidImage for a bad one.
+    """
+    names = f"PANORAMA{suffix}", f"ENCODED{suffix}"
+    pixels, encoded = (optional(request, name) for name in names)
+    exactly_one(names[0], pixels, names[1], encoded)
+    if encoded is not None:
+        return decode_image(names[1], encoded.item())
+    image = np.asarray(pixels)
+    check_panorama(names[0], image)
+    return image
 
 
 def exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:

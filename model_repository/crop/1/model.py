@@ -6,10 +6,9 @@ import cv2
 import numpy as np
 
 from panotriton.errors import InvalidInput
-from panotriton.models.requests import number, optional, required, respond
+from panotriton.models.requests import number, read_panorama, required, respond
 from panotriton.pipeline.camera import Camera, Sphere
 from panotriton.pipeline.group import check_crop_size
-from panotriton.pipeline.images import check_panorama, decode_image
 
 _MAX_CAMERAS = 256  # bounds what a request makes the server allocate
 
@@ -27,7 +26,7 @@ class TritonPythonModel:
         size = number(request, "CROP_SIZE", 512)
         check_crop_size(size)
         views = np.empty((len(cameras), size, size, 3), np.uint8)
-        Sphere(_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
+        Sphere(read_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
         return {"CROPS": views}
 
 
@@ -41,15 +40,3 @@ def _cameras(rows):
         except ValueError as error:
             raise InvalidInput(f"CAMERAS[{index}]: {error}") from error
     return cameras
-
-
-def _panorama(request):
-    pixels = optional(request, "PANORAMA")
-    encoded = optional(request, "ENCODED")
-    if (pixels is None) == (encoded is None):
-        both = "neither is" if pixels is None else "both are"
-        raise InvalidInput(f"PANORAMA or ENCODED: {both} given; send exactly one of them")
-    if pixels is None:
-        return decode_image("ENCODED", encoded.item())
-    check_panorama("PANORAMA", pixels)
-    return pixels

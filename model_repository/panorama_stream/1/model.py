@@ -16,10 +16,9 @@ from panotriton.models.requests import (
     Cancelled,
     answers,
     calls_until,
-    exactly_one,
     number,
-    optional,
     read_cameras,
+    read_panorama,
     string,
     strings,
 )
@@ -32,7 +31,6 @@ from panotriton.pipeline.group import (
     check_threshold,
     filter_intervals,
 )
-from panotriton.pipeline.images import check_panorama, decode_image
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -206,14 +204,5 @@ class _Run:
 
 async def _panoramas(request):
     """Both panoramas, (H, W, 3); files are decoded side by side."""
-    return await asyncio.gather(*(asyncio.to_thread(_panorama, request, i) for i in (1, 2)))
-
-
-def _panorama(request, i):
-    pixels = optional(request, f"PANORAMA_{i}")
-    encoded = optional(request, f"ENCODED_{i}")
-    exactly_one(f"PANORAMA_{i}", pixels, f"ENCODED_{i}", encoded)
-    if pixels is None:
-        return decode_image(f"ENCODED_{i}", encoded.item())
-    check_panorama(f"PANORAMA_{i}", pixels)
-    return pixels
+    read = (asyncio.to_thread(read_panorama, request, suffix) for suffix in ("_1", "_2"))
+    return await asyncio.gather(*read)
