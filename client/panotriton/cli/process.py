@@ -32,6 +32,7 @@ from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.results import Group, Health, StageTime
+from panotriton.pipeline.stages import DECODER, ORDER, is_part
 
 _EXAMPLES = """\
   panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001
@@ -123,7 +124,7 @@ def _watch(
 
 
 def _stage(stages: dict[str, StageTime]) -> str:
-    images = stages["osediff_vae_decoder"].inferences if "osediff_vae_decoder" in stages else 0
+    images = stages[DECODER].inferences if DECODER in stages else 0
     if "interpolate" in stages:
         return f"super-resolving in-between views: {max(images - 16, 0)} done"
     if "qwen_scorer" in stages:
@@ -146,35 +147,8 @@ def _difference(before: dict[str, StageTime], after: dict[str, StageTime]) -> li
         for name, now in after.items()
         if (was := before.get(name, StageTime(name, 0, 0, 0.0, 0.0)))
     ]
-    order = [name for names in _STAGES for name in names]
-    done = [stage for stage in stages if stage.executions and stage.model in order]
-    return sorted(done, key=lambda stage: order.index(stage.model))
-
-
-# Each stage, and below it the models that it calls: their time is part of its own.
-_STAGES = (
-    ("decode",),
-    ("preprocess",),
-    (
-        "osediff",
-        "osediff_tagger",
-        "osediff_text_encoder",
-        "osediff_vae_encoder",
-        "osediff_unet",
-        "osediff_vae_decoder",
-    ),
-    ("qwen_scorer", "qwen_describer", "qwen"),
-    ("select",),
-    ("interpolate",),
-)
-_PARTS = {
-    "osediff_tagger",
-    "osediff_text_encoder",
-    "osediff_vae_encoder",
-    "osediff_unet",
-    "osediff_vae_decoder",
-    "qwen",
-}
+    done = [stage for stage in stages if stage.executions and stage.model in ORDER]
+    return sorted(done, key=lambda stage: ORDER[stage.model])
 
 
 def _about(
@@ -211,7 +185,7 @@ def _show(console: Console, group: Group, folder: Path, stages: list[StageTime])
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in stages:
-        name = f"  {stage.model}" if stage.model in _PARTS else stage.model
+        name = f"  {stage.model}" if is_part(stage.model) else stage.model
         times = (f"{stage.queue_ms / 1e3:.2f}", f"{stage.compute_ms / 1e3:.2f}")
         table.add_row(name, str(stage.executions), str(stage.inferences), *times)
     console.print(table)

@@ -26,7 +26,6 @@ __all__ = [
     "attempt",
     "call",
     "calls_until",
-    "exactly_one",
     "number",
     "optional",
     "read_cameras",
@@ -127,7 +126,7 @@ def read_cameras(request: Any) -> NDArray[np.float64]:
     """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
     given = optional(request, "GIVEN_CAMERAS")
     seed = optional(request, "SEED")
-    exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
+    _exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
     if given is not None:
         check_cameras("GIVEN_CAMERAS", given)
         return given
@@ -144,7 +143,7 @@ def read_panorama(request: Any, suffix: str = "") -> NDArray[np.uint8]:
     """
     names = f"PANORAMA{suffix}", f"ENCODED{suffix}"
     pixels, encoded = (optional(request, name) for name in names)
-    exactly_one(names[0], pixels, names[1], encoded)
+    _exactly_one(names[0], pixels, names[1], encoded)
     if encoded is not None:
         return decode_image(names[1], encoded.item())
     image = np.asarray(pixels)
@@ -152,7 +151,7 @@ def read_panorama(request: Any, suffix: str = "") -> NDArray[np.uint8]:
     return image
 
 
-def exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
+def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
     """Raise InvalidInput unless one of two optional tensors was sent, and one alone."""
     if (value is None) == (other_value is None):
         both = "neither is" if value is None else "both are"

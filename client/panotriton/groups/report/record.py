@@ -13,12 +13,9 @@ from panotriton.groups import layout
 from panotriton.groups.folder import process_command
 from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds
 from panotriton.pipeline.quality import SUB_SCORES
+from panotriton.pipeline.stages import is_part
 
 __all__ = ["Interval", "Pair", "Record", "Stage", "View", "read_record"]
-
-# Stages that other stages call: their time is part of the caller's own.
-_PART_NAMES = ("qwen",)
-_PART_PREFIX = "osediff_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +227,7 @@ def _stage(entry: dict[str, Any]) -> Stage:
     model = str(entry["model"])
     return Stage(
         model=model,
-        part=model.startswith(_PART_PREFIX) or model in _PART_NAMES,
+        part=is_part(model),
         executions=int(entry["executions"]),
         inferences=int(entry["inferences"]),
         queue_s=entry["queue_ms"] / 1e3,

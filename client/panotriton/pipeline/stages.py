@@ -1,0 +1,34 @@
+"""A group's stages, in the order of the pipeline, and the models that these call in their turn.
+
+The time of a part is inside its stage's own; where instances work at once, the parts' may add up to more.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DECODER", "ORDER", "STAGES", "is_part"]
+
+# In the order in which an image meets them; the tagger is optional.
+_SUPER_RESOLUTION = ("tagger", "text_encoder", "vae_encoder", "unet", "vae_decoder")
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "decode": (),
+    "preprocess": (),
+    "osediff": tuple(f"osediff_{part}" for part in _SUPER_RESOLUTION),
+    "qwen_scorer": ("qwen",),
+    "qwen_describer": ("qwen",),
+    "select": (),
+    "interpolate": (),
+}
+"""Stage → its parts; both are models of the server."""
+
+DECODER = STAGES["osediff"][-1]
+"""What an image of super-resolution leaves last: its rows are the images that are done."""
+
+_MODELS = [model for stage, parts in STAGES.items() for model in (stage, *parts)]
+ORDER = {model: place for place, model in enumerate(_MODELS)}
+"""Stage or part → its place in a table; a part that several stages call comes after the last of them."""
+
+
+def is_part(model: str) -> bool:
+    """Whether the model's time is inside a stage's; no stage and no part is neither."""
+    return model in ORDER and model not in STAGES
