@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from panotriton.pipeline.quality import expected_level, expected_number, parse_reply, through_line
+from panotriton.pipeline.quality import (
+    expected_level,
+    expected_number,
+    finite_or_none,
+    parse_reply,
+    through_line,
+)
 
 GOOD = """\
 Correlation: 0.9
@@ -110,6 +116,12 @@ def test_a_certain_number_is_itself_and_half_a_hundredth() -> None:
     assert expected_number(0.0, tenths) == pytest.approx(0.845)
     assert expected_number(1.0, tenths) == 1.0
     assert expected_number(0.5, [0.1] * 10) == pytest.approx(0.5 + 0.5 * (0.45 + 0.045))
+
+
+def test_no_score_is_null_where_json_is_written() -> None:
+    assert finite_or_none(math.nan) is None
+    assert finite_or_none(0.0) == 0.0
+    assert finite_or_none(1.0) == 1.0
 
 
 def test_a_level_is_the_mean_of_the_weights() -> None:

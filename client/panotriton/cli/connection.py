@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.wire import Tls
+from panotriton.pipeline.quality import finite_or_none
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 
@@ -125,7 +125,7 @@ def _without_nan(value: Any) -> Any:
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from panotriton.groups import layout
 from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence
 
 __all__ = [
@@ -152,7 +153,7 @@ def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, An
 
 
 def _score(pair: Pair) -> dict[str, Any]:
-    scores = {k: v if np.isfinite(v) else None for k, v in asdict(pair.quality).items()}
+    scores = {name: finite_or_none(score) for name, score in asdict(pair.quality).items()}
     return {"panorama": pair.panorama, "interval": pair.interval, **scores, "raw": pair.raw_reply}
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Quality",
     "expected_level",
     "expected_number",
+    "finite_or_none",
     "parse_reply",
     "through_line",
 ]
@@ -58,6 +59,11 @@ class Quality:
     def sub_scores(self) -> tuple[float, ...]:
         """The five scores before the final one, in the order of `SUB_SCORES`."""
         return tuple(getattr(self, field.name) for field in fields(self))[:-1]
+
+
+def finite_or_none(score: float) -> float | None:
+    """The score for JSON, which has no NaN: None where there is none."""
+    return score if math.isfinite(score) else None
 
 
 def expected_number(one: float, tenths: Sequence[float]) -> float:

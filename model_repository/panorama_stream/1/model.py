@@ -31,6 +31,7 @@ from panotriton.pipeline.group import (
     check_threshold,
     filter_intervals,
 )
+from panotriton.pipeline.quality import finite_or_none
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -141,7 +142,7 @@ class _Run:
             "scored",
             panorama=panorama,
             interval=number,
-            scores=[value if math.isfinite(value) else None for value in values],
+            scores=[finite_or_none(value) for value in values],
             raw_reply=got["RAW_OUTPUT"][0].decode(),
         )
         return got["SCORE"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
-from panotriton.pipeline.quality import SUB_SCORES
+from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.connections import Connection
@@ -92,10 +91,8 @@ def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any
         # Without its interval: a caller's filter then leaves it out instead of keeping it unscored.
         return {"success": False, "error": str(score), "image_path": path}
     echo = pair.model_dump(include={"interval", "main_params", "rand_params", "yaw_interval"})
-    return {
-        "pair_image": path,
-        "final_score": None if math.isnan(score.final) else str(score.final),
-    } | echo
+    final = finite_or_none(score.final)
+    return {"pair_image": path, "final_score": None if final is None else str(final)} | echo
 
 
 def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
@@ -128,7 +125,7 @@ def _score_tensor(
 
 def _numbers(score: Score) -> dict[str, Any]:
     numbers = {name: getattr(score, name) for name in SUB_SCORES} | {"final_score": score.final}
-    finite = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    finite = {name: finite_or_none(number) for name, number in numbers.items()}
     return finite | {"raw_output": score.raw}
 
 

@@ -18,6 +18,7 @@ from panotriton.groups.report.footprint import footprint
 from panotriton.groups.report.picture import bicubic, data_uri, within
 from panotriton.pipeline.camera import INTERVALS, Camera
 from panotriton.pipeline.group import make_pairs
+from panotriton.pipeline.quality import finite_or_none
 
 __all__ = ["Messages"]
 
@@ -92,7 +93,7 @@ def _both(row: NDArray[np.float64]) -> tuple[Camera, Camera]:
 
 
 def _scored(event: events.Scored) -> dict[str, Any]:
-    scores = {k: v if np.isfinite(v) else None for k, v in asdict(event.quality).items()}
+    scores = {name: finite_or_none(score) for name, score in asdict(event.quality).items()}
     return {
         "panorama": event.panorama,
         "interval": event.interval,
