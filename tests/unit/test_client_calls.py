@@ -253,6 +253,7 @@ def test_events_are_read() -> None:
     got = event_from_tensors({"EVENT": event("scored", **scored)})
     assert isinstance(got, Scored)
     assert got.quality.final_score == 0.7
+    assert got.raw == "r"
     assert math.isnan(got.quality.balance)
     tensors = {
         "EVENT": event("view", panorama=2, interval=3, weight_idx=1),

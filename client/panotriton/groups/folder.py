@@ -154,7 +154,7 @@ def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, An
 
 def _score(pair: Pair) -> dict[str, Any]:
     scores = {name: finite_or_none(score) for name, score in asdict(pair.quality).items()}
-    return {"panorama": pair.panorama, "interval": pair.interval, **scores, "raw": pair.raw_reply}
+    return {"panorama": pair.panorama, "interval": pair.interval, **scores, "raw": pair.raw}
 
 
 def _interval(interval: Interval, names: tuple[str, str]) -> dict[str, Any]:

@@ -71,12 +71,12 @@ class PairReady(_Progress):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scored(_Progress):
-    """A pair's scores, and the reply that they were read from."""
+    """A pair's scores, and `raw`, the reply that they were read from."""
 
     panorama: int
     interval: int
     quality: Quality
-    raw_reply: str
+    raw: str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -143,7 +143,8 @@ _ERRORS: dict[str, type[PanotritonError]] = {"refused": InvalidInput, "failed": 
 
 def _scored(content: dict[str, Any], tensors: Tensors) -> Event:
     scores = np.array(content.pop("scores"), np.float32)  # NaN where JSON has null
-    return Scored(**content, quality=quality(scores[:5], scores[5]))
+    raw = content.pop("raw_reply")
+    return Scored(**content, quality=quality(scores[:5], scores[5]), raw=raw)
 
 
 def _view(content: dict[str, Any], tensors: Tensors) -> Event:

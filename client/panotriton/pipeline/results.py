@@ -138,7 +138,7 @@ class Pair:
     """One left|right pair of one panorama.
 
     image: (S, 2S, 3) before super-resolution, None unless intermediates were asked for;
-    sharp: (H, 2H, 3) after it.
+    sharp: (H, 2H, 3) after it. raw: the scorer's reply.
     """
 
     panorama: int
@@ -146,7 +146,7 @@ class Pair:
     left: Camera
     right: Camera
     quality: Quality
-    raw_reply: str
+    raw: str
     image: U8 | None
     sharp: U8
 
@@ -237,7 +237,7 @@ def _pair(tensors: Mapping[str, NDArray[Any]], index: int) -> Pair:
         left=Camera.from_array(left),
         right=Camera.from_array(right),
         quality=quality(tensors["SUB_SCORES"][index], tensors["SCORE"][index]),
-        raw_reply=tensors["RAW_OUTPUT"][index].decode(),
+        raw=tensors["RAW_OUTPUT"][index].decode(),
         image=tensors["PAIRS"][index] if "PAIRS" in tensors else None,
         sharp=tensors["PAIRS_SR"][index],
     )

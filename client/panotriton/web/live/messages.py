@@ -99,7 +99,7 @@ def _scored(event: events.Scored) -> dict[str, Any]:
         "interval": event.interval,
         "score": scores.pop("final_score"),
         "parts": scores,
-        "raw": event.raw_reply,
+        "raw": event.raw,
     }
 
 
