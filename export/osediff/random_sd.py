@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from panotriton_export.osediff.base import PROMPT_TOKENS
 from panotriton_export.osediff.checkpoint import add_adapters, save_checkpoint
 
-__all__ = ["adapter_modules", "write_random"]
+__all__ = ["adapter_modules", "random_networks", "write_random"]
 
 Size = Literal["tiny", "sd21"]
 
@@ -74,13 +74,19 @@ def write_random(folder: Path, size: Size = "tiny", *, seed: int = 0, rank: int 
     _scheduler().save_pretrained(folder / "scheduler")
     _text_encoder(size).save_pretrained(folder / "text_encoder")
     _write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    vae = AutoencoderKL(**_blocks(_VAE[size]), sample_size=512)
-    unet = UNet2DConditionModel(**_UNET[size], sample_size=64, use_linear_projection=True)
+    unet, vae = random_networks(size)
     vae.save_pretrained(folder / "vae")
     unet.save_pretrained(folder / "unet")
     checkpoint = folder / "osediff.pkl"
     _write_adapters(checkpoint, unet, vae, rank)
     return checkpoint
+
+
+def random_networks(size: Size) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE of a size, their weights from torch's generator; on whatever device is the default."""
+    vae = AutoencoderKL(**_blocks(_VAE[size]), sample_size=512)
+    unet = UNet2DConditionModel(**_UNET[size], sample_size=64, use_linear_projection=True)
+    return unet, vae
 
 
 def adapter_modules(unet: nn.Module, vae: nn.Module) -> tuple[dict[str, list[str]], list[str]]:

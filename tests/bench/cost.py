@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from panotriton.local import open_network
-from panotriton_export.osediff.random_sd import _UNET, _VAE, _blocks
+from panotriton_export.osediff.random_sd import random_networks
 from panotriton_export.presets import LATENT_TILE, SMALL
 
 PUBLISHED = {"A100": (312e12, 2039e9), "H100": (989e12, 3350e9)}
@@ -118,8 +118,7 @@ def count(network: nn.Module, run: Callable[[], Any], width: int = 2) -> Work:
 def super_resolution() -> dict[str, Work]:
     """A group's work of OSEDiff's networks; the text encoder runs once a prompt and is left out."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**_UNET["sd21"], use_linear_projection=True)
-        vae = AutoencoderKL(**_blocks(_VAE["sd21"]))
+        unet, vae = random_networks("sd21")
     tiles = PAIRS * PAIR_TILES + VIEWS * VIEW_TILES
     return {
         "vae_encoder": _vae(vae.encoder, 3, 1),

@@ -174,7 +174,7 @@ def visions(qwen, images, prompt, folder, threads, runs):
     rows.append(compared("expected, 16 pairs", *ways, off, in_turns(ways, runs)))
     wide = Qwen2_5_VLConfig(vision_config=REAL_VISION | {"depth": 2, "fullatt_block_indexes": [1]})
     torch.manual_seed(0)
-    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(wide.vision_config).eval()
+    tower = Qwen2_5_VisionTransformerPretrainedModel(wide.vision_config).eval()
     export_tower(tower, folder, WIDE_GRID)
     rows.append(tower_row("1280 wide, 2 of 32", tower, graph(folder, threads), WIDE_GRID, 1, runs))
     return rows
@@ -267,7 +267,7 @@ def ask_real(folder, threads):
         "load_s": loaded - began,
         "reply_s": replied - loaded,
         "expected_s": time.perf_counter() - replied,
-        "tokens": int(qwen._inputs([image], prompt)["input_ids"].shape[1]),
+        "tokens": int(qwen.inputs([image], prompt)["input_ids"].shape[1]),
         "reply": reply,
         "number": number,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

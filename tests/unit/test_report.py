@@ -23,7 +23,7 @@ from panotriton.groups.report import page, write_index, write_report
 from panotriton.groups.report.footprint import HEIGHT, WIDTH, border, footprint, rings
 from panotriton.groups.report.picture import bicubic, data_uri, most_different
 from panotriton.groups.report.record import read_record
-from panotriton.pipeline.camera import LIMITS, Camera, _Maps, _rotation
+from panotriton.pipeline.camera import LIMITS, Camera, _Maps, rotation
 from tests.groups import write_example
 
 NAN = float("nan")
@@ -133,7 +133,7 @@ def drawn(camera: Camera) -> np.ndarray:
 def seen(camera: Camera, yaw: np.ndarray, pitch: np.ndarray, size: int = 512) -> np.ndarray:
     """The camera model the other way round: which directions fall on the picture."""
     rays = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)])
-    px, py, pz = np.tensordot(_rotation(camera).T, rays, 1)
+    px, py, pz = np.tensordot(rotation(camera).T, rays, 1)
     half = np.sin(np.radians(camera.vfov) / 2)
     focal = 0.5 * (size / 2) * (camera.xi + np.sqrt(1 - half**2)) / half
     depth = pz + camera.xi

@@ -133,6 +133,22 @@ class QwenVL:
         """The expected level of quality, 0 (bad) to 1 (excellent), one an image."""
         return self._batched(images, lambda part: self._read_level(part, prompt))
 
+    def inputs(self, images: list[Image], prompt: str, reply: str = "") -> dict[str, Any]:
+        """What the network takes for (H, W, 3) uint8 images, one row each, padded at the left.
+
+        reply: how the replies begin. Pixels stay tensors all the way.
+        """
+        turns = [
+            {"role": "system", "content": prompt},
+            {"role": "user", "content": [{"type": "image"}]},
+        ]
+        chat = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]  # (3, H, W)
+        inputs = self.processor(
+            images=pixels, text=[chat + reply] * len(images), padding=True, return_tensors="pt"
+        )
+        return self._seen(dict(inputs.to(self.device)))
+
     def _batched(
         self, images: Sequence[Image], work: Callable[[list[Image]], list[Any]]
     ) -> list[Any]:
@@ -147,7 +163,7 @@ class QwenVL:
 
     @torch.inference_mode()
     def _reply(self, images: list[Image], prompt: str, limit: int, stop_after: str) -> list[str]:
-        inputs = self._inputs(images, prompt)
+        inputs = self.inputs(images, prompt)
         length = inputs["input_ids"].shape[1]
         stop = StoppingCriteriaList()
         if stop_after:
@@ -179,24 +195,11 @@ class QwenVL:
         self, images: list[Image], prompt: str, skeleton: str, keep: int
     ) -> Tensor:
         """fp32 logits (B, keep, V) of the last positions once the reply has begun with `skeleton`."""
-        inputs = self._inputs(images, prompt, skeleton)
+        inputs = self.inputs(images, prompt, skeleton)
         cached = self._prefix(inputs)
         inputs = self._after_prefix(inputs, *cached) if cached else inputs | {"use_cache": False}
         logits: Tensor = self.model(**inputs, logits_to_keep=keep).logits
         return logits.float()
-
-    def _inputs(self, images: list[Image], prompt: str, reply: str = "") -> dict[str, Any]:
-        """Left-padded processor inputs; pixels stay tensors all the way."""
-        turns = [
-            {"role": "system", "content": prompt},
-            {"role": "user", "content": [{"type": "image"}]},
-        ]
-        chat = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]  # (3, H, W)
-        inputs = self.processor(
-            images=pixels, text=[chat + reply] * len(images), padding=True, return_tensors="pt"
-        )
-        return self._seen(dict(inputs.to(self.device)))
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace the pixels by image tokens where the fixed tower sees any of the images."""

@@ -25,6 +25,7 @@ __all__ = [
     "crop",
     "interval_bounds",
     "lerp",
+    "rotation",
     "sample_cameras",
 ]
 
@@ -205,8 +206,8 @@ class _Maps:
         grid_x = self.index / focal  # (size,) varies along a row
         grid_y = -self.index / focal  # (size,) varies down a column
         self._sphere_scale(grid_x, grid_y, camera.xi)
-        rotation = _rotation(camera)
-        for plane, row in zip((self.x, self.y, self.z), rotation, strict=True):
+        turn = rotation(camera)
+        for plane, row in zip((self.x, self.y, self.z), turn, strict=True):
             self._rotated(plane, row, grid_x, grid_y, camera.xi)
         return self._equirectangular()
 
@@ -247,8 +248,12 @@ def _outer(column: Vector, row: Vector) -> tuple[Plane, Plane]:
     return column.astype(np.float32)[:, None], row.astype(np.float32)[None, :]
 
 
-def _rotation(camera: Camera) -> Vector:
-    """R_az(yaw) · R_el(-pitch) · R_roll(roll)ᵀ, (3, 3)."""
+def rotation(camera: Camera) -> NDArray[np.float64]:
+    """R_az(yaw) · R_el(-pitch) · R_roll(roll)ᵀ, (3, 3): from the camera's axes to the panorama's.
+
+    Both are x right, y up, z forward; a panorama's forward is its middle column. Positive pitch looks
+    up, positive yaw to the left.
+    """
     yaw, pitch, roll = np.radians([camera.yaw, -camera.pitch, camera.roll])
     cos, sin = np.cos, np.sin
     azimuth = np.array([[cos(yaw), 0, -sin(yaw)], [0, 1, 0], [sin(yaw), 0, cos(yaw)]])
