@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.contract import DEFAULTS, MAX_UPSCALE, MIN_SR_SIDE_PX, Alignment
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.batches import Failure, by_size
 from panotriton.web.gateway.connections import Connection
@@ -23,14 +24,12 @@ from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
 
 __all__ = ["router"]
 
-_MIN_SIDE_PX = 8
-
 U8 = NDArray[np.uint8]
 
 
 class SuperResolutionOptions(TensorOptions):
-    align_method: Literal["adain", "wavelet", "nofix"] = "adain"
-    upscale: Annotated[int, Field(ge=1, le=4)] = 2
+    align_method: Alignment = "adain"
+    upscale: Annotated[int, Field(ge=1, le=MAX_UPSCALE)] = DEFAULTS.upscale
     prompt: str = Field("", max_length=4096)
 
 
@@ -53,7 +52,7 @@ def router(context: Context) -> APIRouter:
     async def super_resolution_tensor(request: Request) -> Response:
         """Sharpen one image or a batch of one size, at least 8 px a side."""
         return await context.run_tensor(
-            _sharpen_tensor, request, SuperResolutionOptions, _MIN_SIDE_PX
+            _sharpen_tensor, request, SuperResolutionOptions, MIN_SR_SIDE_PX
         )
 
     return routes

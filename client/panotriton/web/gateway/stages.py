@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.pipeline.camera import INTERVALS, Sphere
-from panotriton.pipeline.images import MIN_SIDE_PX
+from panotriton.pipeline.camera import Sphere
+from panotriton.pipeline.contract import DEFAULTS, INTERVALS, MIN_SIDE_PX
 from panotriton.pipeline.quality import Quality
 from panotriton.web.gateway.connections import Connection
 
@@ -91,7 +91,12 @@ def interpolate(
 
 
 def super_resolve(
-    client: Connection, images: U8, *, align: str = "adain", upscale: int = 2, prompt: str = ""
+    client: Connection,
+    images: U8,
+    *,
+    align: str = DEFAULTS.align,
+    upscale: int = DEFAULTS.upscale,
+    prompt: str = "",
 ) -> U8:
     """Images (N, h, w, 3) → (N, H, W, 3), `upscale` times as large to a multiple of 8."""
     inputs: dict[str, NDArray[Any]] = {
