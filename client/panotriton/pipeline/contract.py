@@ -146,7 +146,7 @@ DEFAULTS = Options()
 def check_seed(name: str, seed: int) -> None:
     """Raise InvalidInput unless 0 ≤ seed < 2⁶³."""
     if not 0 <= seed <= MAX_SEED:
-        raise InvalidInput(f"{name} is {seed}; expected 0 to 2⁶³-1")
+        raise InvalidInput(f"{name} is {seed}; expected 0 or more, below 2⁶³")
 
 
 def _check_type(name: str, value: Any, kind: str) -> None:
