@@ -25,15 +25,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.client.pixels import ImageLike, pixels
 from panotriton.errors import InferenceFailed
-from panotriton.models.osediff import check_options
 from panotriton.models.super_resolution import Call, Limits, SuperResolver
 from panotriton.models.tags import Tags
+from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, Options
 from panotriton.pipeline.results import Timings, Upscaled
 from panotriton.server.repository import check_exported
 
 __all__ = ["Upscaler", "in_process", "open_network"]
 
-_MIN_SIDE_PX = 8
 _ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to overlap
 
 
@@ -63,12 +62,17 @@ class Upscaler:
         self._resolver = SuperResolver(folder, limits, Tags.read(folder))
 
     def upscale(
-        self, image: ImageLike, *, upscale: int = 2, align: str = "adain", prompt: str = ""
+        self,
+        image: ImageLike,
+        *,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
     ) -> Upscaled:
         """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), as `Client.upscale` does."""
         began = time.perf_counter()
-        check_options(upscale, align)
-        source = pixels("image", image, min_side_px=_MIN_SIDE_PX)[None]  # (1, h, w, 3)
+        Options(upscale=upscale, align=align, prompt=prompt).check()
+        source = pixels("image", image, min_side_px=MIN_SR_SIDE_PX)[None]  # (1, h, w, 3)
         call = in_process(self._session)
         work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
         sharp = asyncio.run(work)[0]

@@ -17,6 +17,7 @@ from panotriton.client.pixels import Images
 from panotriton.errors import ConnectError, InvalidImage, InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, write_group
 from panotriton.pipeline.camera import sample_cameras
+from panotriton.pipeline.contract import Options
 from panotriton.pipeline.group import interpolate_cameras
 from panotriton.pipeline.images import decode_image
 from panotriton.pipeline.results import Group, Timings, group_from_tensors
@@ -106,19 +107,24 @@ def test_bad_addresses_are_refused_at_once(arguments: dict[str, str]) -> None:
         Client(**arguments)
 
 
-def group_call(one: object, two: object, **options: object) -> calls.Call[Group]:
-    defaults = {
-        "seed": 1,
-        "cameras": None,
-        "crop_size": 64,
-        "upscale": 2,
-        "align": "adain",
-        "prompt": "",
-        "threshold": 0.7,
-        "interpolations": 2,
-        "intermediates": False,
-    }
-    return calls.process(one, two, **(defaults | options))  # type: ignore[arg-type]
+def group_call(
+    one: object,
+    two: object,
+    *,
+    seed: int | None = 1,
+    cameras: object = None,
+    intermediates: bool = False,
+    **options: object,
+) -> calls.Call[Group]:
+    chosen = Options(**({"crop_size": 64, "interpolations": 2} | options))  # type: ignore[arg-type]
+    return calls.process(
+        one,  # type: ignore[arg-type]
+        two,  # type: ignore[arg-type]
+        seed=seed,
+        cameras=cameras,  # type: ignore[arg-type]
+        options=chosen,
+        intermediates=intermediates,
+    )
 
 
 def test_panoramas_of_every_kind(tmp_path: Path) -> None:

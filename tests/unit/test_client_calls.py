@@ -26,10 +26,11 @@ from panotriton.errors import (
     ServerBusy,
 )
 from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Done, Scored, View, event_from_tensors
 from panotriton.pipeline.results import StageTime, Timings, Upscaled
 
-SR = {"upscale": 2, "align": "adain", "prompt": ""}
+SR = {"options": DEFAULTS}
 
 
 def image(height: int, width: int, value: int = 0) -> np.ndarray:
@@ -116,7 +117,7 @@ def test_a_wrong_image_of_a_list_is_named() -> None:
 )
 def test_options_are_checked_before_anything_is_sent(option: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
-        calls.upscale(image(8, 8), **(SR | option))  # type: ignore[arg-type]
+        calls.upscale(image(8, 8), options=Options(**option))  # type: ignore[arg-type]
 
 
 def test_a_crop_of_each_camera() -> None:

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from panotriton.errors import InvalidInput
-from panotriton.models.osediff import TileBlend, align, check_options, one_step, plan_size, windows
+from panotriton.models.osediff import TileBlend, align, one_step, plan_size, windows
+from panotriton.pipeline.contract import TENSORS, Options
 
 RNG = np.random.default_rng(0)
 
@@ -117,6 +118,6 @@ def test_nofix_changes_nothing_and_others_are_refused() -> None:
     image, reference = images()
     assert align(image, reference, "nofix") is image
     with pytest.raises(InvalidInput, match="ALIGN is 'adian'; expected one of adain, wavelet"):
-        check_options(2, "adian")
+        Options(align="adian").check(TENSORS)
     with pytest.raises(InvalidInput, match="UPSCALE is 0; expected 1 to 4"):
-        check_options(0, "adain")
+        Options(upscale=0).check(TENSORS)

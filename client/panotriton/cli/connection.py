@@ -16,11 +16,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.wire import Tls
+from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
-
-PIPELINE = ("crop_size", "upscale", "align", "prompt", "threshold", "interpolations")
 
 
 def command(
@@ -58,19 +57,30 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sr_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of super-resolution."""
-    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
-    parser.add_argument("--align", default="adain", help="adain, wavelet or nofix (%(default)s)")
-    parser.add_argument("--prompt", default="", help="for the super-resolution (none)")
+    add_option(parser, "upscale", f"1 to {MAX_UPSCALE}")
+    add_option(parser, "align", ", ".join(ALIGNMENTS))
+    parser.add_argument("--prompt", default=DEFAULTS.prompt, help="for the super-resolution (none)")
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a group, all but its seed."""
-    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
+    add_option(parser, "crop_size", "side in px")
     add_sr_arguments(parser)
-    parser.add_argument("--threshold", type=float, default=0.7, help="0 to 1 (%(default)s)")
-    parser.add_argument(
-        "--interpolations", type=int, default=9, help="in-between views (%(default)s)"
-    )
+    add_option(parser, "threshold", "0 to 1")
+    add_option(parser, "interpolations", "in-between views")
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, about: str) -> None:
+    """Add one of `contract.Options` with its type and default."""
+    default = getattr(DEFAULTS, name)
+    flag = f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, type=type(default), default=default, help=f"{about} (%(default)s)")
+
+
+def pipeline_options(options: argparse.Namespace) -> Options:
+    """A group's options, those that the command has; raises InvalidInput, by their flags' names."""
+    chosen = {name: getattr(options, name) for name in TENSORS if hasattr(options, name)}
+    return Options(**chosen).check({name: f"--{name.replace('_', '-')}" for name in TENSORS})
 
 
 def client_options(options: argparse.Namespace) -> dict[str, Any]:

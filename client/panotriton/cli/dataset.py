@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from panotriton.cli.connection import (
-    PIPELINE,
     add_pipeline_arguments,
     add_server_arguments,
     address,
     client_options,
     command,
     console_for,
+    pipeline_options,
     print_json,
 )
 from panotriton.cli.facts import facts
@@ -106,7 +106,7 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         sample_n=options.sample_n,
         target_n=options.target_n,
         in_flight=options.in_flight,
-        options={name: getattr(options, name) for name in PIPELINE},
+        options=asdict(pipeline_options(options)),
         pages=options.report,
         facts=ask,
     )

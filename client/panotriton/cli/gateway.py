@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from panotriton.cli.connection import add_option
 from panotriton.errors import PanotritonError
+from panotriton.pipeline.contract import MAX_UPSCALE
 
 _EXAMPLES = """\
 examples:
@@ -58,8 +60,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="group g draws from seed + g (%(default)s)"
     )
-    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
-    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
+    add_option(parser, "crop_size", "side in px")
+    add_option(parser, "upscale", f"1 to {MAX_UPSCALE}")
     parser.add_argument(
         "--threads", type=int, default=4, help="requests at work at once (%(default)s)"
     )

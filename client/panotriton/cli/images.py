@@ -18,12 +18,14 @@ from panotriton.cli.connection import (
     command,
     connected,
     console_for,
+    pipeline_options,
     print_json,
     spinner,
 )
 from panotriton.errors import InvalidInput
 from panotriton.groups.agreement import Agreement, compare
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
+from panotriton.pipeline.contract import DEFAULTS, SR_OPTIONS
 from panotriton.pipeline.quality import MODES
 from panotriton.pipeline.results import Score, Timings
 
@@ -83,7 +85,10 @@ def _add_score(commands: Any) -> None:
         help="score in every mode, and say how far they agree instead of the scores",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.7, help="for --compare, 0 to 1 (%(default)s)"
+        "--threshold",
+        type=float,
+        default=DEFAULTS.threshold,
+        help="for --compare, 0 to 1 (%(default)s)",
     )
     add_server_arguments(parser)
     parser.set_defaults(run=_run_score)
@@ -120,7 +125,9 @@ def _add_crop(commands: Any) -> None:
         metavar=",".join(CAMERA_FIELDS).upper(),
         help="degrees, and xi 0 to 1; may be repeated",
     )
-    parser.add_argument("--size", type=int, default=512, help="side in px (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=DEFAULTS.crop_size, help="side in px (%(default)s)"
+    )
     _add_output(parser)
     add_server_arguments(parser)
     parser.set_defaults(run=_run_crop)
@@ -138,7 +145,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _run_upscale(options: argparse.Namespace) -> int:
     paths = _targets(options.output, [path.stem for path in options.images])
-    arguments = {name: getattr(options, name) for name in ("upscale", "align", "prompt")}
+    chosen = asdict(pipeline_options(options))
+    arguments = {name: chosen[name] for name in SR_OPTIONS}
     results = _ask(options, "super-resolving", "upscale", options.images, **arguments)
     _write(options, paths, results)
     return 0
@@ -168,8 +176,7 @@ def _run_score(options: argparse.Namespace) -> int:
 
 
 def _run_compare(options: argparse.Namespace, paths: list[Path]) -> int:
-    if not 0 <= options.threshold <= 1:
-        raise InvalidInput(f"--threshold is {options.threshold}; expected 0 to 1")
+    pipeline_options(options)
     scores = _in_every_mode(options, paths)
     finals = {mode: np.array([s.final for s in found]) for mode, found in scores.items()}
     found = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from panotriton.cli.connection import address, command, console_for
+from panotriton.cli.connection import add_option, address, command, console_for
 from panotriton.cli.serve import add_repository_argument
 from panotriton.errors import PanotritonError
+from panotriton.pipeline.contract import MAX_UPSCALE
 
 _EXAMPLES = """\
   panotriton live                          http://127.0.0.1:8080, by the server at localhost:8001
@@ -33,8 +34,8 @@ def add_parser(commands: Any) -> None:
     add_repository_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="%(default)s; 0: a free one")
-    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
-    parser.add_argument("--upscale", type=int, default=2, help="1 to 4 (%(default)s)")
+    add_option(parser, "crop_size", "side in px")
+    add_option(parser, "upscale", f"1 to {MAX_UPSCALE}")
     parser.add_argument("--visitors", type=int, default=4, help="runs at a time (%(default)s)")
     parser.add_argument(
         "--max-upload-mb", type=int, default=64, metavar="MB", help="of both files (%(default)s)"

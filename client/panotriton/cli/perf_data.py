@@ -11,22 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from panotriton.cli.connection import command
+from panotriton.cli.connection import add_option, command
 from panotriton.client import calls
 from panotriton.client.pixels import Images, file_bytes, pixels
 from panotriton.errors import InvalidInput
 from panotriton.pipeline.camera import Camera, sample_cameras
+from panotriton.pipeline.contract import DEFAULTS, Options
 
 Inputs = Mapping[str, Any]
-
-_GROUP: dict[str, Any] = {
-    "cameras": None,
-    "upscale": 2,
-    "align": "adain",
-    "prompt": "",
-    "threshold": 0.7,
-    "interpolations": 9,
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -49,7 +41,7 @@ def add_parser(commands: Any) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILE", help="JSON file"
     )
     parser.add_argument("--count", type=int, default=0, metavar="N", help="requests (one an image)")
-    parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
+    add_option(parser, "crop_size", "side in px")
     parser.set_defaults(run=run)
 
 
@@ -90,13 +82,16 @@ def _two(paths: list[Path], i: int) -> tuple[Path, Path]:
 
 def _panorama(paths: list[Path], i: int, size: int) -> Inputs:
     images = [pixels(str(path), path) for path in _two(paths, i)]
-    return calls.process(
-        images[0], images[1], seed=i, crop_size=size, intermediates=False, **_GROUP
-    ).inputs
+    return _group(*images, seed=i, size=size)
 
 
 def _panorama_encoded(paths: list[Path], i: int, size: int) -> Inputs:
-    call = calls.process(*_two(paths, i), seed=i, crop_size=size, intermediates=False, **_GROUP)
+    return _group(*_two(paths, i), seed=i, size=size)
+
+
+def _group(one: Any, two: Any, *, seed: int, size: int) -> Inputs:
+    options = Options(crop_size=size)
+    call = calls.process(one, two, seed=seed, cameras=None, options=options, intermediates=False)
     return call.inputs
 
 
@@ -117,7 +112,7 @@ def _crop(paths: list[Path], i: int, size: int) -> Inputs:
 
 def _osediff(paths: list[Path], i: int, size: int) -> Inputs:
     image = [paths[i % len(paths)]]
-    (call,) = calls.upscale(image, upscale=2, align="adain", prompt="").calls
+    (call,) = calls.upscale(image, options=DEFAULTS).calls
     return call.inputs
 
 

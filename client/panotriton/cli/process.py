@@ -16,13 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from panotriton.cli.connection import (
-    PIPELINE,
     add_pipeline_arguments,
     add_server_arguments,
     client_options,
     command,
     connected,
     console_for,
+    pipeline_options,
     print_json,
     spinner,
 )
@@ -31,6 +31,7 @@ from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
+from panotriton.pipeline.contract import check_seed
 from panotriton.pipeline.results import Group, Health, StageTime
 from panotriton.pipeline.stages import DECODER, ORDER, is_part
 
@@ -68,13 +69,15 @@ def run(options: argparse.Namespace) -> int:
     for path in options.panoramas:
         if not path.is_file():
             raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
+    chosen = {"seed": options.seed, **asdict(pipeline_options(options))}
+    check_seed("--seed", options.seed)
     console = console_for(options)
     with connected(options, console) as client:
         health = client.health()
-        group, stages = _process(client, options, console)
+        group, stages = _process(client, options, chosen, console)
     group_id = next_group_id(options.output)
     bases = (options.panoramas[0].stem, options.panoramas[1].stem)
-    about = _about(options, group, stages, health)
+    about = _about(options, chosen, group, stages, health)
     folder = write_group(group, options.output, group_id, bases, about)
     report = write_report(folder) if options.report else None
     if options.json:
@@ -87,13 +90,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _process(
-    client: Client, options: argparse.Namespace, console: Console
+    client: Client, options: argparse.Namespace, chosen: dict[str, Any], console: Console
 ) -> tuple[Group, list[StageTime]]:
     before = client.statistics()
-    arguments = {name: getattr(options, name) for name in ("seed", *PIPELINE)}
     watching = _watch(client, options, before, spinner(console))
     with watching if console.is_terminal else contextlib.nullcontext():
-        group = client.process(*options.panoramas, intermediates=True, **arguments)
+        group = client.process(*options.panoramas, intermediates=True, **chosen)
     return group, _difference(before, client.statistics())
 
 
@@ -152,9 +154,12 @@ def _difference(before: dict[str, StageTime], after: dict[str, StageTime]) -> li
 
 
 def _about(
-    options: argparse.Namespace, group: Group, stages: list[StageTime], health: Health
+    options: argparse.Namespace,
+    chosen: dict[str, Any],
+    group: Group,
+    stages: list[StageTime],
+    health: Health,
 ) -> dict[str, Any]:
-    chosen = {name: getattr(options, name) for name in ("seed", *PIPELINE)}
     more = ("--local",) if options.local else ()
     return {
         "panoramas": [str(path) for path in options.panoramas],

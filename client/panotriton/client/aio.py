@@ -26,6 +26,7 @@ from panotriton.errors import (
     SharedMemoryError,
 )
 from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Event, event_from_tensors
 from panotriton.pipeline.results import (
     Cropped,
@@ -119,12 +120,12 @@ class AsyncClient:
         *,
         seed: int | None = None,
         cameras: NDArray[np.float64] | None = None,
-        crop_size: int = 512,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
-        threshold: float = 0.7,
-        interpolations: int = 9,
+        crop_size: int = DEFAULTS.crop_size,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        threshold: float = DEFAULTS.threshold,
+        interpolations: int = DEFAULTS.interpolations,
         intermediates: bool = False,
         via: AsyncSharedMemory | None = None,
     ) -> Group:
@@ -134,12 +135,7 @@ class AsyncClient:
             panorama_2,
             seed=seed,
             cameras=cameras,
-            crop_size=crop_size,
-            upscale=upscale,
-            align=align,
-            prompt=prompt,
-            threshold=threshold,
-            interpolations=interpolations,
+            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
             intermediates=intermediates,
             cuda=_is_cuda(via),
         )
@@ -152,12 +148,12 @@ class AsyncClient:
         *,
         seed: int | None = None,
         cameras: NDArray[np.float64] | None = None,
-        crop_size: int = 512,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
-        threshold: float = 0.7,
-        interpolations: int = 9,
+        crop_size: int = DEFAULTS.crop_size,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        threshold: float = DEFAULTS.threshold,
+        interpolations: int = DEFAULTS.interpolations,
     ) -> AsyncIterator[Event]:
         """`Client.stream`; cancelling the task that iterates cancels the request."""
         inputs = calls.stream(
@@ -165,12 +161,7 @@ class AsyncClient:
             panorama_2,
             seed=seed,
             cameras=cameras,
-            crop_size=crop_size,
-            upscale=upscale,
-            align=align,
-            prompt=prompt,
-            threshold=threshold,
-            interpolations=interpolations,
+            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
         )
         check_streams(self.protocol)
         return self._events(Call("panorama_stream", inputs, {}, lambda tensors, timings: None))
@@ -180,9 +171,9 @@ class AsyncClient:
         self,
         images: ImageLike,
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: AsyncSharedMemory | None = None,
     ) -> Upscaled: ...
 
@@ -191,9 +182,9 @@ class AsyncClient:
         self,
         images: list[Any] | tuple[Any, ...],
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: AsyncSharedMemory | None = None,
     ) -> list[Upscaled]: ...
 
@@ -201,14 +192,16 @@ class AsyncClient:
         self,
         images: Any,
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.upscale`."""
         plan = calls.upscale(
-            images, upscale=upscale, align=align, prompt=prompt, cuda=_is_cuda(via)
+            images,
+            options=Options(upscale=upscale, align=align, prompt=prompt),
+            cuda=_is_cuda(via),
         )
         return await self._send_all(plan, via)
 
@@ -252,7 +245,7 @@ class AsyncClient:
         panorama: ImageLike,
         cameras: Camera,
         *,
-        size: int = 512,
+        size: int = DEFAULTS.crop_size,
         via: AsyncSharedMemory | None = None,
     ) -> Cropped: ...
 
@@ -262,7 +255,7 @@ class AsyncClient:
         panorama: ImageLike,
         cameras: Sequence[Camera],
         *,
-        size: int = 512,
+        size: int = DEFAULTS.crop_size,
         via: AsyncSharedMemory | None = None,
     ) -> list[Cropped]: ...
 
@@ -271,7 +264,7 @@ class AsyncClient:
         panorama: ImageLike,
         cameras: Any,
         *,
-        size: int = 512,
+        size: int = DEFAULTS.crop_size,
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.crop`."""

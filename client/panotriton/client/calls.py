@@ -21,10 +21,18 @@ from panotriton.client.pixels import (
     same_size,
 )
 from panotriton.errors import InferenceFailed, InvalidInput
-from panotriton.models.osediff import ALIGNMENTS
-from panotriton.pipeline.camera import INTERVALS, Camera
-from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS, check_cameras
-from panotriton.pipeline.images import MAX_PIXELS
+from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.contract import (
+    INTERVALS,
+    MAX_QWEN_IMAGES,
+    MAX_SR_PIXELS,
+    MIN_QWEN_SIDE_PX,
+    MIN_SR_SIDE_PX,
+    SR_OPTIONS,
+    Options,
+    check_seed,
+)
+from panotriton.pipeline.group import check_cameras
 from panotriton.pipeline.quality import MODES, SUB_SCORES, Quality
 from panotriton.pipeline.results import (
     Cropped,
@@ -67,9 +75,6 @@ _RESULTS = (
     "DESCRIPTION_ERROR",
     "INTERPOLATED_CAMERAS",
 )
-_QWEN_IMAGES = 64  # qwen's max_batch_size
-_SR_PIXELS = 4 * MAX_PIXELS  # what osediff makes for one request at most
-_MIN_SR_PX, _MIN_QWEN_PX = 8, 28
 
 
 @dataclass(frozen=True)
@@ -142,24 +147,19 @@ def process(
     *,
     seed: int | None,
     cameras: NDArray[np.float64] | None,
-    crop_size: int,
-    upscale: int,
-    align: str,
-    prompt: str,
-    threshold: float,
-    interpolations: int,
+    options: Options,
     intermediates: bool,
     cuda: bool = False,
 ) -> Call[Group]:
     """The whole pipeline; every argument is checked before anything is sent."""
-    options = _options(crop_size, upscale, align, prompt, threshold, interpolations)
-    options |= _camera_tensors(seed, cameras)
+    tensors = options.check().tensors() | _camera_tensors(seed, cameras)
     model, images = _panoramas(panorama_1, panorama_2, cuda)
-    pairs, views = 2 * INTERVALS, 2 * INTERVALS * interpolations
-    crop_bytes = 3 * crop_size**2
+    pairs, views = 2 * INTERVALS, 2 * INTERVALS * options.interpolations
+    crop_bytes = 3 * options.crop_size**2
+    sharp_bytes = crop_bytes * options.upscale**2
     outputs = dict.fromkeys(_RESULTS, 0)
-    outputs["PAIRS_SR"] = pairs * 2 * crop_bytes * upscale**2
-    outputs["INTERPOLATED_SR"] = views * crop_bytes * upscale**2  # where all eight are kept
+    outputs["PAIRS_SR"] = pairs * 2 * sharp_bytes
+    outputs["INTERPOLATED_SR"] = views * sharp_bytes  # where all eight are kept
     if intermediates:
         outputs |= {"PAIRS": pairs * 2 * crop_bytes, "INTERPOLATED": views * crop_bytes}
 
@@ -167,7 +167,7 @@ def process(
         host = {name: _on_host(value) for name, value in tensors.items()}
         return group_from_tensors(host, timings, model)
 
-    return Call(model, images | options, outputs, decode)
+    return Call(model, images | tensors, outputs, decode)
 
 
 def stream(
@@ -176,38 +176,31 @@ def stream(
     *,
     seed: int | None,
     cameras: NDArray[np.float64] | None,
-    crop_size: int,
-    upscale: int,
-    align: str,
-    prompt: str,
-    threshold: float,
-    interpolations: int,
+    options: Options,
 ) -> dict[str, Value]:
     """The inputs of `panorama_stream`, whose responses `events.event_from_tensors` reads."""
-    options = _options(crop_size, upscale, align, prompt, threshold, interpolations)
+    tensors = options.check().tensors() | _camera_tensors(seed, cameras)
     _, images = _panoramas(panorama_1, panorama_2, cuda=False)
-    return images | options | _camera_tensors(seed, cameras)
+    return images | tensors
 
 
-def upscale(
-    images: Any, *, upscale: int, align: str, prompt: str, cuda: bool = False
-) -> Plan[Upscaled]:
+def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscaled]:
     """Super-resolution of one image, a list, or `Images` that make one request as they are."""
-    options = _sr_options(upscale, align, prompt)
+    tensors = options.check().tensors(*SR_OPTIONS)
 
     def call(batch: Images) -> Call[list[Upscaled]]:
-        outputs = {"IMAGES_SR": batch.nbytes * upscale**2}
-        return Call("osediff", {"IMAGES": batch, **options}, outputs, decode)
+        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2}
+        return Call("osediff", {"IMAGES": batch, **tensors}, outputs, decode)
 
     def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
         return [Upscaled(image, timings, "osediff") for image in tensors["IMAGES_SR"]]
 
     def most(height: int, width: int) -> int:
         # A small image is enlarged on the way: what the network sees has a short side of 512 or more.
-        scale = max(upscale, 512 / min(height, width))
-        return int(_SR_PIXELS // max(height * width * scale**2, 1))
+        scale = max(options.upscale, 512 / min(height, width))
+        return int(MAX_SR_PIXELS // max(height * width * scale**2, 1))
 
-    return _plan(images, call, most, _MIN_SR_PX, cuda)
+    return _plan(images, call, most, MIN_SR_SIDE_PX, cuda)
 
 
 def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
@@ -220,7 +213,7 @@ def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Sc
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
         return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
-    return _plan(images, call, lambda height, width: _QWEN_IMAGES, _MIN_QWEN_PX, cuda)
+    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
 
 
 def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
@@ -230,7 +223,7 @@ def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
         return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
 
-    return _plan(images, call, lambda height, width: _QWEN_IMAGES, _MIN_QWEN_PX, cuda)
+    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
 
 
 def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) -> Plan[Cropped]:
@@ -241,7 +234,7 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
             raise InvalidInput(
                 f"cameras holds a {type(camera).__name__}; expected panotriton.Camera"
             )
-    _check_range("size", size, *CROP_SIZES)
+    Options(crop_size=size).check({"crop_size": "size"})
     image: dict[str, Value] = (
         {"ENCODED": encoded_panorama(panorama)}
         if is_file(panorama)
@@ -302,41 +295,10 @@ def _descriptions(tensors: Tensors, timings: Timings) -> list[Description]:
     return [Description(t.decode(), e.decode(), timings, "qwen_describer") for t, e in rows]
 
 
-def _options(
-    crop_size: int, upscale: int, align: str, prompt: str, threshold: float, interpolations: int
-) -> dict[str, Value]:
-    _check_range("crop_size", crop_size, *CROP_SIZES)
-    _check_range("threshold", threshold, 0, 1)
-    _check_range("interpolations", interpolations, 0, MAX_INTERPOLATIONS)
-    return {
-        **_sr_options(upscale, align, prompt),
-        "CROP_SIZE": np.array([crop_size], np.int32),
-        "THRESHOLD": np.array([threshold], np.float32),
-        "NUM_INTERPOLATIONS": np.array([interpolations], np.int32),
-    }
-
-
-def _sr_options(upscale: int, align: str, prompt: str) -> dict[str, Value]:
-    _check_range("upscale", upscale, 1, 4)
-    if align not in ALIGNMENTS:
-        raise InvalidInput(f"align is {align!r}; expected one of {', '.join(ALIGNMENTS)}")
-    return {
-        "UPSCALE": np.array([upscale], np.int32),
-        "ALIGN": np.array([align.encode()], np.object_),
-        "PROMPT": np.array([prompt.encode()], np.object_),
-    }
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also for NaN
-        raise InvalidInput(f"{name} is {value}; expected {low:g} to {high:g}")
-
-
 def _camera_tensors(seed: int | None, cameras: NDArray[np.float64] | None) -> dict[str, Value]:
     if cameras is None:
         seed = 0 if seed is None else seed
-        if not 0 <= seed < 2**63:
-            raise InvalidInput(f"seed is {seed}; expected 0 to 2⁶³-1")
+        check_seed("seed", seed)
         return {"SEED": np.array([seed], np.int64)}
     if seed is not None:
         raise InvalidInput("seed and cameras are both given; give one of them")

@@ -27,6 +27,7 @@ from panotriton.errors import (
     SharedMemoryError,
 )
 from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 from panotriton.pipeline.results import (
     Cropped,
@@ -133,12 +134,12 @@ class Client:
         *,
         seed: int | None = None,
         cameras: NDArray[np.float64] | None = None,
-        crop_size: int = 512,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
-        threshold: float = 0.7,
-        interpolations: int = 9,
+        crop_size: int = DEFAULTS.crop_size,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        threshold: float = DEFAULTS.threshold,
+        interpolations: int = DEFAULTS.interpolations,
         intermediates: bool = False,
         via: SharedMemory | None = None,
     ) -> Group:
@@ -156,12 +157,7 @@ class Client:
             panorama_2,
             seed=seed,
             cameras=cameras,
-            crop_size=crop_size,
-            upscale=upscale,
-            align=align,
-            prompt=prompt,
-            threshold=threshold,
-            interpolations=interpolations,
+            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
             intermediates=intermediates,
             cuda=_is_cuda(via),
         )
@@ -174,12 +170,12 @@ class Client:
         *,
         seed: int | None = None,
         cameras: NDArray[np.float64] | None = None,
-        crop_size: int = 512,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
-        threshold: float = 0.7,
-        interpolations: int = 9,
+        crop_size: int = DEFAULTS.crop_size,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        threshold: float = DEFAULTS.threshold,
+        interpolations: int = DEFAULTS.interpolations,
     ) -> Iterator[Event]:
         """The pipeline of `process`, each part as soon as it is done: see `panotriton.events`.
 
@@ -192,12 +188,7 @@ class Client:
             panorama_2,
             seed=seed,
             cameras=cameras,
-            crop_size=crop_size,
-            upscale=upscale,
-            align=align,
-            prompt=prompt,
-            threshold=threshold,
-            interpolations=interpolations,
+            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
         )
         check_streams(self.protocol)
         return self._events(Call("panorama_stream", inputs, {}, _ignore))
@@ -207,9 +198,9 @@ class Client:
         self,
         images: ImageLike,
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: SharedMemory | None = None,
     ) -> Upscaled: ...
 
@@ -218,9 +209,9 @@ class Client:
         self,
         images: list[Any] | tuple[Any, ...],
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: SharedMemory | None = None,
     ) -> list[Upscaled]: ...
 
@@ -228,9 +219,9 @@ class Client:
         self,
         images: Any,
         *,
-        upscale: int = 2,
-        align: str = "adain",
-        prompt: str = "",
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
         via: SharedMemory | None = None,
     ) -> Any:
         """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), or a list of any sizes.
@@ -239,7 +230,9 @@ class Client:
         what the colours are taken from the input by: adain, wavelet or nofix.
         """
         plan = calls.upscale(
-            images, upscale=upscale, align=align, prompt=prompt, cuda=_is_cuda(via)
+            images,
+            options=Options(upscale=upscale, align=align, prompt=prompt),
+            cuda=_is_cuda(via),
         )
         return self._send_all(plan, via)
 
@@ -284,7 +277,7 @@ class Client:
         panorama: ImageLike,
         cameras: Camera,
         *,
-        size: int = 512,
+        size: int = DEFAULTS.crop_size,
         via: SharedMemory | None = None,
     ) -> Cropped: ...
 
@@ -294,12 +287,17 @@ class Client:
         panorama: ImageLike,
         cameras: Sequence[Camera],
         *,
-        size: int = 512,
+        size: int = DEFAULTS.crop_size,
         via: SharedMemory | None = None,
     ) -> list[Cropped]: ...
 
     def crop(
-        self, panorama: ImageLike, cameras: Any, *, size: int = 512, via: SharedMemory | None = None
+        self,
+        panorama: ImageLike,
+        cameras: Any,
+        *,
+        size: int = DEFAULTS.crop_size,
+        via: SharedMemory | None = None,
     ) -> Any:
         """What one camera, or each of a list, sees of a panorama: (size, size, 3), 64 to 2048 px.
 

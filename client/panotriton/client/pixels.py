@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from panotriton.errors import InvalidImage
-from panotriton.pipeline.images import MIN_SIDE_PX, check_encoded, check_panorama, decode_image
+from panotriton.pipeline.contract import MAX_FILE_BYTES, MIN_SIDE_PX
+from panotriton.pipeline.images import check_encoded, check_panorama, decode_image
 
 __all__ = [
     "ImageLike",
@@ -24,8 +25,6 @@ __all__ = [
     "pixels",
     "same_size",
 ]
-
-_MAX_FILE_BYTES = 512 << 20
 
 
 class TorchTensor(Protocol):
@@ -78,8 +77,8 @@ def file_bytes(path: Any) -> NDArray[np.object_]:
     """A file as a string tensor (1,). Raises InvalidImage where it cannot be read or is over 512 MB."""
     try:
         size = Path(path).stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise InvalidImage(f"{path} has {size} bytes; expected at most {_MAX_FILE_BYTES}")
+        if size > MAX_FILE_BYTES:
+            raise InvalidImage(f"{path} has {size} bytes; expected at most {MAX_FILE_BYTES}")
         return np.array([Path(path).read_bytes()], np.object_)
     except OSError as error:
         raise InvalidImage(f"cannot read {path}: {error.strerror}") from error

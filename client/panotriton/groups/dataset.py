@@ -32,13 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from panotriton.client import calls
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.groups import layout
 from panotriton.groups.folder import fill_group, process_command, read_result, write_json
 from panotriton.groups.report import write_index, write_report
-from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.contract import INTERVALS, Options
 
 __all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
 
@@ -106,7 +105,7 @@ async def _no_facts(client: AsyncClient) -> Mapping[str, Any]:
 class Dataset:
     """One run, up to `sample_n` groups or `target_n` kept intervals: exactly one of the two.
 
-    options: keyword arguments of `AsyncClient.process`, the same for every group, but no seed.
+    options: the fields of `contract.Options`, the same for every group.
     report: called with a line whenever a group is settled. pages: write HTML reports, too. facts:
     asked, whenever a group is made, what its group_info.json says of the server; the same server must
     give the same answer, or runs differ.
@@ -132,7 +131,7 @@ class Dataset:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name} is {value}; expected 1 or more")
-        _check_options(self.options)
+        Options(**self.options).check()
         self._pairs = pair_order(len(self.panoramas), self.seed)
         self._outcomes: dict[int, _Outcome] = {}  # by place in the order
         self._floor = 0  # the last group that is in place already
@@ -360,10 +359,3 @@ def _check_manifest(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -
             f"{path} belongs to a run with other {' and '.join(different)}: give the same as then to go "
             "on with it, or another output folder"
         )
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise InvalidInput for an option that no group could be made with."""
-    if options:
-        blank = np.zeros((64, 64, 3), np.uint8)
-        calls.process(blank, blank, seed=0, cameras=None, intermediates=True, **options)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.groups import layout
-from panotriton.pipeline.camera import INTERVALS
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence
 

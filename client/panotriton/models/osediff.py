@@ -14,22 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from panotriton.errors import InvalidInput
-
 __all__ = [
-    "ALIGNMENTS",
     "SizePlan",
     "TileBlend",
     "Window",
     "align",
-    "check_options",
     "one_step",
     "plan_size",
     "windows",
 ]
 
-ALIGNMENTS = ("adain", "wavelet", "nofix")
-MAX_UPSCALE = 4
 _MULTIPLE_PX = 8
 _GAUSSIAN_VARIANCE = 0.01
 _WAVELET_LEVELS = 5
@@ -68,14 +62,6 @@ class SizePlan:
             return image
         height, width = self.output
         return np.asarray(PILImage.fromarray(image).resize((width, height)))
-
-
-def check_options(upscale: int, method: str) -> None:
-    """Raise InvalidInput unless upscale is 1 to 4 and the colour alignment is a known one."""
-    if not 1 <= upscale <= MAX_UPSCALE:
-        raise InvalidInput(f"UPSCALE is {upscale}; expected 1 to {MAX_UPSCALE}")
-    if method not in ALIGNMENTS:
-        raise InvalidInput(f"ALIGN is {method!r}; expected one of {', '.join(ALIGNMENTS)}")
 
 
 def plan_size(height: int, width: int, upscale: int, process_size: int = 512) -> SizePlan:
@@ -202,7 +188,7 @@ def _gaussian(offset: NDArray[np.float64], tile: int) -> NDArray[np.float64]:
 def align(image: U8, reference: U8, method: str) -> U8:
     """Give `image` (H, W, 3) the colours of `reference`, its upscaled input of the same size.
 
-    method is one of `ALIGNMENTS`; `nofix` leaves the image alone.
+    method is one of `contract.ALIGNMENTS`; `nofix` leaves the image alone.
     """
     if method == "adain":
         return _adain(image, reference)

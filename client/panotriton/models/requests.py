@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.pipeline.camera import sample_cameras
+from panotriton.pipeline.contract import (
+    DEFAULTS,
+    MAX_QWEN_IMAGES,
+    TENSORS,
+    Options,
+    check_seed,
+)
 from panotriton.pipeline.group import check_cameras
 from panotriton.pipeline.images import check_panorama, decode_image
 
@@ -29,6 +37,7 @@ __all__ = [
     "number",
     "optional",
     "read_cameras",
+    "read_options",
     "read_panorama",
     "required",
     "respond",
@@ -38,7 +47,6 @@ __all__ = [
 ]
 
 Tensors = dict[str, NDArray[Any]]
-_QWEN_IMAGES = 64  # qwen's max_batch_size
 
 
 class Cancelled(Exception):
@@ -131,8 +139,7 @@ def read_cameras(request: Any) -> NDArray[np.float64]:
         check_cameras("GIVEN_CAMERAS", given)
         return given
     value = np.asarray(seed).item()
-    if value < 0:
-        raise InvalidInput(f"SEED is {value}; expected 0 or more")
+    check_seed("SEED", value)
     return sample_cameras(value)
 
 
@@ -149,6 +156,15 @@ def read_panorama(request: Any, suffix: str = "") -> NDArray[np.uint8]:
     image = np.asarray(pixels)
     check_panorama(names[0], image)
     return image
+
+
+def read_options(request: Any) -> Options:
+    """What the caller chose, defaults for the rest; the model's config says which of them it takes."""
+    chosen: dict[str, Any] = {}
+    for name, default in asdict(DEFAULTS).items():
+        read = string if isinstance(default, str) else number
+        chosen[name] = read(request, TENSORS[name], default)
+    return Options(**chosen).check(TENSORS)
 
 
 def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
@@ -200,7 +216,7 @@ async def ask_qwen(
         "STOP_AFTER": strings([stop_after]),
         "MAX_NEW_TOKENS": np.array([max_new_tokens], np.int32),
     }
-    parts = [images[i : i + _QWEN_IMAGES] for i in range(0, len(images), _QWEN_IMAGES)]
+    parts = [images[i : i + MAX_QWEN_IMAGES] for i in range(0, len(images), MAX_QWEN_IMAGES)]
     results = await asyncio.gather(*(_ask(part, question) for part in parts))
     replies = [text.decode() for result in results for text in result["TEXT"].flat]
     values = [result["VALUE"][:, 0] for result in results]

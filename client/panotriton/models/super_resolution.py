@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from panotriton.errors import InvalidInput
 from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
 from panotriton.models.tags import Tags, tagger_input
-from panotriton.pipeline.images import MAX_PIXELS
+from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS
 
 __all__ = ["Call", "Limits", "SuperResolver", "run_all"]
 
@@ -81,7 +81,7 @@ class SuperResolver:
     async def run(self, images: U8, call: Call, *, upscale: int, method: str, prompt: str) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
-        method: one of `panotriton.models.osediff.ALIGNMENTS`. Raises InvalidInput for more pixels than a
+        method: one of `contract.ALIGNMENTS`. Raises InvalidInput for more pixels than a
         request may make, before they are allocated; else whatever `call` raises.
         """
         plan = plan_size(images.shape[1], images.shape[2], upscale, self._settings["process_size"])
@@ -226,10 +226,10 @@ def _check_amount(count: int, plan: SizePlan) -> None:
             f"IMAGES would be super-resolved at {width}×{height} px; expected at most "
             f"{MAX_PIXELS / 1e6:.0f} megapixels: send smaller or less elongated images"
         )
-    if count * height * width > 4 * MAX_PIXELS:
+    if count * height * width > MAX_SR_PIXELS:
         raise InvalidInput(
             f"IMAGES would make {count} images of {width}×{height} px; expected at most "
-            f"{4 * MAX_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
+            f"{MAX_SR_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
         )
 
 

@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from panotriton.pipeline.contract import DEFAULTS, INTERVALS
+
 __all__ = [
     "CAMERA_FIELDS",
-    "INTERVALS",
     "LIMITS",
     "Camera",
     "Maps",
@@ -39,7 +40,6 @@ LIMITS = {
     "vfov": (30.0, 140.0),
     "xi": (0.0, 1.0),
 }
-INTERVALS = 8
 _INTERVAL_WIDTH = 360.0 / INTERVALS
 
 # How far panorama 1's left camera may stray from the right camera, and panorama 2's left camera
@@ -140,7 +140,7 @@ def lerp_arrays(a: NDArray[np.float64], b: NDArray[np.float64], w: Any) -> NDArr
     return mixed.clip(np.minimum(a, b), np.maximum(a, b))
 
 
-def crop(panorama: Image, camera: Camera, size: int = 512) -> Image:
+def crop(panorama: Image, camera: Camera, size: int = DEFAULTS.crop_size) -> Image:
     """Crop a panorama (H, W, 3) uint8 to a size × size view; see `Sphere` for many views of one."""
     return Sphere(panorama, size).crop(camera)
 
@@ -148,7 +148,7 @@ def crop(panorama: Image, camera: Camera, size: int = 512) -> Image:
 class Sphere:
     """A panorama made ready for any number of crops: resized once to size × size (INTER_AREA)."""
 
-    def __init__(self, panorama: Image, size: int = 512) -> None:
+    def __init__(self, panorama: Image, size: int = DEFAULTS.crop_size) -> None:
         _check_panorama(panorama)
         if panorama.shape[:2] != (size, size):
             panorama = cv2.resize(panorama, (size, size), interpolation=cv2.INTER_AREA)

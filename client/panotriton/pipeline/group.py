@@ -12,23 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput
-from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, Camera, Sphere, lerp_arrays
+from panotriton.pipeline.camera import CAMERA_FIELDS, Camera, Sphere, lerp_arrays
+from panotriton.pipeline.contract import CROP_SIZES, DEFAULTS, INTERVALS, TENSORS, Options
 from panotriton.pipeline.images import check_panorama
 
 __all__ = [
-    "CROP_SIZES",
     "check_cameras",
-    "check_crop_size",
-    "check_interpolations",
-    "check_threshold",
     "filter_intervals",
     "interpolate_cameras",
     "interpolate_views",
     "make_pairs",
 ]
 
-CROP_SIZES = (64, 2048)
-MAX_INTERPOLATIONS = 255
 CAMERAS_SHAPE = (2, INTERVALS, 2, len(CAMERA_FIELDS))
 _THREADS = os.cpu_count() or 1
 
@@ -50,26 +45,9 @@ def check_cameras(name: str, cameras: F64) -> None:
             raise InvalidInput(f"{name}{list(index)}: {error}") from error
 
 
-def check_crop_size(crop_size: int) -> None:
-    """Raise InvalidInput unless a crop's side is 64 to 2048 px."""
-    low, high = CROP_SIZES
-    if not low <= crop_size <= high:
-        raise InvalidInput(f"CROP_SIZE is {crop_size}; expected {low} to {high} px")
-
-
-def check_threshold(threshold: float) -> None:
-    """Raise InvalidInput unless 0 ≤ threshold ≤ 1."""
-    if not 0.0 <= threshold <= 1.0:
-        raise InvalidInput(f"THRESHOLD is {threshold}; expected 0 to 1")
-
-
-def check_interpolations(count: int) -> None:
-    """Raise InvalidInput unless 0 ≤ count ≤ 255."""
-    if not 0 <= count <= MAX_INTERPOLATIONS:
-        raise InvalidInput(f"NUM_INTERPOLATIONS is {count}; expected 0 to {MAX_INTERPOLATIONS}")
-
-
-def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> tuple[U8, U8]:
+def make_pairs(
+    panoramas: Sequence[U8], cameras: F64, crop_size: int = DEFAULTS.crop_size
+) -> tuple[U8, U8]:
     """Crop every pair image of a group.
 
     panoramas: two (H, W, 3) uint8; cameras: (2, 8, 2, 5).
@@ -78,7 +56,7 @@ def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> t
     """
     for number, panorama in enumerate(panoramas, start=1):
         check_panorama(f"PANORAMA_{number}", panorama)
-    check_crop_size(crop_size)
+    Options(crop_size=crop_size).check(TENSORS)
     pairs = np.empty((2 * INTERVALS, crop_size, 2 * crop_size, 3), np.uint8)
     spheres = [Sphere(panorama, crop_size) for panorama in panoramas]
     for p, sphere in enumerate(spheres):
@@ -88,7 +66,9 @@ def make_pairs(panoramas: Sequence[U8], cameras: F64, crop_size: int = 512) -> t
     return pairs, np.stack([sphere.image for sphere in spheres])
 
 
-def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDArray[np.int32]:
+def filter_intervals(
+    scores: NDArray[np.float32], threshold: float = DEFAULTS.threshold
+) -> NDArray[np.int32]:
     """Interval ids (1…8) whose lowest score over both panoramas reaches the threshold.
 
     scores: (16,) as `make_pairs` orders them. NaN is "no score": an interval is judged by its valid
@@ -98,32 +78,35 @@ def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDA
         raise InvalidInput(
             f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one a pair"
         )
-    check_threshold(threshold)
+    Options(threshold=threshold).check(TENSORS)
     by_panorama = scores.reshape(2, INTERVALS)
     lowest = np.fmin(by_panorama[0], by_panorama[1])  # NaN only where both are
     # float32 scores against a float32 threshold: 0.7 must reach 0.7.
     return np.flatnonzero(lowest >= np.float32(threshold)).astype(np.int32) + 1
 
 
-def interpolate_cameras(cameras: F64, kept: NDArray[np.int32], count: int = 9) -> F64:
+def interpolate_cameras(
+    cameras: F64, kept: NDArray[np.int32], interpolations: int = DEFAULTS.interpolations
+) -> F64:
     """The in-between cameras, (K, 2, N, 5): kept interval, panorama, weight i/(N+1) for i = 1…N."""
-    check_interpolations(count)
+    Options(interpolations=interpolations).check(TENSORS)
     if len(kept) and not (kept.min() >= 1 and kept.max() <= INTERVALS):
         raise InvalidInput(f"KEPT is {kept.tolist()}; expected interval ids from 1 to {INTERVALS}")
     ends = cameras[:, kept - 1].transpose(1, 0, 2, 3)[:, :, :, None]  # (K, 2, left|right, 1, 5)
-    w = (np.arange(1, count + 1) / (count + 1))[:, None]  # (N, 1)
+    w = (np.arange(1, interpolations + 1) / (interpolations + 1))[:, None]  # (N, 1)
     return lerp_arrays(ends[:, :, 0], ends[:, :, 1], w)
 
 
 def interpolate_views(spheres: U8, between: F64) -> U8:
     """Crop the in-between views: spheres (2, S, S, 3), cameras (K, 2, N, 5) → (K·2·N, S, S, 3)."""
-    low, high = CROP_SIZES
     if spheres.ndim != 4 or spheres.shape[0] != 2 or spheres.shape[1] != spheres.shape[2]:
         raise InvalidInput(f"SPHERES has shape {spheres.shape}; expected (2, S, S, 3)")
     kept, _, count, _ = between.shape
     size = spheres.shape[1]
-    if not low <= size <= high:
-        raise InvalidInput(f"SPHERES has sides of {size} px; expected {low} to {high}")
+    if not CROP_SIZES[0] <= size <= CROP_SIZES[1]:
+        raise InvalidInput(
+            f"SPHERES has sides of {size} px; expected {CROP_SIZES[0]} to {CROP_SIZES[1]}"
+        )
     views = np.empty((kept, 2, count, size, size, 3), np.uint8)
     for p in range(2):
         flat = [view for interval in views[:, p] for view in interval]

@@ -16,19 +16,14 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from panotriton.errors import InvalidImage
+from panotriton.pipeline.contract import MAX_PIXELS, MIN_SIDE_PX
 
 __all__ = [
-    "MAX_PIXELS",
-    "MIN_SIDE_PX",
     "check_encoded",
     "check_images",
     "check_panorama",
     "decode_image",
 ]
-
-MIN_SIDE_PX = 64
-MAX_PIXELS = 16384 * 8192
-"""The largest panorama or batch of images accepted, in pixels."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds
+from panotriton.pipeline.camera import Camera, interval_bounds
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.quality import Quality
 
 __all__ = [

@@ -6,11 +6,9 @@ import cv2
 import numpy as np
 
 from panotriton.errors import InvalidInput
-from panotriton.models.requests import number, read_panorama, required, respond
+from panotriton.models.requests import read_options, read_panorama, required, respond
 from panotriton.pipeline.camera import Camera, Sphere
-from panotriton.pipeline.group import check_crop_size
-
-_MAX_CAMERAS = 256  # bounds what a request makes the server allocate
+from panotriton.pipeline.contract import MAX_CAMERAS
 
 
 class TritonPythonModel:
@@ -23,16 +21,15 @@ class TritonPythonModel:
     @staticmethod
     def _crop(request):
         cameras = _cameras(required(request, "CAMERAS"))
-        size = number(request, "CROP_SIZE", 512)
-        check_crop_size(size)
+        size = read_options(request).crop_size
         views = np.empty((len(cameras), size, size, 3), np.uint8)
         Sphere(read_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
         return {"CROPS": views}
 
 
 def _cameras(rows):
-    if len(rows) > _MAX_CAMERAS:
-        raise InvalidInput(f"CAMERAS holds {len(rows)}; expected at most {_MAX_CAMERAS} a request")
+    if len(rows) > MAX_CAMERAS:
+        raise InvalidInput(f"CAMERAS holds {len(rows)}; expected at most {MAX_CAMERAS} a request")
     cameras = []
     for index, row in enumerate(rows):
         try:

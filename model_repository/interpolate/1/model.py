@@ -2,7 +2,7 @@
 
 import cv2
 
-from panotriton.models.requests import number, required, respond
+from panotriton.models.requests import read_options, required, respond
 from panotriton.pipeline.group import check_cameras, interpolate_cameras, interpolate_views
 
 
@@ -18,7 +18,7 @@ class TritonPythonModel:
         cameras = required(request, "CAMERAS")
         check_cameras("CAMERAS", cameras)
         kept = required(request, "KEPT")
-        count = number(request, "NUM_INTERPOLATIONS", 9)
-        between = interpolate_cameras(cameras, kept, count)
+        interpolations = read_options(request).interpolations
+        between = interpolate_cameras(cameras, kept, interpolations)
         views = interpolate_views(required(request, "SPHERES"), between)
         return {"INTERPOLATED": views, "INTERPOLATED_CAMERAS": between}

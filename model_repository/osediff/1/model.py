@@ -5,10 +5,10 @@ from pathlib import Path
 import cv2
 import triton_python_backend_utils as pb_utils
 
-from panotriton.models.osediff import check_options
-from panotriton.models.requests import calls_until, number, required, respond_async, string
+from panotriton.models.requests import calls_until, read_options, required, respond_async
 from panotriton.models.super_resolution import Limits, SuperResolver
 from panotriton.models.tags import Tags
+from panotriton.pipeline.contract import MIN_SR_SIDE_PX
 from panotriton.pipeline.images import check_images
 
 
@@ -29,15 +29,13 @@ class TritonPythonModel:
 
     async def _super_resolve(self, request):
         images = required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=8)
-        upscale = number(request, "UPSCALE", 2)
-        method = string(request, "ALIGN", "adain")
-        check_options(upscale, method)
+        check_images("IMAGES", images, min_side_px=MIN_SR_SIDE_PX)
+        options = read_options(request)
         sharp = await self._resolver.run(
             images,
             calls_until(request.is_cancelled),
-            upscale=upscale,
-            method=method,
-            prompt=string(request, "PROMPT", ""),
+            upscale=options.upscale,
+            method=options.align,
+            prompt=options.prompt,
         )
         return {"IMAGES_SR": sharp}

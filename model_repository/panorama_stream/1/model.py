@@ -11,26 +11,19 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InvalidInput
-from panotriton.models.osediff import check_options
 from panotriton.models.requests import (
     Cancelled,
     answers,
     calls_until,
-    number,
     read_cameras,
+    read_options,
     read_panorama,
-    string,
     strings,
 )
 from panotriton.models.super_resolution import Limits, SuperResolver, run_all
 from panotriton.models.tags import Tags
-from panotriton.pipeline.camera import INTERVALS
-from panotriton.pipeline.group import (
-    check_crop_size,
-    check_interpolations,
-    check_threshold,
-    filter_intervals,
-)
+from panotriton.pipeline.contract import INTERVALS
+from panotriton.pipeline.group import filter_intervals
 from panotriton.pipeline.quality import finite_or_none
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -75,12 +68,15 @@ class _Run:
         self._done, self._total = 0, 0
 
     async def run(self):
-        self._read_options()
+        self._options = read_options(self._request)
         cameras, panoramas = read_cameras(self._request), await _panoramas(self._request)
-        self._total = 2 * INTERVALS * (1 + self._count)
+        self._total = 2 * INTERVALS * (1 + self._options.interpolations)
         self._send("accepted")
         inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
-        inputs |= {"GIVEN_CAMERAS": cameras, "CROP_SIZE": np.array([self._size], np.int32)}
+        inputs |= {
+            "GIVEN_CAMERAS": cameras,
+            "CROP_SIZE": np.array([self._options.crop_size], np.int32),
+        }
         made = await self._call("preprocess", inputs, ["PAIRS", "SPHERES"])
         self._cameras = cameras
         self._pairs, self._spheres = made["PAIRS"], made["SPHERES"]
@@ -97,23 +93,6 @@ class _Run:
     def close(self):
         self._sender.send(flags=_FINAL)
 
-    def _read_options(self):
-        request = self._request
-        self._size = number(request, "CROP_SIZE", 512)
-        self._count = number(request, "NUM_INTERPOLATIONS", 9)
-        self._threshold = number(request, "THRESHOLD", 0.7)
-        upscale = number(request, "UPSCALE", 2)
-        align = string(request, "ALIGN", "adain")
-        check_interpolations(self._count)
-        check_threshold(self._threshold)
-        check_options(upscale, align)
-        check_crop_size(self._size)
-        self._sr_options = {
-            "upscale": upscale,
-            "method": align,
-            "prompt": string(request, "PROMPT", ""),
-        }
-
     async def _interval(self, number):
         """One interval; returns its number where it is kept."""
         scores = np.full((2, INTERVALS), math.nan, np.float32)
@@ -121,10 +100,12 @@ class _Run:
             sharp = await self._sharpen(self._pairs[p * INTERVALS + number - 1])
             self._send("pair", images=sharp, panorama=p + 1, interval=number)
             scores[p, number - 1] = await self._score(sharp, p + 1, number)
-            if scores[p, number - 1] < np.float32(self._threshold):  # false for NaN, "no score"
+            if scores[p, number - 1] < np.float32(
+                self._options.threshold
+            ):  # false for NaN, "no score"
                 self._drop(number, p, f"panorama {p + 1} scores {scores[p, number - 1]:.2f}")
                 return None
-        if not len(filter_intervals(scores.reshape(-1), self._threshold)):
+        if not len(filter_intervals(scores.reshape(-1), self._options.threshold)):
             self._drop(number, 1, "neither pair has a score")
             return None
         self._send("kept", interval=number)
@@ -148,7 +129,7 @@ class _Run:
         return got["SCORE"][0]
 
     def _drop(self, number, p, reason):
-        self._total -= 2 * self._count + 1 - p
+        self._total -= 2 * self._options.interpolations + 1 - p
         self._send("dropped", interval=number, reason=reason)
 
     async def _views(self, number):
@@ -156,12 +137,12 @@ class _Run:
             "SPHERES": self._spheres,
             "CAMERAS": self._cameras,
             "KEPT": np.array([number], np.int32),
-            "NUM_INTERPOLATIONS": np.array([self._count], np.int32),
+            "NUM_INTERPOLATIONS": np.array([self._options.interpolations], np.int32),
         }
         got = await self._call("interpolate", inputs, ["INTERPOLATED", "INTERPOLATED_CAMERAS"])
         cameras = got["INTERPOLATED_CAMERAS"].reshape(-1, 5)  # (2·N, 5)
         work = (
-            self._view(crop, camera, number, *divmod(index, self._count))
+            self._view(crop, camera, number, *divmod(index, self._options.interpolations))
             for index, (crop, camera) in enumerate(zip(got["INTERPOLATED"], cameras, strict=True))
         )
         await run_all(work)
@@ -179,7 +160,13 @@ class _Run:
     async def _sharpen(self, image):
         """(h, w, 3) → (1, H, W, 3)."""
         async with self._gate:
-            sharp = await self._resolver.run(image[None], self._call, **self._sr_options)
+            sharp = await self._resolver.run(
+                image[None],
+                self._call,
+                upscale=self._options.upscale,
+                method=self._options.align,
+                prompt=self._options.prompt,
+            )
         self._done += 1
         return sharp
 

@@ -2,7 +2,7 @@
 
 import cv2
 
-from panotriton.models.requests import number, read_cameras, required, respond
+from panotriton.models.requests import read_cameras, read_options, required, respond
 from panotriton.pipeline.group import make_pairs
 
 
@@ -17,5 +17,5 @@ class TritonPythonModel:
     def _preprocess(request):
         panoramas = [required(request, f"PANORAMA_{number}") for number in (1, 2)]
         cameras = read_cameras(request)
-        pairs, spheres = make_pairs(panoramas, cameras, number(request, "CROP_SIZE", 512))
+        pairs, spheres = make_pairs(panoramas, cameras, read_options(request).crop_size)
         return {"PAIRS": pairs, "CAMERAS": cameras, "SPHERES": spheres}

@@ -15,11 +15,10 @@ import triton_python_backend_utils as pb_utils
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.models import qwen_vllm
 from panotriton.models.requests import answers, attempt, required, strings
+from panotriton.pipeline.contract import MAX_NEW_TOKENS, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES
 
-_MIN_SIDE_PX = 28  # one merged patch
-_MAX_NEW_TOKENS = 2048
 _QUESTION = ("SYSTEM_PROMPT", "READING", "STOP_AFTER", "MAX_NEW_TOKENS")
 
 
@@ -128,7 +127,7 @@ class _Vllm:
 def _read(request):
     """A request's images, and its question as values that can be compared."""
     images = required(request, "IMAGE")  # (N, H, W, 3)
-    check_images("IMAGE", images, min_side_px=_MIN_SIDE_PX)
+    check_images("IMAGE", images, min_side_px=MIN_QWEN_SIDE_PX)
     question = [set(required(request, name).flat) for name in _QUESTION]
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:
@@ -138,8 +137,8 @@ def _read(request):
     prompt, reading, stop_after, limit = (value for (value,) in question)
     if reading.decode() not in MODES.values():
         raise InvalidInput(f"READING is {reading!r}; expected one of {', '.join(MODES.values())}")
-    if not 1 <= limit <= _MAX_NEW_TOKENS:
-        raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {_MAX_NEW_TOKENS}")
+    if not 1 <= limit <= MAX_NEW_TOKENS:
+        raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {MAX_NEW_TOKENS}")
     return list(images), (
         prompt.decode(),
         reading.decode(),

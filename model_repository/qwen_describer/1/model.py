@@ -4,9 +4,8 @@ from pathlib import Path
 
 from panotriton.errors import InferenceFailed
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
+from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.images import check_images
-
-_MAX_NEW_TOKENS = 256
 
 
 class TritonPythonModel:
@@ -19,9 +18,9 @@ class TritonPythonModel:
 
     async def _describe(self, request):
         images = required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=28)
+        check_images("IMAGES", images, min_side_px=MIN_QWEN_SIDE_PX)
         try:
-            replies, _ = await ask_qwen(images, self._prompt, max_new_tokens=_MAX_NEW_TOKENS)
+            replies, _ = await ask_qwen(images, self._prompt, max_new_tokens=DESCRIPTION_TOKENS)
             texts, error = [reply.strip() for reply in replies], ""
         except InferenceFailed as failure:
             texts, error = [""] * len(images), str(failure)

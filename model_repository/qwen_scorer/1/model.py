@@ -6,11 +6,9 @@ import numpy as np
 
 from panotriton.errors import InvalidInput
 from panotriton.models.requests import ask_qwen, required, respond_async, string, strings
+from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX, SCORE_TOKENS
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES, parse_reply
-
-_MAX_NEW_TOKENS = 512
-_MIN_SIDE_PX = 28
 
 
 class TritonPythonModel:
@@ -23,7 +21,7 @@ class TritonPythonModel:
 
     async def _score(self, request):
         images = required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=_MIN_SIDE_PX)
+        check_images("IMAGES", images, min_side_px=MIN_QWEN_SIDE_PX)
         mode = string(request, "MODE", "generate")
         if mode not in MODES:
             raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(MODES)}")
@@ -32,7 +30,7 @@ class TritonPythonModel:
             self._prompt,
             reading=MODES[mode],
             stop_after="final score",
-            max_new_tokens=_MAX_NEW_TOKENS,
+            max_new_tokens=SCORE_TOKENS,
         )
         scores = [parse_reply(reply) for reply in replies]
         final = [score.final_score for score in scores] if mode == "generate" else values

@@ -1,7 +1,7 @@
 """select: scores → the intervals that reach the threshold, and the views to describe."""
 
 from panotriton.errors import InvalidInput
-from panotriton.models.requests import number, required, respond
+from panotriton.models.requests import read_options, required, respond
 from panotriton.pipeline.group import filter_intervals
 from panotriton.pipeline.images import check_images
 
@@ -12,7 +12,7 @@ class TritonPythonModel:
 
     @staticmethod
     def _select(request):
-        kept = filter_intervals(required(request, "SCORE"), number(request, "THRESHOLD", 0.7))
+        kept = filter_intervals(required(request, "SCORE"), read_options(request).threshold)
         pairs = required(request, "PAIRS_SR")
         check_images("PAIRS_SR", pairs)
         if len(pairs) != 16:

@@ -11,7 +11,8 @@ import numpy as np
 from flask import request
 
 from filehop.service import U8, new_app, read_image, serve, write_image, write_json
-from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds, lerp, sample_cameras
+from panotriton.pipeline.camera import Camera, interval_bounds, lerp, sample_cameras
+from panotriton.pipeline.contract import INTERVALS
 
 app = new_app("preprocess")
 

@@ -11,7 +11,8 @@ from typing import Any
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
 from panotriton.groups.folder import process_command
-from panotriton.pipeline.camera import INTERVALS, Camera, interval_bounds
+from panotriton.pipeline.camera import Camera, interval_bounds
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.quality import SUB_SCORES
 from panotriton.pipeline.stages import is_part
 

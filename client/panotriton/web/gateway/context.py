@@ -11,7 +11,7 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from panotriton.errors import ConnectError, InvalidInput
-from panotriton.pipeline.group import CROP_SIZES
+from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.groups import Groups
 from panotriton.web.gateway.paths import Roots
@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 _LIMITS = {
     "seed": (0, 2**62),
-    "crop_size": CROP_SIZES,
-    "upscale": (1, 4),
     "threads": (1, 256),
     "max_waiting": (0, 65536),
     "max_body_bytes": (1, 1 << 40),
@@ -48,8 +46,8 @@ class Settings:
     roots: tuple[Path, ...] = ()
     url: str = "localhost:8001"
     seed: int = 0
-    crop_size: int = 512
-    upscale: int = 2
+    crop_size: int = DEFAULTS.crop_size
+    upscale: int = DEFAULTS.upscale
     threads: int = 4
     max_waiting: int = 64
     max_body_bytes: int = 512 << 20
@@ -58,6 +56,7 @@ class Settings:
     max_path_body_bytes: int = field(default=4 << 20, init=False)
 
     def __post_init__(self) -> None:
+        Options(crop_size=self.crop_size, upscale=self.upscale).check()
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.folder import JPEG_QUALITY
-from panotriton.pipeline.images import MAX_PIXELS, decode_image
+from panotriton.pipeline.contract import MAX_SR_PIXELS
+from panotriton.pipeline.images import decode_image
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 
@@ -25,7 +26,6 @@ _OPTIONS = {
     ".png": (),
     ".webp": (cv2.IMWRITE_WEBP_QUALITY, JPEG_QUALITY),
 }
-_MAX_PIXELS_IN_ALL = 4 * MAX_PIXELS  # 1.6 GB of pixels
 
 U8 = NDArray[np.uint8]
 
@@ -44,10 +44,10 @@ def read_images(roots: Roots, paths: Sequence[str]) -> list[U8 | InvalidInput]:
     for path in paths:
         image = _attempt(roots, path)
         pixels += 0 if isinstance(image, InvalidInput) else image.shape[0] * image.shape[1]
-        if pixels > _MAX_PIXELS_IN_ALL:
+        if pixels > MAX_SR_PIXELS:
             raise InvalidInput(
                 f"the files up to {path} have {pixels / 1e6:.0f} megapixels; expected at most "
-                f"{_MAX_PIXELS_IN_ALL / 1e6:.0f} a request: send fewer at once"
+                f"{MAX_SR_PIXELS / 1e6:.0f} a request: send fewer at once"
             )
         images.append(image)
     return images

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
-from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, LIMITS, Camera, sample_cameras
+from panotriton.pipeline.camera import CAMERA_FIELDS, LIMITS, Camera, sample_cameras
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 

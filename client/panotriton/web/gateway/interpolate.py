@@ -14,9 +14,14 @@ from pydantic import Field
 
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
-from panotriton.pipeline.camera import INTERVALS
-from panotriton.pipeline.group import CROP_SIZES, MAX_INTERPOLATIONS
-from panotriton.pipeline.images import MAX_PIXELS, MIN_SIDE_PX
+from panotriton.pipeline.contract import (
+    CROP_SIZES,
+    DEFAULTS,
+    INTERVALS,
+    MAX_INTERPOLATIONS,
+    MAX_PIXELS,
+    MIN_SIDE_PX,
+)
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
@@ -35,7 +40,7 @@ U8 = NDArray[np.uint8]
 
 
 class InterpolateOptions(CameraOptions):
-    num_interpolations: int = Field(9, ge=0, le=MAX_INTERPOLATIONS)
+    num_interpolations: int = Field(DEFAULTS.interpolations, ge=0, le=MAX_INTERPOLATIONS)
     crop_size: int | None = Field(None, ge=CROP_SIZES[0], le=CROP_SIZES[1])
 
 

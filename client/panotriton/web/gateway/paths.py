@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.pipeline.contract import MAX_FILE_BYTES
 from panotriton.web.gateway.failures import ForbiddenPath
 
-__all__ = ["MAX_FILE_BYTES", "Roots"]
+__all__ = ["Roots"]
 
-MAX_FILE_BYTES = 512 << 20
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without NONBLOCK, opening a named pipe would wait for its writer.

@@ -13,9 +13,8 @@ from pydantic import Field
 
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
-from panotriton.pipeline.camera import INTERVALS, interval_bounds, sample_cameras
-from panotriton.pipeline.group import CROP_SIZES
-from panotriton.pipeline.images import MIN_SIDE_PX
+from panotriton.pipeline.camera import interval_bounds, sample_cameras
+from panotriton.pipeline.contract import CROP_SIZES, INTERVALS, MIN_SIDE_PX
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context

@@ -11,6 +11,7 @@ from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX
 from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import stages
@@ -31,8 +32,6 @@ from panotriton.web.gateway.schemas import (
 from panotriton.web.gateway.tensors import Incoming, TensorOptions
 
 __all__ = ["router"]
-
-_MIN_SIDE_PX = 28
 
 
 class ScoreOptions(TensorOptions):
@@ -61,7 +60,7 @@ def router(context: Context) -> APIRouter:
     )
     async def evaluate_pairs_tensor(request: Request) -> Response:
         """Score pairs (left | right) of one size, at least 28 px a side. The reply is always JSON."""
-        return await context.run_tensor(_score_tensor, request, ScoreOptions, _MIN_SIDE_PX)
+        return await context.run_tensor(_score_tensor, request, ScoreOptions, MIN_QWEN_SIDE_PX)
 
     @routes.post(
         "/generate_descriptions_tensor",
@@ -71,7 +70,7 @@ def router(context: Context) -> APIRouter:
     )
     async def generate_descriptions_tensor(request: Request) -> Response:
         """Describe images of one size, at least 28 px a side. The reply is always JSON."""
-        return await context.run_tensor(_describe_tensor, request, ScoreOptions, _MIN_SIDE_PX)
+        return await context.run_tensor(_describe_tensor, request, ScoreOptions, MIN_QWEN_SIDE_PX)
 
     return routes
 

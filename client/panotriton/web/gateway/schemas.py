@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from panotriton.pipeline.camera import LIMITS
-from panotriton.pipeline.group import MAX_INTERPOLATIONS
+from panotriton.pipeline.contract import DEFAULTS, MAX_INTERPOLATIONS, Alignment
 
 __all__ = [
     "CameraParams",
@@ -95,7 +95,7 @@ class InterpolateRequest(BaseModel):
     panorama1_path: FilePath
     panorama2_path: FilePath
     group_id: GroupId
-    num_interpolations: int = Field(9, ge=0, le=MAX_INTERPOLATIONS)
+    num_interpolations: int = Field(DEFAULTS.interpolations, ge=0, le=MAX_INTERPOLATIONS)
 
 
 class View(BaseModel):
@@ -124,7 +124,7 @@ class SuperResolutionRequest(BaseModel):
     output_dir: str | None = Field(
         None, description="Results go to its folder osediff. Left out: the gateway's output folder."
     )
-    align_method: Literal["adain", "wavelet", "nofix"] = "adain"
+    align_method: Alignment = "adain"
 
 
 class SuperResolutionResult(BaseModel):

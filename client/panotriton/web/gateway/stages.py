@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from panotriton.client.calls import Call, Failure, Plan
 from panotriton.client.pixels import Images
-from panotriton.pipeline.camera import INTERVALS, Sphere
-from panotriton.pipeline.images import MIN_SIDE_PX
+from panotriton.pipeline.camera import Sphere
+from panotriton.pipeline.contract import INTERVALS, MIN_SIDE_PX
 from panotriton.pipeline.results import Timings
 from panotriton.web.gateway.connections import Connection
 

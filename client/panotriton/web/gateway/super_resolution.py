@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -14,6 +14,7 @@ from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
 from panotriton.groups import layout
+from panotriton.pipeline.contract import DEFAULTS, MAX_UPSCALE, MIN_SR_SIDE_PX, Alignment, Options
 from panotriton.pipeline.results import Upscaled
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.connections import Connection
@@ -26,12 +27,10 @@ from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
 
 __all__ = ["router"]
 
-_MIN_SIDE_PX = 8
-
 
 class SuperResolutionOptions(TensorOptions):
-    align_method: Literal["adain", "wavelet", "nofix"] = "adain"
-    upscale: Annotated[int, Field(ge=1, le=4)] = 2
+    align_method: Alignment = "adain"
+    upscale: Annotated[int, Field(ge=1, le=MAX_UPSCALE)] = DEFAULTS.upscale
     prompt: str = Field("", max_length=4096)
 
 
@@ -54,7 +53,7 @@ def router(context: Context) -> APIRouter:
     async def super_resolution_tensor(request: Request) -> Response:
         """Sharpen one image or a batch of one size, at least 8 px a side."""
         return await context.run_tensor(
-            _sharpen_tensor, request, SuperResolutionOptions, _MIN_SIDE_PX
+            _sharpen_tensor, request, SuperResolutionOptions, MIN_SR_SIDE_PX
         )
 
     return routes
@@ -67,8 +66,8 @@ def _sharpen_files(context: Context, client: Connection, request: SuperResolutio
         image if isinstance(target, Path) else target
         for image, target in zip(loaded, targets, strict=True)
     ]
-    upscale = context.settings.upscale
-    plan = partial(calls.upscale, upscale=upscale, align=request.align_method, prompt="")
+    options = Options(upscale=context.settings.upscale, align=request.align_method)
+    plan = partial(calls.upscale, options=options)
     results: list[Upscaled | Failure] = stages.each(client, images, plan)
     outcomes = list(zip(targets, results, strict=True))
     good = [(t, s.numpy()) for t, s in outcomes if isinstance(t, Path) and isinstance(s, Upscaled)]
@@ -106,11 +105,7 @@ def _result(target: Path | InvalidInput, outcome: object) -> dict[str, Any]:
 def _sharpen_tensor(
     context: Context, client: Connection, incoming: Incoming[SuperResolutionOptions]
 ) -> Response:
-    options = incoming.options
-    plan = calls.upscale(
-        Images((incoming.images,), alone=True),
-        align=options.align_method,
-        upscale=options.upscale,
-        prompt=options.prompt,
-    )
+    asked = incoming.options
+    options = Options(upscale=asked.upscale, align=asked.align_method, prompt=asked.prompt)
+    plan = calls.upscale(Images((incoming.images,), alone=True), options=options)
     return answer(incoming, stages.tensor(client, plan, "IMAGES_SR"), batch=False)

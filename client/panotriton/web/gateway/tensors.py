@@ -25,7 +25,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model, field_vali
 from safetensors import SafetensorError
 
 from panotriton.errors import InvalidImage, InvalidInput
-from panotriton.pipeline.camera import CAMERA_FIELDS, INTERVALS, Camera
+from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.images import check_images
 from panotriton.web.gateway.failures import Reply, describe
 

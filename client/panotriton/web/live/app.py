@@ -17,7 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.report.document import TEMPLATES, render, template
 from panotriton.groups.report.page import SLIDER
-from panotriton.pipeline.camera import INTERVALS, interval_bounds
+from panotriton.pipeline.camera import interval_bounds
+from panotriton.pipeline.contract import DEFAULTS, INTERVALS, MAX_INTERPOLATIONS
 from panotriton.web.live.runs import Runs
 from panotriton.web.live.settings import Settings
 
@@ -54,8 +55,8 @@ def create_app(settings: Settings) -> FastAPI:
         request: Request,
         first_bytes: Annotated[int, Query(description="length of the first file")],
         seed: int = 0,
-        threshold: float = 0.7,
-        interpolations: int = 9,
+        threshold: float = DEFAULTS.threshold,
+        interpolations: int = DEFAULTS.interpolations,
     ) -> Response:
         """Two files, one after the other, to the pipeline's events; ending the request cancels."""
         options = {"seed": seed, "threshold": threshold, "interpolations": interpolations}
@@ -77,6 +78,8 @@ def _page(settings: Settings) -> str:
         sources=_SOURCES,
         folders=(_HERE, TEMPLATES),
         version=metadata.version("panotriton"),
+        defaults=DEFAULTS,
+        max_interpolations=MAX_INTERPOLATIONS,
         max_bytes=settings.max_upload_bytes,
         intervals=[(number, interval_bounds(number)) for number in range(1, INTERVALS + 1)],
     )

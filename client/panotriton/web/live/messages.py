@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton import events
 from panotriton.groups.report.document import degrees
 from panotriton.groups.report.footprint import footprint
 from panotriton.groups.report.picture import bicubic, data_uri, within
-from panotriton.pipeline.camera import INTERVALS, Camera
+from panotriton.pipeline import events
+from panotriton.pipeline.camera import Camera
+from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.group import make_pairs
 from panotriton.pipeline.quality import finite_or_none
 

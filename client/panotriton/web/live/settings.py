@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.contract import DEFAULTS, Options
 
 __all__ = ["Settings"]
 
@@ -16,17 +17,18 @@ class Settings:
     """url: gRPC, host:port. host: what the page listens on, and is asked for by name.
 
     max_upload_bytes is for both panoramas of a run together, max_visitors for runs at a time. Raises
-    InvalidInput for a number below 1.
+    InvalidInput for a number out of range.
     """
 
     url: str = "localhost:8001"
     host: str = "127.0.0.1"
-    crop_size: int = 512
-    upscale: int = 2
+    crop_size: int = DEFAULTS.crop_size
+    upscale: int = DEFAULTS.upscale
     max_upload_bytes: int = 64 << 20
     max_visitors: int = 4
 
     def __post_init__(self) -> None:
+        Options(crop_size=self.crop_size, upscale=self.upscale).check()
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; expected {least} or more")
