@@ -165,7 +165,7 @@ def test_finished_shards_leave_their_replicas_to_the_others(
 
 
 def test_never_more_in_flight_than_the_window(shard: ModuleType) -> None:
-    pairs = [shard.Pair(n, Path("a"), Path("b")) for n in range(40)]
+    pairs = [shard.PanoramaPair(n, Path("a"), Path("b")) for n in range(40)]
     lock, now, peak = threading.Lock(), 0, 0
     finished: list[int] = []
 
@@ -192,7 +192,7 @@ def test_never_more_in_flight_than_the_window(shard: ModuleType) -> None:
 
 
 def test_a_refused_group_does_not_stop_the_others(shard: ModuleType) -> None:
-    pairs = [shard.Pair(n, Path("a"), Path("b")) for n in range(5)]
+    pairs = [shard.PanoramaPair(n, Path("a"), Path("b")) for n in range(5)]
     done: list[int] = []
     failed: list[int] = []
 

@@ -39,7 +39,7 @@ _RETRY = (ConnectError, RequestTimeout, ServerBusy)  # another try, or replica, 
 
 
 @dataclass(frozen=True)
-class Pair:
+class PanoramaPair:
     """Group `group_id`: two panoramas."""
 
     group_id: int
@@ -47,7 +47,7 @@ class Pair:
     second: Path
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[PanoramaPair]:
     """All pairs of the file. Raises ValueError naming the line and the fix."""
     pairs = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -56,11 +56,11 @@ def read_pairs(path: Path) -> list[Pair]:
             raise ValueError(
                 f"{path}:{number} is {line!r}; expected two paths with one tab between"
             )
-        pairs.append(Pair(number, path.parent / names[0], path.parent / names[1]))
+        pairs.append(PanoramaPair(number, path.parent / names[0], path.parent / names[1]))
     return pairs
 
 
-def shard_of(pairs: list[Pair], index: int, shards: int) -> list[Pair]:
+def shard_of(pairs: list[PanoramaPair], index: int, shards: int) -> list[PanoramaPair]:
     """What shard `index` of `shards` does: interleaved, so that slow stretches are shared out."""
     return pairs[index::shards]
 
@@ -151,7 +151,7 @@ class Replicas:
             self._looked_at = now
 
 
-def process(pair: Pair, replicas: Replicas, seed: int, patience_s: float) -> Group:
+def process(pair: PanoramaPair, replicas: Replicas, seed: int, patience_s: float) -> Group:
     """One group, tried on one replica after another until `patience_s` has gone by."""
     deadline = time.monotonic() + patience_s
     delay_s = 0.5
@@ -167,10 +167,10 @@ def process(pair: Pair, replicas: Replicas, seed: int, patience_s: float) -> Gro
 
 
 def run(
-    pairs: list[Pair],
-    work: Callable[[Pair], Any],
-    done: Callable[[Pair, Any], None],
-    failed: Callable[[Pair, PanotritonError], None],
+    pairs: list[PanoramaPair],
+    work: Callable[[PanoramaPair], Any],
+    done: Callable[[PanoramaPair, Any], None],
+    failed: Callable[[PanoramaPair, PanotritonError], None],
     *,
     window: Callable[[], int],
     most: int,
@@ -182,7 +182,7 @@ def run(
     raises ConnectError, RequestTimeout or ServerBusy when `work` gave up on all replicas.
     """
     rest = iter(pairs)
-    running: dict[Future[Any], Pair] = {}
+    running: dict[Future[Any], PanoramaPair] = {}
     with ThreadPoolExecutor(most) as pool:
         while True:
             while len(running) < min(window(), most) and (pair := next(rest, None)) is not None:
@@ -200,7 +200,7 @@ def run(
                     failed(pair, error)
 
 
-def _write(folder: Path, pair: Pair, group: Group, seed: int) -> None:
+def _write(folder: Path, pair: PanoramaPair, group: Group, seed: int) -> None:
     about = {"panoramas": [str(pair.first), str(pair.second)], "seed": seed + pair.group_id}
     write_group(group, folder, pair.group_id, (pair.first.stem, pair.second.stem), about)
     print(
@@ -238,7 +238,7 @@ def main() -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, folder: Path, todo: list[Pair]) -> dict[int, str]:
+def _run(options: argparse.Namespace, folder: Path, todo: list[PanoramaPair]) -> dict[int, str]:
     host, _, port = options.server.rpartition(":")
     failures: dict[int, str] = {}
 
@@ -246,7 +246,7 @@ def _run(options: argparse.Namespace, folder: Path, todo: list[Pair]) -> dict[in
         left = unfinished(options.output, options.shards, options.index)
         return left.index(options.index), len(left)
 
-    def failed(pair: Pair, error: PanotritonError) -> None:
+    def failed(pair: PanoramaPair, error: PanotritonError) -> None:
         failures[pair.group_id] = str(error)
         _write_failures(folder, failures)
         print(f"group {pair.group_id} failed: {error}", file=sys.stderr, flush=True)

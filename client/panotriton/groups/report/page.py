@@ -17,7 +17,7 @@ from panotriton.groups import layout
 from panotriton.groups.report.document import render, save, template
 from panotriton.groups.report.footprint import Footprint, footprint
 from panotriton.groups.report.picture import bicubic, data_uri, most_different, read_picture, within
-from panotriton.groups.report.record import Pair, Record, Stage, View, read_record
+from panotriton.groups.report.record import PairRecord, Record, Stage, ViewRecord, read_record
 from panotriton.groups.report.verdict import outcome
 
 __all__ = ["MAX_BYTES", "SLIDER", "write_report"]
@@ -71,7 +71,7 @@ class Shot:
 
     picture: str
     name: str
-    view: View
+    view: ViewRecord
     footprint: Footprint
 
 
@@ -104,17 +104,17 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         pictures={_key(pair): found for pair, found in zip(record.pairs, pictures, strict=True)},
         shots=shots,
         panoramas=[_panorama(path) for path in record.panoramas],
-        worst_first=sorted(record.pairs, key=Pair.rank),
+        worst_first=sorted(record.pairs, key=PairRecord.rank),
         stages=_bars(record.stages),
     )
     return save(page, output or folder / layout.REPORT)
 
 
-def _key(pair: Pair) -> tuple[int, int]:
+def _key(pair: PairRecord) -> tuple[int, int]:
     return pair.panorama, pair.interval
 
 
-def _pictures(pair: Pair, count: int) -> Pictures:
+def _pictures(pair: PairRecord, count: int) -> Pictures:
     after = read_picture(pair.after)
     height, width = after.shape[:2]
     share = _SLIDERS_BYTES // (2 * (count + 1))  # one pair more: the best is shown twice
@@ -155,11 +155,11 @@ def _shots(record: Record, pool: ThreadPoolExecutor) -> dict[tuple[int, int], li
     }
 
 
-def _columns(views: tuple[View, ...]) -> tuple[range, tuple[View, ...]]:
+def _columns(views: tuple[ViewRecord, ...]) -> tuple[range, tuple[ViewRecord, ...]]:
     return range(len(views)), views
 
 
-def _shot(index: int, view: View, last: int, max_bytes: int) -> Shot:
+def _shot(index: int, view: ViewRecord, last: int, max_bytes: int) -> Shot:
     name = {0: "left", last: "right"}.get(index, f"in-between {index}")
     picture = data_uri(within(read_picture(view.path), _VIEW_PX), max_bytes)
     return Shot(picture, name, view, footprint(view.camera))

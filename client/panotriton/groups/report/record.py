@@ -16,11 +16,11 @@ from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.quality import SUB_SCORES
 from panotriton.pipeline.stages import is_part
 
-__all__ = ["Interval", "Pair", "Record", "Stage", "View", "read_record"]
+__all__ = ["IntervalRecord", "PairRecord", "Record", "Stage", "ViewRecord", "read_record"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PairRecord:
     """One left|right pair. `score` and `sub_scores` are None where the reply has none.
 
     `before` is the crop (None where intermediates were not kept), `after` is super-resolved.
@@ -42,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ViewRecord:
     """One image of a sequence and its camera."""
 
     path: Path
@@ -50,15 +50,15 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class IntervalRecord:
     """One yaw interval. `sequences` has one entry a panorama, and none where it was dropped."""
 
     number: int
-    pairs: tuple[Pair, Pair]
+    pairs: tuple[PairRecord, PairRecord]
     kept: bool
     description: str
     description_error: str
-    sequences: tuple[tuple[View, ...], ...]
+    sequences: tuple[tuple[ViewRecord, ...], ...]
 
     @property
     def yaw_bounds(self) -> tuple[float, float]:
@@ -66,10 +66,10 @@ class Interval:
         return interval_bounds(self.number)
 
     @property
-    def lowest(self) -> Pair | None:
+    def lowest(self) -> PairRecord | None:
         """The pair that decides; None where neither has a score."""
         scored = [pair for pair in self.pairs if pair.score is not None]
-        return min(scored, key=Pair.rank, default=None)
+        return min(scored, key=PairRecord.rank, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +100,24 @@ class Record:
     weights: Mapping[str, str]
     command: str
     seconds: float | None
-    intervals: tuple[Interval, ...]
+    intervals: tuple[IntervalRecord, ...]
     stages: tuple[Stage, ...]
 
     @property
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self) -> tuple[PairRecord, ...]:
         """All 16, interval by interval."""
         return tuple(pair for interval in self.intervals for pair in interval.pairs)
 
     @property
-    def kept(self) -> tuple[Interval, ...]:
+    def kept(self) -> tuple[IntervalRecord, ...]:
         """Intervals that reached the threshold."""
         return tuple(interval for interval in self.intervals if interval.kept)
 
     @property
-    def best(self) -> Pair:
+    def best(self) -> PairRecord:
         """The pair of the highest score among the kept, or among all where none is."""
         kept = [pair for interval in self.kept for pair in interval.pairs]
-        return max(kept or self.pairs, key=Pair.rank)
+        return max(kept or self.pairs, key=PairRecord.rank)
 
     @property
     def threshold(self) -> float | None:
@@ -177,7 +177,9 @@ def _record(folder: Path, info: dict[str, Any]) -> Record:
     )
 
 
-def _intervals(folder: Path, info: dict[str, Any], bases: tuple[str, str]) -> tuple[Interval, ...]:
+def _intervals(
+    folder: Path, info: dict[str, Any], bases: tuple[str, str]
+) -> tuple[IntervalRecord, ...]:
     kept = {int(entry["interval"]): entry for entry in info["intervals"]}
     scores = {(int(s["panorama"]), int(s["interval"])): s for s in info["scores"]}
     found = []
@@ -185,7 +187,7 @@ def _intervals(folder: Path, info: dict[str, Any], bases: tuple[str, str]) -> tu
         first, second = (_pair(folder, bases[p - 1], scores[p, number]) for p in (1, 2))
         entry = kept.get(number, {})
         found.append(
-            Interval(
+            IntervalRecord(
                 number=number,
                 pairs=(first, second),
                 kept=number in kept,
@@ -197,13 +199,13 @@ def _intervals(folder: Path, info: dict[str, Any], bases: tuple[str, str]) -> tu
     return tuple(found)
 
 
-def _pair(folder: Path, base: str, score: dict[str, Any]) -> Pair:
+def _pair(folder: Path, base: str, score: dict[str, Any]) -> PairRecord:
     interval = int(score["interval"])
     left, right = (
         Camera(**_read_json(folder / layout.params(base, interval, side))) for side in layout.SIDES
     )
     before = folder / layout.pair(base, interval)
-    return Pair(
+    return PairRecord(
         panorama=int(score["panorama"]),
         interval=interval,
         left=left,
@@ -220,8 +222,8 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _sequence(folder: Path, entry: dict[str, Any]) -> tuple[View, ...]:
-    return tuple(View(folder / v["path"], Camera(**v["params"])) for v in entry["images"])
+def _sequence(folder: Path, entry: dict[str, Any]) -> tuple[ViewRecord, ...]:
+    return tuple(ViewRecord(folder / v["path"], Camera(**v["params"])) for v in entry["images"])
 
 
 def _stage(entry: dict[str, Any]) -> Stage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from panotriton.groups.report.record import Interval, Record
+from panotriton.groups.report.record import IntervalRecord, Record
 
 __all__ = ["Verdict", "outcome", "verdict"]
 
@@ -18,7 +18,7 @@ class Verdict:
     notes: tuple[str, ...]
 
 
-def verdict(interval: Interval, threshold: float | None) -> Verdict:
+def verdict(interval: IntervalRecord, threshold: float | None) -> Verdict:
     """Dropped by its score, or failed for want of one."""
     notes = tuple(_notes(interval))
     lowest = interval.lowest
@@ -32,7 +32,7 @@ def verdict(interval: Interval, threshold: float | None) -> Verdict:
     return Verdict("dropped", f"{found[0].upper()}{found[1:]}, below {limit}.", notes)
 
 
-def _notes(interval: Interval) -> list[str]:
+def _notes(interval: IntervalRecord) -> list[str]:
     notes = [
         f"Panorama {pair.panorama} has no score: the scorer's reply has no valid Final Score line. "
         "The other panorama decided alone."

@@ -62,9 +62,9 @@ LAYOUT_HEADER = "x-tensor-layout"
 
 # (P, 8 or fewer, left|right, 5)
 _Row = Annotated[list[float], Field(min_length=5, max_length=5)]
-_Pair = Annotated[list[_Row], Field(min_length=2, max_length=2)]
-_Pairs = Annotated[list[_Pair], Field(min_length=1, max_length=8)]
-Cameras = Annotated[list[_Pairs], Field(min_length=1, max_length=2)]
+_Ends = Annotated[list[_Row], Field(min_length=2, max_length=2)]
+_Intervals = Annotated[list[_Ends], Field(min_length=1, max_length=8)]
+Cameras = Annotated[list[_Intervals], Field(min_length=1, max_length=2)]
 
 
 class TensorOptions(BaseModel):
