@@ -25,7 +25,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.client.pixels import ImageLike, pixels
 from panotriton.errors import InferenceFailed
-from panotriton.models.super_resolution import Call, Limits, SuperResolver
+from panotriton.models.super_resolution import CallNetwork, Limits, SuperResolver
 from panotriton.models.tags import Tags
 from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, Options
 from panotriton.pipeline.results import Timings, Upscaled
@@ -105,7 +105,7 @@ def open_network(model: Path, threads: int = 0, providers: Sequence[str] | None 
     return onnxruntime.InferenceSession(path, options, providers=chosen)
 
 
-def in_process(session: Callable[[str], Any]) -> Call:
+def in_process(session: Callable[[str], Any]) -> CallNetwork:
     """Runs networks here. session: a model's name → what `open_network` returns."""
 
     async def call(

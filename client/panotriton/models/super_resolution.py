@@ -23,7 +23,7 @@ from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS
 
-__all__ = ["Call", "Limits", "SuperResolver", "run_all"]
+__all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all"]
 
 _TILES_A_REQUEST = 4
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
@@ -35,7 +35,7 @@ F32 = NDArray[np.float32]
 Positions = list[tuple[int, int]]  # (y, x) of tiles
 
 
-class Call(Protocol):
+class CallNetwork(Protocol):
     """Runs the network `model` on `inputs`; returns the named `outputs`. May raise to end the work."""
 
     def __call__(
@@ -78,7 +78,9 @@ class SuperResolver:
         self._tags = tags
         self._embeds: dict[str, F32] = {}  # prompt → (1, 77, D); the last 64
 
-    async def run(self, images: U8, call: Call, *, upscale: int, method: str, prompt: str) -> U8:
+    async def run(
+        self, images: U8, call: CallNetwork, *, upscale: int, method: str, prompt: str
+    ) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
         method: one of `contract.ALIGNMENTS`. Raises InvalidInput for more pixels than a
@@ -101,7 +103,7 @@ class SuperResolver:
         await run_all(work(index) for index in range(len(images)))
         return results
 
-    async def _tagged(self, prompt: str, source: U8, call: Call) -> str:
+    async def _tagged(self, prompt: str, source: U8, call: CallNetwork) -> str:
         """The prompt of one image (H, W, 3): its tags and `prompt`. Triton joins what all images ask."""
         if self._tags is None:
             return prompt
@@ -109,7 +111,7 @@ class SuperResolver:
         result = await call("osediff_tagger", {"IMAGE": image[None]}, ["PROBABILITY"])
         return self._tags.prompt(result["PROBABILITY"][0], prompt)
 
-    async def _embed(self, prompt: str, call: Call) -> F32:
+    async def _embed(self, prompt: str, call: CallNetwork) -> F32:
         """The prompt's embedding (1, 77, D), computed once a prompt."""
         if prompt not in self._embeds:
             ids = np.array([self._tokenizer.encode(prompt).ids], np.int64)  # (1, 77)
@@ -123,7 +125,9 @@ class SuperResolver:
 class _Networks:
     """One image's way through encoder, UNet and decoder."""
 
-    def __init__(self, settings: dict[str, Any], limits: Limits, call: Call, embeds: F32) -> None:
+    def __init__(
+        self, settings: dict[str, Any], limits: Limits, call: CallNetwork, embeds: F32
+    ) -> None:
         self._settings = settings
         self._factor = int(settings["vae_scale_factor"])
         self._limits = limits

@@ -130,7 +130,7 @@ class TritonPythonModel:
         """Release the session, and with it the graph's memory and threads."""
         self.session = None
 
-    def _read(self, index: int, request: Any) -> "Call":
+    def _read(self, index: int, request: Any) -> "ParsedRequest":
         """One request as arrays; all but strings are views of the server's memory, not copies."""
         feeds = {tensor.name(): as_array(tensor) for tensor in request.inputs()}
         rows = len(next(iter(feeds.values()))) if self.max_batch_size else 1
@@ -140,9 +140,9 @@ class TritonPythonModel:
             )
         for name in self.scalar_inputs & feeds.keys():
             feeds[name] = feeds[name].reshape(())  # (1,) → ()
-        return Call(index, rows, feeds, list(request.requested_output_names()))
+        return ParsedRequest(index, rows, feeds, list(request.requested_output_names()))
 
-    def _answer(self, batch: "list[Call]") -> list[Any]:
+    def _answer(self, batch: "list[ParsedRequest]") -> list[Any]:
         """A response for each call; a batch that fails is run again call by call."""
         try:
             return self._run(batch)
@@ -151,7 +151,7 @@ class TritonPythonModel:
                 return [response for call in batch for response in self._answer([call])]
             return [failure(self.name, error, pb_utils.TritonError.INTERNAL)]
 
-    def _run(self, batch: "list[Call]") -> list[Any]:
+    def _run(self, batch: "list[ParsedRequest]") -> list[Any]:
         names = list(dict.fromkeys(name for call in batch for name in call.outputs))
         feeds = batch[0].feeds
         if len(batch) > 1:  # each (rows, …) → (sum of rows, …)
@@ -161,7 +161,7 @@ class TritonPythonModel:
             arrays[name] = np.asarray(arrays[name]).reshape(self.scalar_outputs[name])  # () → (1,)
         return self._split(batch, arrays)
 
-    def _split(self, batch: "list[Call]", arrays: dict[str, Array]) -> list[Any]:
+    def _split(self, batch: "list[ParsedRequest]", arrays: dict[str, Array]) -> list[Any]:
         """A response for each call from its rows of the joined outputs, as views."""
         rows = sum(call.rows for call in batch)
         for name, array in arrays.items():
@@ -180,7 +180,7 @@ class TritonPythonModel:
 
 
 @dataclass
-class Call:
+class ParsedRequest:
     """A request's place among its mates, rows, input arrays by name, and wanted outputs."""
 
     index: int
@@ -193,10 +193,10 @@ class Call:
         return frozenset((name, array.shape[1:]) for name, array in self.feeds.items())
 
 
-def join(calls: list[Call], max_batch_size: int) -> list[list[Call]]:
+def join(calls: list[ParsedRequest], max_batch_size: int) -> list[list[ParsedRequest]]:
     """Calls in runs of equal shapes and at most `max_batch_size` rows; where 0, one by one."""
-    runs: list[list[Call]] = []
-    filling: dict[frozenset[Any], list[Call]] = {}
+    runs: list[list[ParsedRequest]] = []
+    filling: dict[frozenset[Any], list[ParsedRequest]] = {}
     for call in calls:
         run = filling.get(call.shapes()) if max_batch_size else None
         if run is None or sum(mate.rows for mate in run) + call.rows > max_batch_size:
