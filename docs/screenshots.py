@@ -24,6 +24,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from panotriton.groups import layout
 from panotriton.groups.report import write_report
 from panotriton.groups.report.record import read_record
 
@@ -112,7 +113,7 @@ def take_live(browser, url, record, folder):
 
 def newest():
     """The last group of the demo."""
-    groups = sorted((ROOT / "out" / "demo").glob("group_*"))
+    groups = layout.group_folders(ROOT / "out" / "demo")
     if not groups:
         sys.exit("no group in out/demo: run `make demo`, or name a group")
     return groups[-1]
@@ -127,7 +128,7 @@ def main():
     options = parser.parse_args()
     group = options.group or newest()
     with tempfile.TemporaryDirectory() as scratch, chromium(installed()) as browser:
-        report = write_report(group, Path(scratch) / "report.html")
+        report = write_report(group, Path(scratch) / layout.REPORT)
         take_report(browser, report.as_uri(), options.output)
         if not options.no_live:
             with live_page() as url:

@@ -34,7 +34,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedPair:
     """A pair of panoramas that gave no group; `panoramas` are their names without suffix."""
 
     group_id: int
@@ -69,11 +69,13 @@ def write_index(root: Path, output: Path | None = None) -> Path:
     return save(page, path)
 
 
-def _failures(path: Path) -> list[Failure]:
+def _failures(path: Path) -> list[FailedPair]:
     if not path.is_file():
         return []
     return [
-        Failure(int(number), tuple(Path(name).stem for name in known["panoramas"]), known["error"])
+        FailedPair(
+            int(number), tuple(Path(name).stem for name in known["panoramas"]), known["error"]
+        )
         for number, known in json.loads(path.read_text(encoding="utf-8")).items()
     ]
 

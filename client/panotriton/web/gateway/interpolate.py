@@ -22,7 +22,7 @@ from panotriton.pipeline.contract import (
     MAX_PIXELS,
     MIN_SIDE_PX,
 )
-from panotriton.web.gateway import stages
+from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
@@ -99,7 +99,7 @@ def _interpolate_files(context: Context, client: Connection, request: Interpolat
     views: dict[int, Views] = {}
     for indices, ends in _requests(context, request, splits):
         count, size = request.num_interpolations, context.settings.crop_size
-        crops, cameras = stages.interpolate(client, panoramas, ends, count, size)
+        crops, cameras = triton.interpolate(client, panoramas, ends, count, size)
         for p, column in enumerate(indices):
             for k, index in enumerate(column):
                 views[index] = _write(context, splits[index].left, crops[k, p], cameras[k, p])
@@ -209,7 +209,7 @@ def _interpolate_tensor(
             f"cameras ask for {ends.shape[1]} intervals; expected at most {most} with "
             f"{options.num_interpolations} views of {crop_size} px: ask for fewer at once"
         )
-    views, cameras = stages.interpolate(
+    views, cameras = triton.interpolate(
         client, list(incoming.images), ends, options.num_interpolations, crop_size
     )
     return answer(incoming, views.reshape(-1, *views.shape[3:]), cameras)

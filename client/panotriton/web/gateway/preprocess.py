@@ -15,7 +15,7 @@ from panotriton.errors import InvalidInput
 from panotriton.groups import layout
 from panotriton.pipeline.camera import interval_bounds, sample_cameras
 from panotriton.pipeline.contract import CROP_SIZES, INTERVALS, MIN_SIDE_PX
-from panotriton.web.gateway import stages
+from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
@@ -73,7 +73,7 @@ def _crop_file(context: Context, client: Connection, request: PreprocessRequest)
         if request.is_first
         else groups.second_cameras(group_id, base)
     )
-    pairs = stages.preprocess(client, [panorama], cameras[None], context.settings.crop_size)
+    pairs = triton.preprocess(client, [panorama], cameras[None], context.settings.crop_size)
     folder = groups.folder(group_id)
     paths = [folder / layout.pair(base, interval) for interval in range(1, INTERVALS + 1)]
     write_images(context.roots, zip(paths, pairs, strict=True))
@@ -105,7 +105,7 @@ def _crop_tensor(
     options = incoming.options
     cameras = _cameras(options, check_panoramas(incoming.images))
     crop_size = options.crop_size or context.settings.crop_size
-    pairs = stages.preprocess(client, list(incoming.images), cameras, crop_size)
+    pairs = triton.preprocess(client, list(incoming.images), cameras, crop_size)
     return answer(incoming, pairs, cameras)
 
 

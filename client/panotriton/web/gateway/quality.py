@@ -14,7 +14,7 @@ from panotriton.errors import InvalidInput
 from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX
 from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
-from panotriton.web.gateway import stages
+from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint
@@ -80,7 +80,7 @@ def _score_files(context: Context, client: Connection, request: EvaluateRequest)
     images = read_images(context.roots, [path for path in paths if path])
     found = iter(images)
     missing = InvalidInput("pair_image is missing; expected the path of a pair image")
-    scores = stages.each(client, [next(found) if path else missing for path in paths], calls.score)
+    scores = triton.each(client, [next(found) if path else missing for path in paths], calls.score)
     entries = zip(request.pairs_data, paths, scores, strict=True)
     return {"success": True, "results": [_scored(*entry) for entry in entries]}
 
@@ -96,7 +96,7 @@ def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any
 
 def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
     images = read_images(context.roots, request.image_paths)
-    descriptions = stages.each(client, images, calls.describe)
+    descriptions = triton.each(client, images, calls.describe)
     now = time.time()
     pairs = zip(request.image_paths, descriptions, strict=True)
     return {
@@ -118,7 +118,7 @@ def _described(description: Description | Failure) -> dict[str, str]:
 def _score_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
-    scores = stages.together(client, calls.score(Images((incoming.images,), alone=True)))
+    scores = triton.together(client, calls.score(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_numbers(score) for score in scores]})
 
 
@@ -131,5 +131,5 @@ def _numbers(score: Score) -> dict[str, Any]:
 def _describe_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
-    found = stages.together(client, calls.describe(Images((incoming.images,), alone=True)))
+    found = triton.together(client, calls.describe(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_described(description) for description in found]})

@@ -16,7 +16,7 @@ from panotriton.errors import InvalidInput
 from panotriton.groups import layout
 from panotriton.pipeline.contract import DEFAULTS, MAX_UPSCALE, MIN_SR_SIDE_PX, Alignment, Options
 from panotriton.pipeline.results import Upscaled
-from panotriton.web.gateway import stages
+from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
@@ -68,7 +68,7 @@ def _sharpen_files(context: Context, client: Connection, request: SuperResolutio
     ]
     options = Options(upscale=context.settings.upscale, align=request.align_method)
     plan = partial(calls.upscale, options=options)
-    results: list[Upscaled | Failure] = stages.each(client, images, plan)
+    results: list[Upscaled | Failure] = triton.each(client, images, plan)
     outcomes = list(zip(targets, results, strict=True))
     good = [(t, s.numpy()) for t, s in outcomes if isinstance(t, Path) and isinstance(s, Upscaled)]
     write_images(context.roots, good)
@@ -108,4 +108,4 @@ def _sharpen_tensor(
     asked = incoming.options
     options = Options(upscale=asked.upscale, align=asked.align_method, prompt=asked.prompt)
     plan = calls.upscale(Images((incoming.images,), alone=True), options=options)
-    return answer(incoming, stages.tensor(client, plan, "IMAGES_SR"), batch=False)
+    return answer(incoming, triton.tensor(client, plan, "IMAGES_SR"), batch=False)

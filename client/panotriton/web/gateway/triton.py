@@ -1,4 +1,4 @@
-"""The stages that work on images, through the client's plans, and the two that the client has no method for.
+"""What the endpoints ask of the Triton server: the client's plans, and two models that it has no method for.
 
 Images are RGB uint8, cameras float64 with a last axis of 5 in the order of `camera.CAMERA_FIELDS`. Image
 outputs are asked for with the most bytes that they can have, so that a `Connection` over shared memory
