@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
-from panotriton.client.wire import Tls
+from panotriton.client.tls import Tls
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
