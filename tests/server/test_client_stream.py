@@ -167,3 +167,10 @@ def test_streams_run_side_by_side(client: Client) -> None:
             except StopIteration:
                 del running[index]
     assert all(isinstance(event, events.Done) for event in last)
+
+
+def test_a_stream_whose_client_was_closed_ends_in_silence(standin: LocalServer) -> None:
+    with Client(standin.grpc_url) as client:
+        stream = client.stream(*FILES, **SMALL)
+        assert isinstance(next(stream), events.Accepted)
+    stream.close()  # type: ignore[attr-defined]

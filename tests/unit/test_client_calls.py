@@ -1,9 +1,13 @@
 """From arguments to requests and from answers to results, without a server."""
 
+import ast
+import asyncio
 import json
 import math
 import subprocess
 import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -12,9 +16,13 @@ import torch
 from PIL import Image as PILImage
 from tritonclient.utils import InferenceServerException
 
+import panotriton
 from panotriton.client import calls, wire
+from panotriton.client.conversation import finished, waits
 from panotriton.client.pixels import Images
 from panotriton.client.shared_memory import layout
+from panotriton.client.transports import TRANSPORTS, Transport, transport
+from panotriton.client.twins import iterate, resolved, run
 from panotriton.errors import (
     ConnectError,
     InferenceFailed,
@@ -184,6 +192,15 @@ def test_timings_are_exact_or_none() -> None:
     assert wire.timings(50, None, None) == Timings(50)
 
 
+def speaking(protocol: str, *, asynchronous: bool = False) -> Transport:
+    speaks = transport(protocol, asynchronous=asynchronous)
+    return speaks("host:1", 2.5, False, {"Authorization": "Bearer x"})
+
+
+def answered(status: str) -> InferenceServerException:
+    return InferenceServerException("x", status=status)
+
+
 class RpcError(grpc.RpcError):
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.INVALID_ARGUMENT
@@ -193,56 +210,93 @@ class RpcError(grpc.RpcError):
 
 
 @pytest.mark.parametrize(
-    ("error", "live", "kind"),
+    ("protocol", "error", "live", "kind"),
     [
-        (InferenceServerException("x", status="StatusCode.INVALID_ARGUMENT"), True, InvalidInput),
-        (InferenceServerException("x", status="400"), True, InvalidInput),
-        (InferenceServerException("x", status="StatusCode.NOT_FOUND"), True, ModelUnavailable),
-        (InferenceServerException("x", status="StatusCode.UNAVAILABLE"), True, ServerBusy),
-        (InferenceServerException("x", status="StatusCode.UNAVAILABLE"), False, ConnectError),
-        (InferenceServerException("x", status="503"), True, ServerBusy),
-        (InferenceServerException("x", status="429"), False, ServerBusy),
-        (
-            InferenceServerException("x", status="StatusCode.DEADLINE_EXCEEDED"),
-            True,
-            RequestTimeout,
-        ),
-        (InferenceServerException("x", status="StatusCode.INTERNAL"), True, InferenceFailed),
-        (InferenceServerException("x", status="500"), True, InferenceFailed),
-        (InferenceServerException("x"), True, InferenceFailed),  # inside a stream
-        (ConnectionRefusedError("x"), False, ConnectError),
-        (TimeoutError("x"), False, RequestTimeout),
-        (RpcError(), True, InvalidInput),
+        ("grpc", answered("StatusCode.INVALID_ARGUMENT"), True, InvalidInput),
+        ("http", answered("400"), True, InvalidInput),
+        ("grpc", answered("StatusCode.NOT_FOUND"), True, ModelUnavailable),
+        ("http", answered("404"), True, ModelUnavailable),
+        ("grpc", answered("StatusCode.UNAVAILABLE"), True, ServerBusy),
+        ("grpc", answered("StatusCode.UNAVAILABLE"), False, ConnectError),
+        ("http", answered("503"), True, ServerBusy),
+        ("http", answered("503"), False, ConnectError),
+        ("grpc", answered("StatusCode.RESOURCE_EXHAUSTED"), False, ServerBusy),
+        ("http", answered("429"), False, ServerBusy),
+        ("grpc", answered("StatusCode.DEADLINE_EXCEEDED"), True, RequestTimeout),
+        ("http", answered("499"), True, RequestTimeout),
+        ("http", answered("504"), True, RequestTimeout),
+        ("grpc", answered("StatusCode.INTERNAL"), True, InferenceFailed),
+        ("http", answered("500"), True, InferenceFailed),
+        ("grpc", InferenceServerException("x"), True, InferenceFailed),  # inside a stream
+        ("grpc", ConnectionRefusedError("x"), False, ConnectError),
+        ("http", ConnectionRefusedError("x"), True, ConnectError),  # it may have begun
+        ("grpc", TimeoutError("x"), False, RequestTimeout),
+        ("grpc", RpcError(), True, InvalidInput),
     ],
 )
 def test_errors_follow_the_status_code(
-    error: Exception, live: bool, kind: type[PanotritonError]
+    protocol: str, error: Exception, live: bool, kind: type[PanotritonError]
 ) -> None:
-    where = wire.address("host:1", "grpc", 3, False, None)
-    assert type(wire.mapped(where, error, live)) is kind
+    assert type(speaking(protocol).mapped(error, live)) is kind
+    assert isinstance(error, speaking(protocol).failures)
 
 
 def test_memory_is_used_again_only_when_the_server_has_answered() -> None:
-    assert wire.finished(InvalidInput("x"))
+    assert finished(InvalidInput("x"))
     for error in (RequestTimeout("x"), ConnectError("x"), KeyboardInterrupt()):
-        assert not wire.finished(error)
+        assert not finished(error)
 
 
-def test_headers_and_time_limits_reach_both_protocols() -> None:
-    for protocol in ("grpc", "http"):
-        where = wire.address("host:1", protocol, 2.5, False, {"Authorization": "Bearer x"})
-        options = where.call_options()
-        assert options["headers"] == {"authorization": "Bearer x"}  # gRPC takes lower case only
-        assert options["timeout"] == 2_500_000  # µs
-        assert ("client_timeout" in options) == (protocol == "grpc")
+@pytest.mark.parametrize("protocol", TRANSPORTS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_headers_and_time_limits_reach_both_protocols(protocol: str, asynchronous: bool) -> None:
+    speaks = speaking(protocol, asynchronous=asynchronous)
+    options = speaks.call_options()
+    assert options["headers"] == {"authorization": "Bearer x"}  # gRPC takes lower case only
+    assert options["timeout"] == 2_500_000  # µs
+    assert ("client_timeout" in options) == (protocol == "grpc")
+
+
+def test_only_the_registry_tells_protocols_apart() -> None:
+    package = Path(panotriton.__file__).parent
+    for path in (*package.glob("client/**/*.py"), *package.glob("cli/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not compared & set(TRANSPORTS), f"{path}:{node.lineno}"
+
+
+async def count(ended: list[str], *, suspends: bool = False) -> AsyncGenerator[int, None]:
+    try:
+        for number in range(3):
+            yield await resolved(asyncio.sleep(0, number) if suspends else number)
+    finally:
+        ended.append("ended")
+
+
+def test_one_coroutine_serves_both_clients() -> None:
+    ended: list[str] = []
+    assert list(iterate(count(ended))) == [0, 1, 2]
+    left = iterate(count(ended))
+    assert next(left) == 0
+    left.close()  # type: ignore[attr-defined]
+    assert ended == ["ended"] * 2  # at once, not when it is collected
+
+    async def both() -> list[int]:
+        assert list(iterate(count(ended))) == [0, 1, 2]  # with a loop around, too
+        return [number async for number in count(ended, suspends=True)]
+
+    assert asyncio.run(both()) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="waits for an event loop"):
+        run(asyncio.sleep(0))
 
 
 def test_retries_wait_longer_each_time() -> None:
-    first, second, third = wire.waits(3)
+    first, second, third = waits(3)
     assert 0.125 <= first <= 0.375
     assert 0.25 <= second <= 0.75
     assert 0.5 <= third <= 1.5
-    assert list(wire.waits(0)) == []
+    assert list(waits(0)) == []
 
 
 def event(kind: str, **content: object) -> np.ndarray:

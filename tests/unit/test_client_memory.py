@@ -17,7 +17,8 @@ import torch
 from panotriton.client import leftovers
 from panotriton.client.client import Client
 from panotriton.client.pixels import Images
-from panotriton.client.shared_memory import FOLDER, PREFIX, SharedMemory, SystemSlot
+from panotriton.client.shared_memory import FOLDER, PREFIX, SharedMemory, Slot, SystemSlot
+from panotriton.client.twins import run
 from panotriton.errors import SharedMemoryError
 
 MIB = 1 << 20
@@ -37,26 +38,30 @@ def pool(
     return SharedMemory(SystemSlot, max_bytes, views, wait_s, register, lambda slot: None)
 
 
+def take(memory: SharedMemory, nbytes: int) -> Slot:
+    return run(memory._take(nbytes))
+
+
 def test_a_slot_is_used_again_and_everything_goes_on_close() -> None:
     with pool() as memory:
-        first = memory._take(100)
+        first = take(memory, 100)
         memory._done(first, reusable=True)
-        second = memory._take(MIB)
+        second = take(memory, MIB)
         assert second is first
         assert own_files() == [first.name]
         memory._done(second, reusable=True)
     assert own_files() == []
     with pytest.raises(SharedMemoryError, match="closed"):
-        memory._take(1)
+        take(memory, 1)
 
 
 def test_sizes_are_rounded_up_and_idle_slots_make_room() -> None:
     with pool() as memory:
-        small, middle = memory._take(MIB), memory._take(2 * MIB + 1)
+        small, middle = take(memory, MIB), take(memory, 2 * MIB + 1)
         assert (small.nbytes, middle.nbytes) == (MIB, 4 * MIB)
         memory._done(small, reusable=True)
         memory._done(middle, reusable=True)
-        whole = memory._take(7 * MIB)  # both must go
+        whole = take(memory, 7 * MIB)  # both must go
         assert memory.allocated_bytes == 8 * MIB
         assert own_files() == [whole.name]
         memory._done(whole, reusable=True)
@@ -65,21 +70,21 @@ def test_sizes_are_rounded_up_and_idle_slots_make_room() -> None:
 def test_more_than_the_cap_is_refused_and_a_full_pool_is_waited_for() -> None:
     with pool(wait_s=0.2) as memory:
         with pytest.raises(SharedMemoryError, match=rf"max_bytes is {8 * MIB}"):
-            memory._take(9 * MIB)
-        slot = memory._take(8 * MIB)
+            take(memory, 9 * MIB)
+        slot = take(memory, 8 * MIB)
         with pytest.raises(SharedMemoryError, match=rf"{8 * MIB} bytes of the pool .* in use"):
-            memory._take(1)
+            take(memory, 1)
         threading.Timer(0.05, lambda: memory._done(slot, reusable=True)).start()
-        assert memory._take(1) is slot
+        assert take(memory, 1) is slot
         memory._done(slot, reusable=True)
 
 
 def test_a_slot_that_the_server_may_still_write_to_is_never_used_again() -> None:
     with pool() as memory:
-        lost = memory._take(MIB)
+        lost = take(memory, MIB)
         memory._done(lost, reusable=False)
         assert own_files() == []  # its name goes at once
-        assert memory._take(MIB) is not lost
+        assert take(memory, MIB) is not lost
         assert memory.allocated_bytes == 2 * MIB  # but it counts
 
 
@@ -89,7 +94,7 @@ def test_a_failed_registration_leaves_nothing() -> None:
 
     with pool(register=refuse) as memory:
         with pytest.raises(SharedMemoryError, match="no"):
-            memory._take(MIB)
+            take(memory, MIB)
         assert memory.allocated_bytes == 0
         assert own_files() == []
 
@@ -97,7 +102,7 @@ def test_a_failed_registration_leaves_nothing() -> None:
 def test_images_are_written_in_place() -> None:
     parts = tuple(np.full((4, 4, 3), value, np.uint8) for value in (1, 2))
     with pool() as memory:
-        slot = memory._take(4096)
+        slot = take(memory, 4096)
         slot.write(64, Images(parts))
         np.testing.assert_array_equal(slot.read(64, (2, 4, 4, 3), np.uint8), np.stack(parts))
         slot.write(0, Images((parts[0][:, ::-1],), alone=True))  # not contiguous
@@ -107,23 +112,23 @@ def test_images_are_written_in_place() -> None:
 
 def test_views_hold_their_slot_until_nothing_refers_to_them() -> None:
     with pool(views=True) as memory:
-        slot = memory._take(MIB)
+        slot = take(memory, MIB)
         slot.write(0, Images((np.full((4, 4, 3), 7, np.uint8),), alone=True))
         view = memory._results(slot, {"X": slot.read(0, (4, 4, 3), np.uint8)}, {"X": 0})["X"]
         part = view[1:3].transpose(2, 0, 1)
         del view
         gc.collect()
-        other = memory._take(MIB)
+        other = take(memory, MIB)
         assert other is not slot
         del part
-        assert memory._take(MIB) is slot
+        assert take(memory, MIB) is slot
         memory._done(slot, reusable=True)
         memory._done(other, reusable=True)
 
 
 def test_views_outlive_the_pool() -> None:
     with pool(views=True) as memory:
-        slot = memory._take(MIB)
+        slot = take(memory, MIB)
         slot.write(0, Images((np.full((4, 4, 3), 7, np.uint8),), alone=True))
         view = memory._results(slot, {"X": slot.read(0, (4, 4, 3), np.uint8)}, {"X": 0})["X"]
     assert own_files() == []
@@ -134,13 +139,13 @@ def test_a_full_dev_shm_is_an_error_and_no_crash() -> None:
     space = os.statvfs(FOLDER)
     too_much = space.f_blocks * space.f_frsize + (1 << 30)
     with pool(2 * too_much) as memory, pytest.raises(SharedMemoryError, match="--shm-size"):
-        memory._take(too_much)
+        take(memory, too_much)
     assert own_files() == []
 
 
 def test_an_interrupt_in_the_block_removes_everything() -> None:
     with contextlib.suppress(KeyboardInterrupt), pool() as memory:
-        memory._done(memory._take(MIB), reusable=True)
+        memory._done(take(memory, MIB), reusable=True)
         raise KeyboardInterrupt
     assert own_files() == []
 
@@ -148,8 +153,9 @@ def test_an_interrupt_in_the_block_removes_everything() -> None:
 LEAVING = """
 import os, sys, time
 from panotriton.client.shared_memory import SharedMemory, SystemSlot
+from panotriton.client.twins import run
 pool = SharedMemory(SystemSlot, 8 << 20, False, 0.1, lambda slot: None, lambda slot: None)
-slot = pool._take(1 << 20)
+slot = run(pool._take(1 << 20))
 print(slot.name, flush=True)
 {end}
 """
@@ -201,7 +207,7 @@ def test_a_servers_regions_are_left_over_when_no_process_maps_them() -> None:
 
 def test_a_forked_child_does_not_remove_its_parents_regions() -> None:
     with pool() as memory:
-        memory._done(memory._take(MIB), reusable=True)
+        memory._done(take(memory, MIB), reusable=True)
         child = os.fork()
         if child == 0:
             memory.close()

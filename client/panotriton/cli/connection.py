@@ -15,7 +15,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
-from panotriton.client.wire import Tls
+from panotriton.client.tls import Tls
+from panotriton.client.transports import TRANSPORTS
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.server.launch import LocalServer
@@ -39,7 +40,7 @@ def command(
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says which server is asked, and how; and --json."""
     parser.add_argument("--url", default="localhost:8001", help="of the server (%(default)s)")
-    parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
+    parser.add_argument("--protocol", choices=list(TRANSPORTS), default="grpc")
     parser.add_argument("--tls", action="store_true", help="encrypt, and check the certificate")
     parser.add_argument("--ca", type=Path, metavar="FILE", help="who signed it (the system's list)")
     parser.add_argument(
@@ -100,7 +101,7 @@ def address(options: argparse.Namespace, console: Console) -> Iterator[tuple[str
         with spinner(console) as progress:
             progress.add_task("starting tritonserver")
             server = stack.enter_context(LocalServer(options.repository))
-        yield (server.grpc_url if options.protocol == "grpc" else server.http_url), options.protocol
+        yield getattr(server, f"{options.protocol}_url"), options.protocol  # one for each
 
 
 @contextlib.contextmanager

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.client import calls, wire
-from panotriton.client.calls import Call, Plan
-from panotriton.client.client import check_kind, check_streams
+from panotriton.client import calls
+from panotriton.client.conversation import Conversation
 from panotriton.client.pixels import ImageLike
-from panotriton.client.shared_memory import AsyncSharedMemory, Slot, layout
-from panotriton.client.wire import Tls
-from panotriton.errors import (
-    ConnectError,
-    InvalidInput,
-    ModelUnavailable,
-    ServerBusy,
-    SharedMemoryError,
-)
+from panotriton.client.shared_memory import AsyncSharedMemory, on_gpu
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
-from panotriton.pipeline.events import Event, event_from_tensors
+from panotriton.pipeline.events import Event
 from panotriton.pipeline.results import (
     Cropped,
     Description,
@@ -36,17 +24,13 @@ from panotriton.pipeline.results import (
     Model,
     Score,
     StageTime,
-    Timings,
     Upscaled,
 )
 
 __all__ = ["AsyncClient"]
 
-T = TypeVar("T")
-_STATISTICS_WAIT_S = 0.1
 
-
-class AsyncClient:
+class AsyncClient(Conversation):
     """`Client` for asyncio: the same arguments, results and errors; use it in an `async with` block.
 
     Any number of calls may be in flight. Cancelling a task cancels its request: over gRPC the
@@ -54,26 +38,7 @@ class AsyncClient:
     event loop in which it is first used.
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        protocol: str = "grpc",
-        timeout_s: float = 3600.0,
-        retries: int = 2,
-        timings: bool = False,
-        tls: bool | Tls = False,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._address = wire.address(url, protocol, timeout_s, tls, headers)
-        self.url = url
-        self.protocol = protocol
-        self._retries = retries
-        self._wants_timings = timings
-        self._wire = wire.import_wire(protocol, asynchronous=True)
-        self._failures = wire.failures(protocol)
-        self._open: Any = None
-        self._reached = False
+    _asynchronous = True
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -87,31 +52,24 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; safe to call twice."""
-        if self._open is not None:
-            await self._open.close()
-            self._open = None
+        """`Client.close`."""
+        await self._transport.close()
 
     async def ready(self) -> bool:
-        """Whether a server answers there and all its models are ready."""
+        """`Client.ready`."""
         return await self._is("is_server_ready")
 
     async def health(self) -> Health:
-        """Whether it lives and is ready, and the server's name and version."""
-        metadata = await self._ask("get_server_metadata")
-        return wire.health(await self._is("is_server_live"), await self.ready(), metadata)
+        """`Client.health`."""
+        return await self._health()
 
     async def models(self) -> list[Model]:
-        """The models of the server's repository, and which of them are ready."""
-        return wire.models(await self._ask("get_model_repository_index"))
+        """`Client.models`."""
+        return await self._models()
 
     async def statistics(self, model: str = "") -> dict[str, StageTime]:
-        """Totals since the server started, by model name: all models, or one."""
-        try:
-            report = await self._ask("get_inference_statistics", model_name=model)
-        except InvalidInput as error:
-            raise await self._settled(model, error) from error
-        return wire.stage_times(report)
+        """`Client.statistics`."""
+        return await self._statistics(model)
 
     async def process(
         self,
@@ -137,7 +95,7 @@ class AsyncClient:
             cameras=cameras,
             options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
             intermediates=intermediates,
-            cuda=_is_cuda(via),
+            cuda=on_gpu(via),
         )
         return await self._send(call, via)
 
@@ -163,8 +121,7 @@ class AsyncClient:
             cameras=cameras,
             options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
         )
-        check_streams(self.protocol)
-        return self._events(Call("panorama_stream", inputs, {}, lambda tensors, timings: None))
+        return self._events(inputs)
 
     @overload
     async def upscale(
@@ -201,7 +158,7 @@ class AsyncClient:
         plan = calls.upscale(
             images,
             options=Options(upscale=upscale, align=align, prompt=prompt),
-            cuda=_is_cuda(via),
+            cuda=on_gpu(via),
         )
         return await self._send_all(plan, via)
 
@@ -223,7 +180,7 @@ class AsyncClient:
         self, images: Any, *, mode: str = "generate", via: AsyncSharedMemory | None = None
     ) -> Any:
         """`Client.score`."""
-        return await self._send_all(calls.score(images, mode=mode, cuda=_is_cuda(via)), via)
+        return await self._send_all(calls.score(images, mode=mode, cuda=on_gpu(via)), via)
 
     @overload
     async def describe(
@@ -237,7 +194,7 @@ class AsyncClient:
 
     async def describe(self, images: Any, *, via: AsyncSharedMemory | None = None) -> Any:
         """`Client.describe`."""
-        return await self._send_all(calls.describe(images, cuda=_is_cuda(via)), via)
+        return await self._send_all(calls.describe(images, cuda=on_gpu(via)), via)
 
     @overload
     async def crop(
@@ -268,7 +225,7 @@ class AsyncClient:
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.crop`."""
-        plan = calls.crop(panorama, cameras, size=size, cuda=_is_cuda(via))
+        plan = calls.crop(panorama, cameras, size=size, cuda=on_gpu(via))
         return await self._send_all(plan, via)
 
     async def infer(
@@ -292,180 +249,4 @@ class AsyncClient:
         device: int = 0,
     ) -> AsyncSharedMemory:
         """`Client.shared_memory`, for an `async with` block."""
-        make_slot = check_kind(kind, views, device)
-        return AsyncSharedMemory(
-            make_slot, max_bytes, views, wait_s, self._register, self._unregister
-        )
-
-    @property
-    def _connection(self) -> Any:
-        if self._open is None:  # not before: it belongs to the running loop
-            make = (
-                wire.async_http_client
-                if self.protocol == "http"
-                else self._wire.InferenceServerClient
-            )
-            self._open = make(self.url, **self._connect_options())
-        return self._open
-
-    def _connect_options(self) -> dict[str, Any]:
-        where = self._address
-        if where.is_grpc:
-            return where.grpc_options()
-        options: dict[str, Any] = {"conn_timeout": where.timeout_s}
-        return options | ({"ssl": True, "ssl_context": where.tls.context()} if where.tls else {})
-
-    async def _send_all(self, plan: Plan[Any], via: AsyncSharedMemory | None) -> Any:
-        return plan.merge([await self._send(call, via) for call in plan.calls])
-
-    async def _send(self, call: Call[T], via: AsyncSharedMemory | None) -> T:
-        await self._reach()
-        return await self._retrying(ServerBusy, lambda: self._once(call, via))
-
-    async def _reach(self) -> None:
-        """Find the server before anything is sent that must not be sent twice."""
-        if not self._reached:
-            await self._retrying(ConnectError, lambda: self._ask("is_server_live"))
-            self._reached = True
-
-    async def _retrying(self, kind: type[Exception], work: Callable[[], Awaitable[T]]) -> T:
-        for wait_s in wire.waits(self._retries):
-            try:
-                return await work()
-            except kind:
-                await asyncio.sleep(wait_s)
-        return await work()
-
-    async def _once(self, call: Call[T], via: AsyncSharedMemory | None) -> T:
-        before = await self._stage(call.model)
-        began = time.perf_counter()
-        tensors = await (self._exchange(call) if via is None else self._through(call, via))
-        total_ms = (time.perf_counter() - began) * 1e3
-        return call.decode(tensors, await self._timings(call.model, total_ms, before))
-
-    async def _through(self, call: Call[Any], pool: AsyncSharedMemory) -> dict[str, Any]:
-        places = layout(call)
-        if not places.nbytes:
-            return await self._exchange(call)
-        slot = await pool._take(places.nbytes)
-        try:
-            tensors = await self._exchange(call, slot, places)
-        except BaseException as error:
-            pool._done(slot, reusable=wire.finished(error))
-            raise
-        return pool._results(slot, tensors, places.outputs)
-
-    async def _exchange(
-        self, call: Call[Any], slot: Any = None, places: Any = None
-    ) -> dict[str, Any]:
-        inputs, outputs = wire.encode(self._wire, call, slot, places)
-        options = self._address.call_options()
-        try:
-            result = await self._connection.infer(call.model, inputs, outputs=outputs, **options)
-        except self._failures as error:
-            raise await self._settled(call.model, await self._mapped(error)) from error
-        return wire.decode(result, call, slot, places)
-
-    async def _settled(self, model: str, error: Exception) -> Exception:
-        """The server calls a request for a model that it does not serve an invalid argument."""
-        if isinstance(error, InvalidInput) and not await self._serves(model):
-            return wire.not_served(model)
-        return error
-
-    async def _serves(self, model: str) -> bool:
-        try:
-            return bool(await self._ask("is_model_ready", model_name=model))
-        except (
-            InvalidInput,
-            ModelUnavailable,
-        ):  # what it says of a model that it has never heard of
-            return False
-
-    async def _events(self, call: Call[Any]) -> AsyncIterator[Event]:
-        await self._reach()
-        if not await self._serves(call.model):
-            raise wire.not_served(call.model)  # a stream's error would carry no status code
-        inputs, _ = wire.encode(self._wire, call)
-
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": call.model, "inputs": inputs}
-
-        responses = self._connection.stream_infer(
-            requests(),
-            stream_timeout=self._address.timeout_s,
-            headers=self._address.headers_for_one(),
-        )
-        try:
-            async for event in self._received(responses):
-                yield event
-        finally:
-            responses.cancel()
-
-    async def _received(self, responses: Any) -> AsyncIterator[Event]:
-        with contextlib.suppress(StopAsyncIteration):
-            while True:
-                try:
-                    result, error = await responses.__anext__()
-                except self._failures as failure:
-                    raise await self._mapped(failure) from failure
-                if error is not None:
-                    raise await self._mapped(error) from error
-                yield event_from_tensors(wire.event_tensors(result))
-
-    async def _ask(self, question: str, **arguments: Any) -> Any:
-        """One of tritonclient's small questions; gRPC's answers as the JSON that HTTP gives."""
-        options = self._address.short_options() | arguments
-        if self._address.is_grpc and question.startswith("get_"):
-            options["as_json"] = True
-        try:
-            return await getattr(self._connection, question)(**options)
-        except self._failures as error:
-            raise await self._mapped(error) from error
-
-    async def _is(self, question: str) -> bool:
-        try:
-            options = self._address.short_options()
-            return bool(await getattr(self._connection, question)(**options))
-        except self._failures:
-            return False
-
-    async def _mapped(self, error: BaseException) -> Exception:
-        live = wire.doubtful(error) and await self._is("is_server_live")
-        found = wire.mapped(self._address, error, live)
-        self._reached = self._reached and not isinstance(found, ConnectError)
-        return found
-
-    async def _stage(self, model: str) -> StageTime | None:
-        return (await self.statistics(model)).get(model) if self._wants_timings else None
-
-    async def _timings(self, model: str, total_ms: float, before: StageTime | None) -> Timings:
-        """The server counts a request a little after it has answered: ask until it has."""
-        if before is None:
-            return Timings(total_ms)
-        deadline = time.monotonic() + _STATISTICS_WAIT_S
-        while (after := await self._stage(model)) and after.requests == before.requests:
-            if time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.001)
-        return wire.timings(total_ms, before, after)
-
-    async def _register(self, slot: Slot) -> None:
-        await self._reach()
-        await self._memory(f"register_{slot.kind}_shared_memory", *slot.registration())
-
-    async def _unregister(self, slot: Slot) -> None:
-        await self._memory(f"unregister_{slot.kind}_shared_memory", slot.name)
-
-    async def _memory(self, question: str, *arguments: Any) -> None:
-        try:
-            options = self._address.short_options()
-            await getattr(self._connection, question)(*arguments, **options)
-        except self._failures as error:
-            raise SharedMemoryError(
-                f"{question.replace('_', ' ')} failed at {self.url}: {error}; the server must run on this "
-                "machine and allow clients' shared memory"
-            ) from error
-
-
-def _is_cuda(via: AsyncSharedMemory | None) -> bool:
-    return via is not None and via.on_gpu
+        return self._pool(AsyncSharedMemory, max_bytes, kind, views, wait_s, device)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.client import calls, wire
-from panotriton.client.calls import Call, Plan
-from panotriton.client.cuda import CudaSlot, check_cuda
+from panotriton.client.conversation import Conversation
 from panotriton.client.pixels import ImageLike
-from panotriton.client.shared_memory import Pool, SharedMemory, Slot, SystemSlot, layout
-from panotriton.client.wire import Tls
-from panotriton.errors import (
-    ConnectError,
-    InvalidInput,
-    ModelUnavailable,
-    ServerBusy,
-    SharedMemoryError,
-)
+from panotriton.client.shared_memory import SharedMemory, on_gpu
+from panotriton.client.tls import Tls
+from panotriton.client.twins import iterate, run
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
-from panotriton.pipeline.events import Done, Event, event_from_tensors
+from panotriton.pipeline.events import Event
 from panotriton.pipeline.results import (
     Cropped,
     Description,
@@ -37,17 +26,13 @@ from panotriton.pipeline.results import (
     Model,
     Score,
     StageTime,
-    Timings,
     Upscaled,
 )
 
 __all__ = ["Client", "ImageLike", "Tls"]
 
-T = TypeVar("T")
-_STATISTICS_WAIT_S = 0.1
 
-
-class Client:
+class Client(Conversation):
     """A connection to a server that serves this repository's models.
 
     url is "host:port" without a scheme; protocol is "grpc" (port 8001 by custom) or "http" (8000).
@@ -65,28 +50,7 @@ class Client:
     what the server says. `via` sends a call's images through shared memory, see `shared_memory`.
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        protocol: str = "grpc",
-        timeout_s: float = 3600.0,
-        retries: int = 2,
-        timings: bool = False,
-        tls: bool | Tls = False,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._address = wire.address(url, protocol, timeout_s, tls, headers)
-        self.url = url
-        self.protocol = protocol
-        self._retries = retries
-        self._wants_timings = timings
-        self._wire = wire.import_wire(protocol)
-        self._failures = wire.failures(protocol)
-        self._local = threading.local()
-        self._connections: list[Any] = []
-        self._shared = self._connect() if protocol == "grpc" else None
-        self._reached = False
+    _asynchronous = False
 
     def __enter__(self) -> Client:
         return self
@@ -101,31 +65,23 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; safe to call twice."""
-        while self._connections:
-            self._connections.pop().close()
+        run(self._transport.close())
 
     def ready(self) -> bool:
         """Whether a server answers there and all its models are ready."""
-        try:
-            return bool(self._connection.is_server_ready(**self._address.short_options()))
-        except self._failures:
-            return False
+        return run(self._is("is_server_ready"))
 
     def health(self) -> Health:
         """Whether it lives and is ready, and the server's name and version."""
-        metadata = self._ask("get_server_metadata")
-        return wire.health(self._live(), self.ready(), metadata)
+        return run(self._health())
 
     def models(self) -> list[Model]:
         """The models of the server's repository, and which of them are ready."""
-        return wire.models(self._ask("get_model_repository_index"))
+        return run(self._models())
 
     def statistics(self, model: str = "") -> dict[str, StageTime]:
         """Totals since the server started, by model name: all models, or one."""
-        try:
-            return wire.stage_times(self._ask("get_inference_statistics", model_name=model))
-        except InvalidInput as error:
-            raise self._settled(model, error) from error
+        return run(self._statistics(model))
 
     def process(
         self,
@@ -159,9 +115,9 @@ class Client:
             cameras=cameras,
             options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
             intermediates=intermediates,
-            cuda=_is_cuda(via),
+            cuda=on_gpu(via),
         )
-        return self._send(call, via)
+        return run(self._send(call, via))
 
     def stream(
         self,
@@ -190,8 +146,7 @@ class Client:
             cameras=cameras,
             options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
         )
-        check_streams(self.protocol)
-        return self._events(Call("panorama_stream", inputs, {}, _ignore))
+        return iterate(self._events(inputs))
 
     @overload
     def upscale(
@@ -232,9 +187,9 @@ class Client:
         plan = calls.upscale(
             images,
             options=Options(upscale=upscale, align=align, prompt=prompt),
-            cuda=_is_cuda(via),
+            cuda=on_gpu(via),
         )
-        return self._send_all(plan, via)
+        return run(self._send_all(plan, via))
 
     @overload
     def score(
@@ -257,7 +212,7 @@ class Client:
         one pass, many times faster, with no sub-scores and no reply. They are other scores: a
         threshold has to be chosen anew, see SCORING.md.
         """
-        return self._send_all(calls.score(images, mode=mode, cuda=_is_cuda(via)), via)
+        return run(self._send_all(calls.score(images, mode=mode, cuda=on_gpu(via)), via))
 
     @overload
     def describe(self, images: ImageLike, *, via: SharedMemory | None = None) -> Description: ...
@@ -269,7 +224,7 @@ class Client:
 
     def describe(self, images: Any, *, via: SharedMemory | None = None) -> Any:
         """Describe one image (H, W, 3) in two or three sentences, or a list; 28 px a side at least."""
-        return self._send_all(calls.describe(images, cuda=_is_cuda(via)), via)
+        return run(self._send_all(calls.describe(images, cuda=on_gpu(via)), via))
 
     @overload
     def crop(
@@ -303,7 +258,7 @@ class Client:
 
         `panotriton.crop` does the same on this machine. A path is sent as it is.
         """
-        return self._send_all(calls.crop(panorama, cameras, size=size, cuda=_is_cuda(via)), via)
+        return run(self._send_all(calls.crop(panorama, cameras, size=size, cuda=on_gpu(via)), via))
 
     def infer(
         self,
@@ -318,7 +273,7 @@ class Client:
         With `via`, uint8 inputs of three axes or more travel through shared memory, and so do
         outputs that are given with the most bytes that they can have: {"IMAGES_SR": 1 << 20}.
         """
-        return self._send(calls.infer(model, inputs, outputs), via)
+        return run(self._send(calls.infer(model, inputs, outputs), via))
 
     def shared_memory(
         self,
@@ -337,238 +292,20 @@ class Client:
         their pixels are the region itself, which goes back to the pool when nothing refers to them
         any more. With "cuda", results are CUDA tensors. Several threads may use one pool.
         """
-        make_slot = check_kind(kind, views, device)
-        return SharedMemory(make_slot, max_bytes, views, wait_s, self._register, self._unregister)
+        return self._pool(SharedMemory, max_bytes, kind, views, wait_s, device)
 
     def regions(self) -> list[str]:
         """Names of the shared-memory regions that clients have registered at the server."""
         return [
             name
             for kind in ("system", "cuda")
-            for name in wire.region_names(self._ask(f"get_{kind}_shared_memory_status"))
+            for name in wire.region_names(run(self._ask(f"get_{kind}_shared_memory_status")))
         ]
 
     def unregister(self, name: str) -> None:
-        """Make the server let go of a region, of either kind. For regions of clients that are gone:
+        """Make the server let go of a region, of either kind, whose client is gone.
 
-        a pool unregisters its own, and unregistering another client's breaks its calls.
+        A pool unregisters its own; unregistering another client's breaks its calls.
         """
         for kind in ("system", "cuda"):
-            self._memory(f"unregister_{kind}_shared_memory", name)
-
-    @property
-    def _connection(self) -> Any:
-        if self._shared is not None:
-            return self._shared
-        if not hasattr(self._local, "connection"):  # HTTP: tritonclient's belongs to one thread
-            self._local.connection = self._connect()
-        return self._local.connection
-
-    def _connect(self) -> Any:
-        where = self._address
-        if where.is_grpc:
-            options = where.grpc_options()
-        else:
-            options = {"connection_timeout": wire.CONNECT_TIMEOUT_S}
-            options["network_timeout"] = where.timeout_s
-            if where.tls:
-                options |= {"ssl": True, "ssl_context_factory": where.tls.gevent_context}
-        self._connections.append(self._wire.InferenceServerClient(where.url, **options))
-        return self._connections[-1]
-
-    def _send_all(self, plan: Plan[Any], via: SharedMemory | None) -> Any:
-        return plan.merge([self._send(call, via) for call in plan.calls])
-
-    def _send(self, call: Call[T], via: SharedMemory | None) -> T:
-        self._reach()
-        return self._retrying(ServerBusy, lambda: self._once(call, via))
-
-    def _reach(self) -> None:
-        """Find the server before anything is sent that must not be sent twice."""
-        if not self._reached:
-            self._retrying(ConnectError, lambda: self._ask("is_server_live"))
-            self._reached = True
-
-    def _retrying(self, kind: type[Exception], work: Callable[[], T]) -> T:
-        for wait_s in wire.waits(self._retries):
-            try:
-                return work()
-            except kind:
-                time.sleep(wait_s)
-        return work()
-
-    def _once(self, call: Call[T], via: SharedMemory | None) -> T:
-        before = self._stage(call.model)
-        began = time.perf_counter()
-        tensors = self._exchange(call) if via is None else self._through(call, via)
-        total_ms = (time.perf_counter() - began) * 1e3
-        return call.decode(tensors, self._timings(call.model, total_ms, before))
-
-    def _through(self, call: Call[Any], pool: SharedMemory) -> dict[str, Any]:
-        places = layout(call)
-        if not places.nbytes:
-            return self._exchange(call)
-        slot = pool._take(places.nbytes)
-        try:
-            tensors = self._exchange(call, slot, places)
-        except BaseException as error:
-            pool._done(slot, reusable=wire.finished(error))
-            raise
-        return pool._results(slot, tensors, places.outputs)
-
-    def _exchange(self, call: Call[Any], slot: Any = None, places: Any = None) -> dict[str, Any]:
-        inputs, outputs = wire.encode(self._wire, call, slot, places)
-        infer = self._infer_grpc if self._address.is_grpc else self._infer_http
-        try:
-            result = infer(call.model, inputs, outputs)
-        except self._failures as error:
-            raise self._settled(call.model, self._mapped(error)) from error
-        return wire.decode(result, call, slot, places)
-
-    def _settled(self, model: str, error: Exception) -> Exception:
-        """The server calls a request for a model that it does not serve an invalid argument."""
-        if isinstance(error, InvalidInput) and not self._serves(model):
-            return wire.not_served(model)
-        return error
-
-    def _serves(self, model: str) -> bool:
-        try:
-            return bool(self._ask("is_model_ready", model_name=model))
-        except (
-            InvalidInput,
-            ModelUnavailable,
-        ):  # what it says of a model that it has never heard of
-            return False
-
-    def _infer_http(self, model: str, inputs: list[Any], outputs: list[Any]) -> Any:
-        return self._connection.infer(
-            model, inputs, outputs=outputs, **self._address.call_options()
-        )
-
-    def _infer_grpc(self, model: str, inputs: list[Any], outputs: list[Any]) -> Any:
-        """Asynchronous underneath, so that whatever interrupts the wait cancels the request."""
-        answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-
-        def answered(result: Any, error: Any) -> None:
-            answers.put((result, error))
-
-        options = self._address.call_options()
-        call = self._connection.async_infer(model, inputs, answered, outputs=outputs, **options)
-        try:
-            result, error = answers.get()
-        except BaseException:
-            call.cancel()
-            raise
-        if error is not None:
-            raise error
-        return result
-
-    def _events(self, call: Call[Any]) -> Iterator[Event]:
-        self._reach()
-        if not self._serves(call.model):
-            raise wire.not_served(call.model)  # a stream's error would carry no status code
-        answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        # A connection of its own: tritonclient has one stream a connection.
-        connection = self._connect()
-        finished = False
-        try:
-            connection.start_stream(
-                lambda result, error: answers.put((result, error)),
-                stream_timeout=self._address.timeout_s,
-                headers=self._address.headers_for_one(),
-            )
-            inputs, _ = wire.encode(self._wire, call)
-            connection.async_stream_infer(call.model, inputs)
-            while not finished:
-                event = self._received(*answers.get())
-                finished = isinstance(event, Done)
-                yield event
-        finally:
-            connection.stop_stream(cancel_requests=not finished)
-            connection.close()
-            self._connections.remove(connection)
-
-    def _received(self, result: Any, error: Any) -> Event:
-        if error is not None:
-            raise self._mapped(error) from error
-        return event_from_tensors(wire.event_tensors(result))
-
-    def _ask(self, question: str, **arguments: Any) -> Any:
-        """One of tritonclient's small questions; gRPC's answers as the JSON that HTTP gives."""
-        options = self._address.short_options() | arguments
-        if self._address.is_grpc and question.startswith("get_"):
-            options["as_json"] = True
-        try:
-            return getattr(self._connection, question)(**options)
-        except self._failures as error:
-            raise self._mapped(error) from error
-
-    def _mapped(self, error: BaseException) -> Exception:
-        found = wire.mapped(self._address, error, wire.doubtful(error) and self._live())
-        self._reached = self._reached and not isinstance(found, ConnectError)
-        return found
-
-    def _live(self) -> bool:
-        try:
-            return bool(self._connection.is_server_live(**self._address.short_options()))
-        except self._failures:
-            return False
-
-    def _stage(self, model: str) -> StageTime | None:
-        return self.statistics(model).get(model) if self._wants_timings else None
-
-    def _timings(self, model: str, total_ms: float, before: StageTime | None) -> Timings:
-        """The server counts a request a little after it has answered: ask until it has."""
-        if before is None:
-            return Timings(total_ms)
-        deadline = time.monotonic() + _STATISTICS_WAIT_S
-        while (after := self._stage(model)) and after.requests == before.requests:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.001)
-        return wire.timings(total_ms, before, after)
-
-    def _register(self, slot: Slot) -> None:
-        self._reach()
-        self._memory(f"register_{slot.kind}_shared_memory", *slot.registration())
-
-    def _unregister(self, slot: Slot) -> None:
-        self._memory(f"unregister_{slot.kind}_shared_memory", slot.name)
-
-    def _memory(self, question: str, *arguments: Any) -> None:
-        ask = partial(getattr(self._connection, question), *arguments)
-        try:
-            ask(**self._address.short_options())
-        except self._failures as error:
-            raise SharedMemoryError(
-                f"{question.replace('_', ' ')} failed at {self.url}: {error}; the server must run on this "
-                "machine and allow clients' shared memory"
-            ) from error
-
-
-def check_streams(protocol: str) -> None:
-    """Raise InvalidInput where events cannot be sent one by one."""
-    if protocol != "grpc":
-        raise InvalidInput(
-            "stream needs gRPC, this client speaks HTTP: use Client('host:8001'), or process()"
-        )
-
-
-def check_kind(kind: str, views: bool, device: int) -> Callable[[int], Slot]:
-    """What makes slots of this kind of memory; raises SharedMemoryError where it cannot work."""
-    if kind == "system":
-        return SystemSlot
-    if kind != "cuda":
-        raise SharedMemoryError(f"kind is {kind!r}; expected 'system' or 'cuda'")
-    if views:
-        raise SharedMemoryError("views are for kind='system'; CUDA results are copied, on the GPU")
-    check_cuda(device)
-    return partial(CudaSlot, device=device)
-
-
-def _is_cuda(via: Pool | None) -> bool:
-    return via is not None and via.on_gpu
-
-
-def _ignore(tensors: dict[str, Any], timings: Timings) -> None:
-    return None
+            run(self._memory(f"unregister_{kind}_shared_memory", name))

@@ -32,9 +32,19 @@ import numpy as np
 
 from panotriton.client.calls import Call
 from panotriton.client.pixels import Images
+from panotriton.client.twins import resolved, run
 from panotriton.errors import PanotritonError, SharedMemoryError
 
-__all__ = ["AsyncSharedMemory", "Layout", "Pool", "SharedMemory", "Slot", "SystemSlot", "layout"]
+__all__ = [
+    "AsyncSharedMemory",
+    "Layout",
+    "Pool",
+    "SharedMemory",
+    "Slot",
+    "SystemSlot",
+    "layout",
+    "on_gpu",
+]
 
 FOLDER = Path("/dev/shm")  # noqa: S108
 PREFIX = "panotriton_"
@@ -171,7 +181,7 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 class Pool:
-    """Slots up to `max_bytes`: which are idle, in a call, or kept back. Thread-safe; does no network I/O.
+    """Slots up to `max_bytes`: which are idle, in a call, or kept back. Thread-safe.
 
     A slot whose request was cancelled or timed out is never used again, nor unregistered: the
     server may still be writing to it. `panotriton doctor --fix` removes it when its process is gone.
@@ -192,7 +202,7 @@ class Pool:
         self.views = views
         self._make_slot = make_slot
         self._wait_s = wait_s
-        self._register = register  # a coroutine function in an AsyncClient's pool
+        self._register = register
         self._unregister = unregister
         self._pid = os.getpid()  # a forked child must not remove its parent's regions
         self._changed = threading.Condition()
@@ -214,8 +224,55 @@ class Pool:
         """What all slots take together."""
         return sum(slot.nbytes for slot in self._slots())
 
+    def close(self) -> Any:  # awaited in an AsyncClient's pool
+        """Wait for calls in flight, then unregister, unmap and remove this pool's regions alone."""
+        raise NotImplementedError
+
+    async def _close(self) -> None:
+        if self._pid != os.getpid():
+            return
+        deadline = time.monotonic() + self._wait_s
+        while self._busy and time.monotonic() < deadline:
+            await resolved(self._pause())
+        for slot in self._shut():
+            await self._remove(slot)
+
+    def _pause(self) -> Any:
+        """A moment, in which another call may end."""
+        raise NotImplementedError
+
     def _slots(self) -> list[Slot]:
         return [*self._idle, *self._busy, *self._lost, *self._lent]
+
+    async def _take(self, nbytes: int) -> Slot:
+        """A registered slot for `nbytes`, waited for where the pool is full."""
+        deadline = time.monotonic() + self._wait_s
+        while (grant := self._try(nbytes)) is None:
+            if time.monotonic() > deadline:
+                raise self._full()
+            await resolved(self._pause())
+        for slot in grant.evicted:
+            await self._remove(slot)
+        if grant.is_new:
+            await self._prepare(grant.slot)
+        return grant.slot
+
+    async def _prepare(self, slot: Slot) -> None:
+        try:
+            slot.open()
+            await resolved(self._register(slot))
+        except BaseException:
+            self._forget(slot)
+            raise
+
+    async def _remove(self, slot: Slot) -> None:
+        with contextlib.suppress(PanotritonError):  # a server that is gone holds no region
+            await resolved(self._unregister(slot))
+        slot.close()
+
+    def _try(self, nbytes: int) -> _Grant | None:
+        with self._changed:
+            return self._grant(nbytes)
 
     def _grant(self, nbytes: int) -> _Grant | None:
         """A slot for `nbytes`, marked busy; None: wait. The caller holds the lock."""
@@ -347,41 +404,11 @@ class SharedMemory(Pool):
         self.close()
 
     def close(self) -> None:
-        """Wait for calls in flight, then unregister, unmap and remove this pool's regions alone."""
-        if self._pid != os.getpid():
-            return
-        deadline = time.monotonic() + self._wait_s
+        run(self._close())
+
+    def _pause(self) -> None:
         with self._changed:
-            while self._busy and time.monotonic() < deadline:
-                self._changed.wait(_POLL_S * 10)
-        for slot in self._shut():
-            self._remove(slot)
-
-    def _take(self, nbytes: int) -> Slot:
-        deadline = time.monotonic() + self._wait_s
-        with self._changed:
-            while (grant := self._grant(nbytes)) is None:
-                if time.monotonic() > deadline:
-                    raise self._full()
-                self._changed.wait(self._wait_s)
-        for slot in grant.evicted:
-            self._remove(slot)
-        if grant.is_new:
-            self._prepare(grant.slot)
-        return grant.slot
-
-    def _prepare(self, slot: Slot) -> None:
-        try:
-            slot.open()
-            self._register(slot)
-        except BaseException:
-            self._forget(slot)
-            raise
-
-    def _remove(self, slot: Slot) -> None:
-        with contextlib.suppress(PanotritonError):  # a server that is gone holds no region
-            self._unregister(slot)
-        slot.close()
+            self._changed.wait(_POLL_S * 10)
 
     def _abandon(self) -> None:
         if self._pid == os.getpid():
@@ -404,41 +431,15 @@ class AsyncSharedMemory(Pool):
         await self.close()
 
     async def close(self) -> None:
-        """Wait for calls in flight, then unregister, unmap and remove this pool's regions alone."""
-        deadline = time.monotonic() + self._wait_s
-        while self._busy and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL_S)
-        for slot in self._shut():
-            await self._remove(slot)
+        await self._close()
 
-    async def _take(self, nbytes: int) -> Slot:
-        deadline = time.monotonic() + self._wait_s
-        while (grant := self._try(nbytes)) is None:
-            if time.monotonic() > deadline:
-                raise self._full()
-            await asyncio.sleep(_POLL_S)
-        for slot in grant.evicted:
-            await self._remove(slot)
-        if grant.is_new:
-            await self._prepare(grant.slot)
-        return grant.slot
+    async def _pause(self) -> None:
+        await asyncio.sleep(_POLL_S)
 
-    def _try(self, nbytes: int) -> _Grant | None:
-        with self._changed:
-            return self._grant(nbytes)
 
-    async def _prepare(self, slot: Slot) -> None:
-        try:
-            slot.open()
-            await self._register(slot)
-        except BaseException:
-            self._forget(slot)
-            raise
-
-    async def _remove(self, slot: Slot) -> None:
-        with contextlib.suppress(PanotritonError):  # a server that is gone holds no region
-            await self._unregister(slot)
-        slot.close()
+def on_gpu(pool: Pool | None) -> bool:
+    """Whether a call through it keeps CUDA tensors where they are."""
+    return pool is not None and pool.on_gpu
 
 
 @atexit.register
