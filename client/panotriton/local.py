@@ -27,7 +27,7 @@ from panotriton.client.pixels import ImageLike, pixels
 from panotriton.errors import InferenceFailed
 from panotriton.models.super_resolution import CallNetwork, Limits, SuperResolver
 from panotriton.models.tags import Tags
-from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, Options
+from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, TENSORS, Options
 from panotriton.pipeline.results import Timings, Upscaled
 from panotriton.server.repository import check_exported
 
@@ -71,7 +71,7 @@ class Upscaler:
     ) -> Upscaled:
         """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), as `Client.upscale` does."""
         began = time.perf_counter()
-        Options(upscale=upscale, align=align, prompt=prompt).check()
+        Options(upscale=upscale, align=align, prompt=prompt).check(TENSORS)
         source = pixels("image", image, min_side_px=MIN_SR_SIDE_PX)[None]  # (1, h, w, 3)
         call = in_process(self._session)
         work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
