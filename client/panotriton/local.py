@@ -1,4 +1,4 @@
-"""OSEDiff in this process: the exported networks and the server's own arithmetic, without a server.
+"""Super-resolution in this process: the exported networks and the server's own arithmetic, without a server.
 
 ```python
 from panotriton.local import Upscaler
@@ -28,6 +28,7 @@ from panotriton.errors import InferenceFailed
 from panotriton.models.osediff import check_options
 from panotriton.models.super_resolution import Call, Limits, SuperResolver
 from panotriton.models.tags import Tags
+from panotriton.pipeline.networks import PIPELINE
 from panotriton.pipeline.results import Timings, Upscaled
 from panotriton.server.repository import check_exported
 
@@ -40,7 +41,8 @@ _ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to ov
 class Upscaler:
     """`Client.upscale` in process, for one thread at a time.
 
-    repository: one that `panotriton export` has built. providers: onnxruntime's names, in order of
+    repository: one that `panotriton export` has built. network: which of its super-resolution networks.
+    providers: onnxruntime's names, in order of
     preference; None for what the repository's configs say of CPUs, as in the server. threads: of each
     network; 0 for all cores that this process may use. Raises
     ServerStartError where the repository lacks exported networks.
@@ -50,17 +52,19 @@ class Upscaler:
         self,
         repository: str | Path = "repository",
         *,
+        network: str = PIPELINE,
         providers: Sequence[str] | None = None,
         threads: int = 0,
         limits: Limits = _ONE_IMAGE,
     ) -> None:
         self._repository = Path(repository)
-        check_exported(self._repository, "osediff")
+        self._network = network
+        check_exported(self._repository, network)
         self._providers = providers
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        folder = self._repository / "osediff" / "1"
-        self._resolver = SuperResolver(folder, limits, Tags.read(folder))
+        folder = self._repository / network / "1"
+        self._resolver = SuperResolver(folder, limits, Tags.read(folder), network=network)
 
     def upscale(
         self, image: ImageLike, *, upscale: int = 2, align: str = "adain", prompt: str = ""
@@ -72,7 +76,7 @@ class Upscaler:
         call = in_process(self._session)
         work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
         sharp = asyncio.run(work)[0]
-        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), "osediff")
+        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), self._network)
 
     def _session(self, model: str) -> Any:
         """The network's session, opened on first use."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from panotriton.errors import InferenceFailed
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
+from panotriton.pipeline.files import PROMPT
 from panotriton.pipeline.images import check_images
 
 _MAX_NEW_TOKENS = 256
@@ -12,7 +13,7 @@ _MAX_NEW_TOKENS = 256
 class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
+        self._prompt = (folder / PROMPT).read_text(encoding="utf-8").strip()
 
     async def execute(self, requests):
         return await respond_async(requests, self._describe)
