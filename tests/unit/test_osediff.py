@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from panotriton.errors import InvalidInput
-from panotriton.models.osediff import TileBlend, align, check_options, one_step, plan_size, windows
+from panotriton.models.colours import align
+from panotriton.models.osediff import check_options, one_step, plan_size
+from panotriton.models.tiles import TileBlend, windows
 
 RNG = np.random.default_rng(0)
 
