@@ -11,6 +11,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from panotriton.pipeline.networks import NETWORKS, parts
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ARCHITECTURE.md"
 ENSEMBLE = "panorama"
@@ -27,24 +29,41 @@ This page is written by `make docs` from the `config.pbtxt` files and `make chec
 """
 
 # Calls that a Python model makes itself (business logic scripting): no config knows them.
-CALLS = {
-    "osediff": (
-        "osediff_tagger",
-        "osediff_text_encoder",
-        "osediff_vae_encoder",
-        "osediff_unet",
-        "osediff_vae_decoder",
-    ),
-    "qwen_scorer": ("qwen",),
-    "qwen_describer": ("qwen",),
-    "qwen": ("qwen_vision",),
-}
+CALLS = {name: parts(name) for name in (*NETWORKS, "qwen_scorer", "qwen_describer", "qwen")}
 CALLS_TEXT = """\
 ## Calls between models
 
 `osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
 that the tiles and images of all requests meet in the same batches and weights exist once.
 
+"""
+NETWORK_TEXT = """
+## Another super-resolution network
+
+`SuperResolver` runs any network that takes one step in a latent space. It knows roles, whose tensors
+`panotriton.pipeline.networks.Roles` lists. What is one network's own is in the module of its name:
+
+| in `panotriton.models` | |
+|---|---|
+| `super_resolution` | the way of an image: what is in flight, prompts, tags, tiles, batches |
+| `one_step` | what a network is: roles, settings, `plan` (its sizes), `step` (its formula) |
+| `tiles`, `colours`, `tags` | blending, colour alignment, the tagger's words |
+| `osediff` | OSEDiff's own: size rules, and the step with ᾱ of the last time step |
+
+To add one called `toysr`:
+
+1. `client/panotriton/models/toysr.py`: a class `Network(OneStepNetwork)` with `plan` and `step`, and what it
+   reads from its settings besides the common ones.
+2. An entry in `panotriton.pipeline.networks.NETWORKS`: the model of each role. The check for missing weights,
+   the diagram above and the export take the names from there.
+3. `model_repository/toysr/`, a copy of `osediff/` whose config says `toysr` twice (`name` and the parameter
+   `network`), and a `config.pbtxt` for each role's model. Repositories get them by its export alone.
+4. Its export: graphs by `export_component`; `tokenizer.json` and, by `write_settings`, `toysr.json` into each
+   of `front_folders`; the models' code by `copy_model`; and a command in `panotriton.cli.export`.
+
+Requests to the model `toysr`, and `Upscaler(network="toysr")`, then use it. For the pipeline to do so, name
+it in `panorama/config.pbtxt`, in the parameter `network` of `panorama_stream/config.pbtxt`, and in
+`panotriton.pipeline.networks.PIPELINE`. `tests/server/toysr.py` is such a network, of a few nodes.
 """
 
 
@@ -131,6 +150,7 @@ def page():
         "\n",
         CALLS_TEXT,
         calls(models),
+        NETWORK_TEXT,
         "\n## Every model\n\n",
         tables,
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton.server.openvino_graph import has_bf16
 from panotriton_export.configs import set_instances
 from panotriton_export.osediff import export_osediff
@@ -45,7 +46,7 @@ def export_small(
             latent_tile=LATENT_TILE,
             report=report,
         )
-    for model in ("osediff_vae_encoder", "osediff_unet", "osediff_vae_decoder"):
+    for model in (OSEDIFF.encoder, OSEDIFF.denoiser, OSEDIFF.decoder):
         set_instances(repository / model, 2)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.errors import ExportError
+from panotriton.pipeline.files import PROMPT, settings_file
 from panotriton.server.repository import copy_model
 
 __all__ = ["ENGINES", "check_folder", "export_qwen"]
@@ -69,7 +70,7 @@ def export_qwen(
             "max_pixels": max_pixels,
             "vision_grid": _vision(model, repository, vision_size, max_pixels, report),
         }
-    (version / "qwen.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (version / settings_file("qwen")).write_text(json.dumps(settings, indent=1) + "\n")
     prompt = prompt_file.read_text(encoding="utf-8") if prompt_file else _prompt("quality.txt")
     _write_prompt(repository / "qwen_scorer", prompt)
     _write_prompt(repository / "qwen_describer", _prompt("describe.txt"))
@@ -176,4 +177,4 @@ def _write_prompt(model: Path, prompt: str) -> None:
     if not prompt.strip():
         raise ExportError("the prompt file is empty")
     (model / "1").mkdir(parents=True, exist_ok=True)
-    (model / "1" / "prompt.txt").write_text(prompt, encoding="utf-8")
+    (model / "1" / PROMPT).write_text(prompt, encoding="utf-8")

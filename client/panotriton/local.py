@@ -1,4 +1,4 @@
-"""OSEDiff in this process: the exported networks and the server's own arithmetic, without a server.
+"""Super-resolution in this process: the exported networks and the server's own arithmetic, without a server.
 
 ```python
 from panotriton.local import Upscaler
@@ -28,6 +28,7 @@ from panotriton.errors import InferenceFailed
 from panotriton.models.super_resolution import CallNetwork, Limits, SuperResolver
 from panotriton.models.tags import Tags
 from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, TENSORS, Options
+from panotriton.pipeline.networks import PIPELINE
 from panotriton.pipeline.results import Timings, Upscaled
 from panotriton.server.repository import check_exported
 
@@ -39,7 +40,8 @@ _ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to ov
 class Upscaler:
     """`Client.upscale` in process, for one thread at a time.
 
-    repository: one that `panotriton export` has built. providers: onnxruntime's names, in order of
+    repository: one that `panotriton export` has built. network: which of its super-resolution networks.
+    providers: onnxruntime's names, in order of
     preference; None for what the repository's configs say of CPUs, as in the server. threads: of each
     network; 0 for all cores that this process may use. Raises
     ServerStartError where the repository lacks exported networks.
@@ -49,17 +51,19 @@ class Upscaler:
         self,
         repository: str | Path = "repository",
         *,
+        network: str = PIPELINE,
         providers: Sequence[str] | None = None,
         threads: int = 0,
         limits: Limits = _ONE_IMAGE,
     ) -> None:
         self._repository = Path(repository)
-        check_exported(self._repository, "osediff")
+        self._network = network
+        check_exported(self._repository, network)
         self._providers = providers
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        folder = self._repository / "osediff" / "1"
-        self._resolver = SuperResolver(folder, limits, Tags.read(folder))
+        folder = self._repository / network / "1"
+        self._resolver = SuperResolver(folder, limits, Tags.read(folder), network=network)
 
     def upscale(
         self,
@@ -71,12 +75,11 @@ class Upscaler:
     ) -> Upscaled:
         """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), as `Client.upscale` does."""
         began = time.perf_counter()
-        Options(upscale=upscale, align=align, prompt=prompt).check(TENSORS)
+        options = Options(upscale=upscale, align=align, prompt=prompt).check(TENSORS)
         source = pixels("image", image, min_side_px=MIN_SR_SIDE_PX)[None]  # (1, h, w, 3)
         call = in_process(self._session)
-        work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
-        sharp = asyncio.run(work)[0]
-        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), "osediff")
+        sharp = asyncio.run(self._resolver.run(source, call, options))[0]
+        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), self._network)
 
     def _session(self, model: str) -> Any:
         """The network's session, opened on first use."""

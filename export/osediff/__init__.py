@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
+from panotriton.pipeline.files import TOKENIZER
 from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.front import front_folders, write_settings
 from panotriton_export.graph import (
     Component,
     ParityResult,
@@ -102,10 +103,7 @@ def _networks(
 
 
 def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:
-    """What `SuperResolver` reads, to both models that use it: tokenizer.json and osediff.json.
-
-    Not to one place: a server fetches each model of an object store into a folder of its own.
-    """
+    """What `SuperResolver` reads: tokenizer.json and osediff.json."""
     settings = {
         "alpha_cumprod": source.base.alpha_cumprod,
         "latent_channels": source.base.latent_channels,
@@ -116,13 +114,9 @@ def _write_front(source: Checkpoint, repository: Path, precision: str, latent_ti
         "vae_scale_factor": source.base.vae_scale_factor,
         "weights_sha256": source.fingerprint(),
     }
-    for model in ("osediff", "panorama_stream"):
-        folder = repository / model / "1"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(source.base.load_tokenizer(), folder / "tokenizer.json")
-        partial = folder / ".osediff.json.partial"
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.replace(folder / "osediff.json")
+    for folder in front_folders(repository, "osediff"):
+        write_tokenizer(source.base.load_tokenizer(), folder / TOKENIZER)
+        write_settings(folder, "osediff", settings)
 
 
 def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> str:

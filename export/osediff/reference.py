@@ -171,12 +171,12 @@ def _to_uint8(image: Tensor) -> U8:
     return np.asarray((image * 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def _align(image: Image.Image, source: Image.Image, method: str) -> Image.Image:
+def _align(image: Image.Image, source: Image.Image, align: str) -> Image.Image:
     content, style = (
         torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 255
         for picture in (image, source)
     )
-    aligned = _adain(content, style) if method == "adain" else _wavelet(content, style)
+    aligned = _adain(content, style) if align == "adain" else _wavelet(content, style)
     return Image.fromarray(_to_uint8(aligned[0].clamp(0, 1)))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.base import PROMPT_TOKENS
 
@@ -35,7 +36,7 @@ def text_encoder_component(text_encoder: Any, precision: str = "fp32") -> Compon
     traced = {"INPUT_IDS": _ids(vocabulary, _TRACED_BATCH)}
     dynamic = {"INPUT_IDS": {0: torch.export.Dim("batch", max=MAX_BATCH)}}
     outputs, limits = ["PROMPT_EMBEDS"], {"PROMPT_EMBEDS": LIMITS[precision]}
-    return Component("osediff_text_encoder", module, traced, dynamic, outputs, probes, limits)
+    return Component(OSEDIFF.text_encoder, module, traced, dynamic, outputs, probes, limits)
 
 
 def _ids(vocabulary: int, batch: int) -> Tensor:

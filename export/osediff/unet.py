@@ -8,6 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.attention import fuse_attention
 from panotriton_export.osediff.base import PROMPT_TOKENS, TIMESTEP
@@ -95,7 +96,7 @@ def unet_component(
     height, width = (torch.export.Dim(side, min=least) for side in ("height", "width"))
     dynamic = {"LATENT": {0: batch, 2: height, 3: width}, "PROMPT_EMBEDS": {0: batch}}
     limits = {"NOISE": LIMITS[precision]}
-    return Component("osediff_unet", module, traced, dynamic, ["NOISE"], probes, limits)
+    return Component(OSEDIFF.denoiser, module, traced, dynamic, ["NOISE"], probes, limits)
 
 
 def _inputs(unet: Any, batch: int, height: int, width: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.attention import fuse_attention
 from panotriton_export.osediff.upsample import replace_upsamplers
@@ -53,9 +54,7 @@ def vae_decoder_component(
     # A level is 1/127.5 of SAMPLE's units, and 1/255 of IMAGE's; the last is what truncation turns.
     limits = {"SAMPLE": limit, "IMAGE": 1 / 255 + limit * largest / 2}
     outputs = ["IMAGE", "SAMPLE"]
-    return Component(
-        "osediff_vae_decoder", module, traced, {"LATENT": axes}, outputs, probes, limits
-    )
+    return Component(OSEDIFF.decoder, module, traced, {"LATENT": axes}, outputs, probes, limits)
 
 
 def _latent(vae: Any, batch: int, height: int, width: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.osediff.attention import fuse_attention
 
@@ -48,9 +49,7 @@ def vae_encoder_component(
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: factor * height, 2: factor * width}
     traced = {"IMAGE": _image(factor, *_TRACED)}
     limits = {"LATENT": LIMITS[precision]}
-    return Component(
-        "osediff_vae_encoder", module, traced, {"IMAGE": axes}, ["LATENT"], probes, limits
-    )
+    return Component(OSEDIFF.encoder, module, traced, {"IMAGE": axes}, ["LATENT"], probes, limits)
 
 
 def _image(factor: int, batch: int, height: int, width: int) -> Tensor:

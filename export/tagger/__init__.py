@@ -9,6 +9,7 @@ from pathlib import Path
 from panotriton.models.tags import Tags
 from panotriton.server.repository import copy_model
 from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.front import front_folders
 from panotriton_export.graph import ParityResult, export_component
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.tagger.checkpoint import Ram, open_ram
@@ -54,9 +55,7 @@ def export_tagger(
     copy_model(NAME, repository)
     fit_config(repository / NAME)
     set_provider(repository / NAME, provider, precision)
-    for model in ("osediff", "panorama_stream"):
-        folder = repository / model / "1"
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in front_folders(repository, "osediff"):
         source.tags.write(folder)
     for result in results:
         report(str(result))

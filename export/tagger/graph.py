@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from panotriton.models.tags import TAGGED_PX
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
 from panotriton_export.tagger.model import Tagger
 
 __all__ = ["NAME", "tagger_component"]
 
-NAME = "osediff_tagger"
+NAME = OSEDIFF.tagger
 _TRACED_BATCH = 2
 _PROBED_BATCHES = (1, 3)
 

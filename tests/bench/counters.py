@@ -10,13 +10,9 @@ from typing import Any
 import psutil
 import tritonclient.grpc as triton
 
-NETWORKS = (
-    "osediff_text_encoder",
-    "osediff_vae_encoder",
-    "osediff_unet",
-    "osediff_vae_decoder",
-    "qwen",
-)
+from panotriton.pipeline.networks import OSEDIFF
+
+NETWORKS = (*OSEDIFF.required, "qwen")
 _INSTANCE = re.compile(r"(\w+)_\d+_\d+")  # what a stub is told that it is called
 
 

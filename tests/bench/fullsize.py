@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import script
 from memory_use import Memory
-from osediff import OSEDIFF, natural
+from osediff import MODELS, natural
 
 from panotriton import Client
 from panotriton.server.launch import LocalServer
@@ -39,7 +39,7 @@ def stable_diffusion(folder: Path, *engine: str) -> str:
     weights = sum(path.stat().st_size for path in repository.rglob("*.data")) / 1e9
     with Memory(psutil.Process().pid) as used:
         began = time.perf_counter()
-        with LocalServer(repository, load_models=list(OSEDIFF), start_timeout_s=600) as server:
+        with LocalServer(repository, load_models=list(MODELS), start_timeout_s=600) as server:
             rows.append(row("start of the server", began, used))
             with Client(server.grpc_url, timeout_s=1800) as client:
                 for run in ("first", "second"):

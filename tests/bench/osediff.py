@@ -28,21 +28,16 @@ from numpy.typing import NDArray
 
 from panotriton import Client
 from panotriton.local import Upscaler
-from panotriton.models.osediff import TileBlend
 from panotriton.models.super_resolution import Limits
+from panotriton.models.tiles import TileBlend
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton.server.launch import LocalServer
 
 U8 = NDArray[np.uint8]
 
 UNTILED = 1 << 20  # latents a side, and more than any image here has
 BAND_PX = 8  # either side of a border
-OSEDIFF = (
-    "osediff",
-    "osediff_text_encoder",
-    "osediff_vae_encoder",
-    "osediff_unet",
-    "osediff_vae_decoder",
-)
+MODELS = ("osediff", *OSEDIFF.required)
 
 
 def natural(height: int, width: int) -> U8:
@@ -190,7 +185,7 @@ def memory_row(
     tiles = len(TileBlend((1, height, width), tile, settings["latent_overlap"]).positions)
     with (
         retiled(repository, tile) as folder,
-        LocalServer(folder, load_models=list(OSEDIFF)) as server,
+        LocalServer(folder, load_models=list(MODELS)) as server,
         Client(server.grpc_url) as client,
     ):
         client.upscale(natural(64, 128))  # the networks' own memory
@@ -216,7 +211,7 @@ def batches(repository: Path, quick: bool) -> str:
     """Tiles a second through the server's UNet, one in flight and eight."""
     settings = json.loads((repository / "osediff" / "1" / "osediff.json").read_text())
     rows = []
-    with LocalServer(repository, load_models=["osediff_unet"]) as server:
+    with LocalServer(repository, load_models=[OSEDIFF.denoiser]) as server:
         for side in (96, settings["latent_tile"]):
             rates = {}
             for in_flight in (1, 8):
@@ -235,7 +230,7 @@ def unet_rate(
 ) -> tuple[float, str]:
     """Tiles a second over some seconds, and the sizes of the batches that the network saw."""
     with triton.InferenceServerClient(server.grpc_url) as client:
-        config = client.get_model_config("osediff_unet", as_json=True)["config"]
+        config = client.get_model_config(OSEDIFF.denoiser, as_json=True)["config"]
         width = int(next(io for io in config["input"] if io["name"] == "PROMPT_EMBEDS")["dims"][1])
         inputs = []
         for name, shape in (
@@ -247,7 +242,7 @@ def unet_rate(
             inputs[-1].set_data_from_numpy(noise)
 
         def ask(_: int) -> None:
-            client.infer("osediff_unet", inputs)
+            client.infer(OSEDIFF.denoiser, inputs)
 
         with ThreadPoolExecutor(in_flight) as pool:
             list(pool.map(ask, range(2 * in_flight)))  # warm
@@ -256,7 +251,7 @@ def unet_rate(
             began = time.perf_counter()
             list(pool.map(ask, range(count)))
             seconds = time.perf_counter() - began
-    sizes = counters.since(counters.read(server.grpc_url), before)["osediff_unet"].batches
+    sizes = counters.since(counters.read(server.grpc_url), before)[OSEDIFF.denoiser].batches
     text = ", ".join(f"{rows}: {calls}" for rows, calls in sorted(sizes.items()) if calls)
     return count / seconds, text
 

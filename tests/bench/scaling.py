@@ -21,10 +21,11 @@ import psutil
 import script
 
 from panotriton import Client
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton.server.launch import LocalServer
 
-TILES = "osediff_unet"
-BATCHING = ("osediff_vae_encoder", TILES, "osediff_vae_decoder", "qwen")
+TILES = OSEDIFF.denoiser
+BATCHING = (OSEDIFF.encoder, TILES, OSEDIFF.decoder, "qwen")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.errors import ExportError
 from panotriton.local import open_network
-from panotriton.models.osediff import TileBlend, align, one_step, plan_size
+from panotriton.models.colours import align_colours
+from panotriton.models.osediff import one_step, plan_size
+from panotriton.models.tiles import TileBlend
 from panotriton.server.openvino_graph import OpenVINOGraph
 from panotriton.server.repository import copy_models
 from panotriton_export import graph
@@ -379,6 +381,13 @@ def test_settings_and_tokenizer(
     settings = json.loads((folder / "osediff.json").read_text())
     assert settings.pop("alpha_cumprod") == pytest.approx(0.0046601, rel=1e-5)
     assert re.fullmatch("[0-9a-f]{64}", settings.pop("weights_sha256"))
+    assert settings.pop("models") == {
+        "text_encoder": "osediff_text_encoder",
+        "encoder": "osediff_vae_encoder",
+        "denoiser": "osediff_unet",
+        "decoder": "osediff_vae_decoder",
+        "tagger": "osediff_tagger",
+    }
     assert settings == {
         "latent_channels": 4,
         "latent_overlap": 32,
@@ -479,7 +488,7 @@ def serve(image: NDArray[np.uint8], method: str) -> NDArray[np.uint8]:
     x0 = one_step(latent, blend.result(), PIPELINE.alpha_cumprod)
     sample = Average().decode(torch.tensor(x0[None]) / 0.5).sample[0]
     sharp = ((sample.clamp(-1, 1) * 0.5 + 0.5) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return plan.finish(align(np.ascontiguousarray(sharp), source, method))
+    return plan.finish(align_colours(np.ascontiguousarray(sharp), source, method))
 
 
 @pytest.mark.parametrize("method", ["adain", "wavelet", "nofix"])

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from panotriton.errors import InvalidInput
-from panotriton.models.osediff import TileBlend, align, one_step, plan_size, windows
+from panotriton.models.colours import align_colours
+from panotriton.models.osediff import one_step, plan_size
+from panotriton.models.tiles import TileBlend, windows
 from panotriton.pipeline.contract import TENSORS, Options
 
 RNG = np.random.default_rng(0)
@@ -92,7 +94,7 @@ def test_adain_is_its_definition_pixel_by_pixel() -> None:
     (mean, std), (ref_mean, ref_std) = stats(x), stats(ref)
     moved = ((x - mean) / std * ref_std + ref_mean).clamp(0, 1) * 255
     expected = moved.permute(1, 2, 0).numpy()
-    got = align(image, reference, "adain")
+    got = align_colours(image, reference, "adain")
     # Truncated, never rounded; at an exact integer the last bit may fall either way.
     assert ((got == np.floor(expected)) | (np.abs(expected - np.rint(expected)) < 1e-4)).all()
 
@@ -110,13 +112,13 @@ def test_wavelet_is_its_definition_pixel_by_pixel() -> None:
 
     x, ref = (torch.from_numpy(i).permute(2, 0, 1)[None].float() / 255 for i in (image, reference))
     expected = ((x - low(x) + low(ref)).clamp(0, 1) * 255)[0].permute(1, 2, 0).numpy()
-    got = align(image, reference, "wavelet")
+    got = align_colours(image, reference, "wavelet")
     assert ((got == np.floor(expected)) | (np.abs(expected - np.rint(expected)) < 1e-3)).all()
 
 
 def test_nofix_changes_nothing_and_others_are_refused() -> None:
     image, reference = images()
-    assert align(image, reference, "nofix") is image
+    assert align_colours(image, reference, "nofix") is image
     with pytest.raises(InvalidInput, match="ALIGN is 'adian'; expected one of adain, wavelet"):
         Options(align="adian").check(TENSORS)
     with pytest.raises(InvalidInput, match="UPSCALE is 0; expected 1 to 4"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.results import Health
 
 __all__ = ["facts", "weights"]
@@ -29,4 +30,4 @@ def weights(repository: Path) -> dict[str, str]:
 
 def _settings(repository: Path, model: str) -> Any:
     """The file that an export leaves beside `model`'s code."""
-    return json.loads((repository / model / "1" / f"{model}.json").read_text(encoding="utf-8"))
+    return json.loads((repository / model / "1" / settings_file(model)).read_text(encoding="utf-8"))

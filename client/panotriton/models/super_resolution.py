@@ -1,7 +1,7 @@
-"""OSEDiff's way from image to image: resize, encode, denoise in tiles, decode, align colours.
+"""A one-step network's way from image to image: resize, encode, denoise in tiles, decode, align colours.
 
-The four networks are behind `call`, which sends tensors to one of them by name: other models of the
-server, or graphs in this process (`panotriton.local`). Torch-free.
+Its models are behind `call`, which sends tensors to one of them by name: other models of the server, or
+graphs in this process (`panotriton.local`). Torch-free.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from panotriton.errors import InvalidInput
-from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
+from panotriton.models.colours import align_colours
+from panotriton.models.one_step import OneStepNetwork, SizePlan, read_network
 from panotriton.models.tags import Tags, tagger_input
-from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS
+from panotriton.models.tiles import TileBlend, windows
+from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS, Options
+from panotriton.pipeline.files import TOKENIZER
+from panotriton.pipeline.networks import PIPELINE
 
 __all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all"]
 
@@ -56,96 +60,107 @@ class Limits:
     tiles_in_flight: int = 16
     vae_untiled_max_pixels: int = 4_194_304
 
-    @classmethod
-    def from_config(cls, model_config: str) -> Limits:
-        """Read the parameters of a model's config, the JSON that the server hands to `initialize`."""
-        parameters = json.loads(model_config)["parameters"]
-        return cls(**{name: int(parameters[name]["string_value"]) for name in cls.__slots__})
-
 
 class SuperResolver:
     """Images → super-resolved images. Not for several threads; for any number of coroutines.
 
-    folder: with the osediff.json and tokenizer.json that the export writes. tags: of the network
-    osediff_tagger, whose finds then precede every prompt; without, prompts are used as they are.
+    folder: with the settings and tokenizer.json that the network's export writes. tags: of its tagger,
+    whose finds then precede every prompt; without, prompts are used as they are. Raises
+    ServerStartError for a network that does not exist, and for settings that are not its.
     """
 
-    def __init__(self, folder: Path, limits: Limits, tags: Tags | None = None) -> None:
-        settings = json.loads((folder / "osediff.json").read_text())
-        self._settings: dict[str, Any] = settings
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._limits = limits
+    def __init__(
+        self, folder: Path, limits: Limits, tags: Tags | None = None, *, network: str = PIPELINE
+    ) -> None:
+        self.limits = limits
+        self._network = read_network(folder, network)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tags = tags
-        self._embeds: dict[str, F32] = {}  # prompt → (1, 77, D); the last 64
+        self._embeds: dict[str, F32] = {}  # prompt → (1, L, D); the last 64
 
-    async def run(
-        self, images: U8, call: CallNetwork, *, upscale: int, method: str, prompt: str
-    ) -> U8:
+    @classmethod
+    def of_model(cls, args: Mapping[str, str]) -> SuperResolver:
+        """From what the server hands to a model's `initialize`; parameters of its config are the rest."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        values = {name: value["string_value"] for name, value in parameters.items()}
+        limits = Limits(**{name: int(values[name]) for name in Limits.__slots__})
+        return cls(folder, limits, Tags.read(folder), network=values["network"])
+
+    @property
+    def lacks_tagger(self) -> bool:
+        """Whether the network could have a tagger, and none was exported."""
+        return self._network.roles.tagger is not None and self._tags is None
+
+    async def run(self, images: U8, call: CallNetwork, options: Options) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
-        method: one of `contract.ALIGNMENTS`. Raises InvalidInput for more pixels than a
+        Of the options: upscale, align and prompt. Raises InvalidInput for more pixels than a
         request may make, before they are allocated; else whatever `call` raises.
         """
-        plan = plan_size(images.shape[1], images.shape[2], upscale, self._settings["process_size"])
+        plan = self._network.plan(images.shape[1], images.shape[2], options.upscale)
         _check_amount(len(images), plan)
         if self._tags is None:  # one prompt: before images that would all find it missing
-            await self._embed(prompt, call)
+            await self._embed(options.prompt, call)
         results = np.empty((len(images), *plan.output, 3), np.uint8)
-        gate = asyncio.Semaphore(self._limits.images_in_flight)
+        gate = asyncio.Semaphore(self.limits.images_in_flight)
 
         async def work(index: int) -> None:
             async with gate:
                 source = await asyncio.to_thread(plan.prepare, images[index])
-                embeds = await self._embed(await self._tagged(prompt, source, call), call)
-                sharp = await _Networks(self._settings, self._limits, call, embeds).run(source)
-                results[index] = await asyncio.to_thread(_finish, plan, sharp, source, method)
+                embeds = await self._embed(await self._tagged(options.prompt, source, call), call)
+                sharp = await _OneImage(self._network, self.limits, call, embeds).run(source)
+                results[index] = await asyncio.to_thread(
+                    _finish, plan, sharp, source, options.align
+                )
 
         await run_all(work(index) for index in range(len(images)))
         return results
 
     async def _tagged(self, prompt: str, source: U8, call: CallNetwork) -> str:
         """The prompt of one image (H, W, 3): its tags and `prompt`. Triton joins what all images ask."""
-        if self._tags is None:
+        tagger = self._network.roles.tagger
+        if self._tags is None or tagger is None:
             return prompt
         image = await asyncio.to_thread(tagger_input, source)
-        result = await call("osediff_tagger", {"IMAGE": image[None]}, ["PROBABILITY"])
+        result = await call(tagger, {"IMAGE": image[None]}, ["PROBABILITY"])
         return self._tags.prompt(result["PROBABILITY"][0], prompt)
 
     async def _embed(self, prompt: str, call: CallNetwork) -> F32:
-        """The prompt's embedding (1, 77, D), computed once a prompt."""
+        """The prompt's embedding (1, L, D), computed once per prompt."""
         if prompt not in self._embeds:
-            ids = np.array([self._tokenizer.encode(prompt).ids], np.int64)  # (1, 77)
-            result = await call("osediff_text_encoder", {"INPUT_IDS": ids}, ["PROMPT_EMBEDS"])
+            ids = np.array([self._tokenizer.encode(prompt).ids], np.int64)  # (1, L)
+            encoder = self._network.roles.text_encoder
+            result = await call(encoder, {"INPUT_IDS": ids}, ["PROMPT_EMBEDS"])
             if len(self._embeds) >= _PROMPTS:
                 self._embeds.pop(next(iter(self._embeds)))
             self._embeds[prompt] = result["PROMPT_EMBEDS"].copy()
         return self._embeds[prompt]
 
 
-class _Networks:
-    """One image's way through encoder, UNet and decoder."""
+class _OneImage:
+    """One image's way through encoder, denoiser and decoder."""
 
     def __init__(
-        self, settings: dict[str, Any], limits: Limits, call: CallNetwork, embeds: F32
+        self, network: OneStepNetwork, limits: Limits, call: CallNetwork, embeds: F32
     ) -> None:
-        self._settings = settings
-        self._factor = int(settings["vae_scale_factor"])
+        self._network = network
         self._limits = limits
         self._call = call
-        self._embeds = embeds  # (1, 77, D)
+        self._embeds = embeds  # (1, L, D)
 
     async def run(self, source: U8) -> U8:
-        """One image (H, W, 3), sides multiples of 8 → the same size, super-resolved."""
+        """One image (H, W, 3) of the network's size → the same size, super-resolved."""
         latent = await self._encode(source)  # (C, h, w)
         noise = await self._denoise(latent)  # (C, h, w)
-        return await self._decode(one_step(latent, noise, self._settings["alpha_cumprod"]), source)
+        return await self._decode(self._network.step(latent, noise), source)
 
     async def _encode(self, source: U8) -> F32:
         tile, pad = _VAE_TILE_PX, _VAE_PAD_PX
         if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
             return await self._encode_tile(source)
-        f = self._factor
-        shape = (self._settings["latent_channels"], source.shape[0] // f, source.shape[1] // f)
+        f = self._network.latent_px
+        shape = (self._network.channels, source.shape[0] // f, source.shape[1] // f)
         latent = np.zeros(shape, np.float32)
         for window in windows(shape[1], shape[2], tile // f, pad // f):
             part = await self._encode_tile(source[_times(window.read, f)])
@@ -154,11 +169,11 @@ class _Networks:
 
     async def _denoise(self, latent: F32) -> F32:
         channels, height, width = latent.shape
-        tile = int(self._settings["latent_tile"])
+        tile = self._network.tile
         if height * width <= tile * tile:
             noise: F32 = (await self._predict_noise(latent[None]))[0]
             return noise
-        blend = TileBlend((channels, height, width), tile, self._settings["latent_overlap"])
+        blend = TileBlend((channels, height, width), tile, self._network.overlap)
         chunks = range(0, len(blend.positions), _TILES_A_REQUEST)
         sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
         try:
@@ -186,34 +201,37 @@ class _Networks:
     async def _decode(self, latent: F32, source: U8) -> U8:
         if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
             return await self._decode_tile(latent)
-        f = self._factor
+        f = self._network.latent_px
         image = np.zeros(source.shape, np.float32)
         for window in windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX):
             y, x = (slice(span.start // f, span.stop // f) for span in window.read)
             tile = await self._decode_tile(latent[:, y, x])
             # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
-            tile = align(tile, source[window.read], "adain")
+            tile = align_colours(tile, source[window.read], "adain")
             image[window.read] += tile * window.weights[..., None]
         return np.asarray(image + np.float32(0.5), np.uint8)
 
     async def _encode_tile(self, pixels: U8) -> F32:
-        result = await self._call("osediff_vae_encoder", {"IMAGE": pixels[None]}, ["LATENT"])
+        encoder = self._network.roles.encoder
+        result = await self._call(encoder, {"IMAGE": pixels[None]}, ["LATENT"])
         latent: F32 = result["LATENT"][0]  # (C, h, w)
         return latent
 
     async def _predict_noise(self, tiles: F32) -> F32:
-        embeds = np.broadcast_to(self._embeds, (len(tiles), *self._embeds.shape[1:]))  # (T, 77, D)
+        embeds = np.broadcast_to(self._embeds, (len(tiles), *self._embeds.shape[1:]))  # (T, L, D)
         inputs = {"LATENT": tiles, "PROMPT_EMBEDS": embeds}
-        return (await self._call("osediff_unet", inputs, ["NOISE"]))["NOISE"]  # (T, C, h, w)
+        result = await self._call(self._network.roles.denoiser, inputs, ["NOISE"])
+        return result["NOISE"]  # (T, C, h, w)
 
     async def _decode_tile(self, latent: F32) -> U8:
-        result = await self._call("osediff_vae_decoder", {"LATENT": latent[None]}, ["IMAGE"])
+        decoder = self._network.roles.decoder
+        result = await self._call(decoder, {"LATENT": latent[None]}, ["IMAGE"])
         image: U8 = result["IMAGE"][0]  # (H, W, 3)
         return image
 
 
-def _finish(plan: SizePlan, sharp: U8, source: U8, method: str) -> U8:
-    return plan.finish(align(sharp, source, method))
+def _finish(plan: SizePlan, sharp: U8, source: U8, align: str) -> U8:
+    return plan.finish(align_colours(sharp, source, align))
 
 
 def _times(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:

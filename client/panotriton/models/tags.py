@@ -16,10 +16,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TAGGED_PX", "TAGS_FILE", "Tags", "tagger_input"]
+from panotriton.pipeline.files import TAGS
+
+__all__ = ["TAGGED_PX", "Tags", "tagger_input"]
 
 TAGGED_PX = 384
-TAGS_FILE = "tags.json"
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -35,7 +36,7 @@ class Tags:
     @classmethod
     def read(cls, folder: Path) -> Tags | None:
         """What `write` wrote into a folder, or None where it wrote nothing."""
-        path = folder / TAGS_FILE
+        path = folder / TAGS
         if not path.is_file():
             return None
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -44,9 +45,9 @@ class Tags:
     def write(self, folder: Path) -> None:
         """Write tags.json, whose presence says that there is a tagger."""
         content = {"names": self.names, "thresholds": [round(float(t), 6) for t in self.thresholds]}
-        partial = folder / f".{TAGS_FILE}.partial"
+        partial = folder / f".{TAGS}.partial"
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(folder / TAGS_FILE)
+        partial.replace(folder / TAGS)
 
     def prompt(self, probabilities: F32, user_prompt: str) -> str:
         """`sky, tree, USER PROMPT,`: upstream's form, its commas included, from probabilities (T,)."""

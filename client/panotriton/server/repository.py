@@ -7,60 +7,70 @@ from importlib import util
 from pathlib import Path
 
 from panotriton.errors import ServerStartError
-from panotriton.models.tags import TAGS_FILE
+from panotriton.pipeline.files import PROMPT, TAGS, TOKENIZER, settings_file
+from panotriton.pipeline.networks import NETWORKS, PIPELINE, fronts
 
 __all__ = ["EXPORTED_FILES", "OPTIONAL", "check_exported", "copy_model", "copy_models"]
 
+
+def _network_files(network: str) -> tuple[str, ...]:
+    """What the export of a super-resolution network adds, without a tagger's."""
+    beside = (settings_file(network), TOKENIZER)
+    return (
+        *(f"{front}/1/{name}" for front in fronts(network) for name in beside),
+        *(f"{model}/1/model.onnx" for model in NETWORKS[network].required),
+    )
+
+
 EXPORTED_FILES = (
-    "osediff/1/osediff.json",
-    "osediff/1/tokenizer.json",
-    "osediff_text_encoder/1/model.onnx",
-    "osediff_vae_encoder/1/model.onnx",
-    "osediff_unet/1/model.onnx",
-    "osediff_vae_decoder/1/model.onnx",
-    "panorama_stream/1/osediff.json",
-    "panorama_stream/1/tokenizer.json",
-    "qwen/1/qwen.json",
-    "qwen_scorer/1/prompt.txt",
-    "qwen_describer/1/prompt.txt",
+    *_network_files(PIPELINE),
+    f"qwen/1/{settings_file('qwen')}",
+    f"qwen_scorer/1/{PROMPT}",
+    f"qwen_describer/1/{PROMPT}",
 )
 """What `panotriton export` adds to the code of the models."""
 
 _CODE = ("config.pbtxt", "README.md", "1/model.py", "1/.gitkeep")
-_TAGGER = "osediff_tagger"
+_TAGGERS = tuple(roles.tagger for roles in NETWORKS.values() if roles.tagger)
+_OTHERS = tuple(
+    model for name in NETWORKS if name != PIPELINE for model in (name, *NETWORKS[name].required)
+)
 # Left out of a repository unless exported there: Triton loads no model without its graph.
-OPTIONAL = (_TAGGER, "qwen_vision")
+OPTIONAL = (*_TAGGERS, *_OTHERS, "qwen_vision")
 
 
-def check_exported(repository: Path, part: str = "") -> None:
+def check_exported(repository: Path, network: str | None = None) -> None:
     """Raise ServerStartError, with the command that mends it, where weights are missing.
 
-    part: only of the models whose names begin so.
+    network: of this super-resolution network alone; None: of all that the pipeline asks.
     """
     if not repository.is_dir():
         raise ServerStartError(
             f"no model repository at {repository}: build it with "
             f"`panotriton export --preset small --output {repository}`, or name one with --repository"
         )
-    wanted = (path for path in EXPORTED_FILES if path.startswith(part))
+    wanted = _network_files(network) if network else EXPORTED_FILES
     missing = [path for path in wanted if not (repository / path).is_file()]
     if missing:
         raise ServerStartError(
             f"the repository {repository} is not exported yet ({missing[0]} is missing): "
             f"run `panotriton export --preset small --output {repository}`"
         )
-    _check_tagger(repository)
+    _check_tagger(repository, network or PIPELINE)
 
 
-def _check_tagger(repository: Path) -> None:
+def _check_tagger(repository: Path, network: str) -> None:
     """The tagger may be there or not, but not by half."""
-    folder, tags = repository / _TAGGER, repository / "osediff" / "1" / TAGS_FILE
+    tagger = NETWORKS[network].tagger
+    if tagger is None:
+        return
+    folder, tags = repository / tagger, repository / network / "1" / TAGS
     if _has_graph(folder) == tags.is_file() == folder.is_dir():
         return
     raise ServerStartError(
-        f"the tagger in {repository} is incomplete: expected {_TAGGER}/1/model.onnx and "
-        f"osediff/1/{TAGS_FILE}, or neither. Run `panotriton export osediff --tagger …` again, or remove "
-        f"{folder} and every */1/{TAGS_FILE}"
+        f"the tagger in {repository} is incomplete: expected {tagger}/1/model.onnx and "
+        f"{network}/1/{TAGS}, or neither. Run `panotriton export {network} --tagger …` again, or remove "
+        f"{folder} and every */1/{TAGS}"
     )
 
 

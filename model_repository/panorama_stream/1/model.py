@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import math
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,8 +19,7 @@ from panotriton.models.requests import (
     read_panorama,
     strings,
 )
-from panotriton.models.super_resolution import Limits, SuperResolver, run_all
-from panotriton.models.tags import Tags
+from panotriton.models.super_resolution import SuperResolver, run_all
 from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.group import filter_intervals
 from panotriton.pipeline.quality import finite_or_none
@@ -32,18 +30,16 @@ _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class TritonPythonModel:
     def initialize(self, args):
         cv2.setNumThreads(1)
-        folder = Path(args["model_repository"]) / args["model_version"]
-        self._limits = Limits.from_config(args["model_config"])
         # Not the model `osediff`: a cancel does not reach requests that one model has sent to another, and
         # here it must stop an image between two tiles.
-        self._resolver = SuperResolver(folder, self._limits, Tags.read(folder))
+        self._resolver = SuperResolver.of_model(args)
 
     async def execute(self, requests):
         await asyncio.gather(*map(self._answer, requests))
 
     async def _answer(self, request):
         sender = request.get_response_sender()
-        run = _Run(request, sender, self._resolver, self._limits.images_in_flight)
+        run = _Run(request, sender, self._resolver)
         try:
             await run.run()
         except Cancelled:
@@ -59,12 +55,12 @@ class TritonPythonModel:
 class _Run:
     """One request on its way through the pipeline."""
 
-    def __init__(self, request, sender, resolver, images_in_flight):
+    def __init__(self, request, sender, resolver):
         self._request = request
         self._sender = sender
         self._resolver = resolver
         self._call = calls_until(sender.is_cancelled)
-        self._gate = asyncio.Semaphore(images_in_flight)
+        self._gate = asyncio.Semaphore(resolver.limits.images_in_flight)
         self._done, self._total = 0, 0
 
     async def run(self):
@@ -160,13 +156,7 @@ class _Run:
     async def _sharpen(self, image):
         """(h, w, 3) → (1, H, W, 3)."""
         async with self._gate:
-            sharp = await self._resolver.run(
-                image[None],
-                self._call,
-                upscale=self._options.upscale,
-                method=self._options.align,
-                prompt=self._options.prompt,
-            )
+            sharp = await self._resolver.run(image[None], self._call, self._options)
         self._done += 1
         return sharp
 

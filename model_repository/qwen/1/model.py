@@ -16,6 +16,7 @@ from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.models import qwen_vllm
 from panotriton.models.requests import answers, attempt, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES
 
@@ -25,7 +26,7 @@ _QUESTION = ("SYSTEM_PROMPT", "READING", "STOP_AFTER", "MAX_NEW_TOKENS")
 class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
-        settings = json.loads((folder / "qwen.json").read_text())
+        settings = json.loads((folder / settings_file("qwen")).read_text())
         engine = {"torch": _Torch, "vllm": _Vllm}[settings["engine"]]
         self._engine = engine(folder, settings, args)
 

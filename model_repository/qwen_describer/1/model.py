@@ -5,13 +5,14 @@ from pathlib import Path
 from panotriton.errors import InferenceFailed
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
 from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.files import PROMPT
 from panotriton.pipeline.images import check_images
 
 
 class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
+        self._prompt = (folder / PROMPT).read_text(encoding="utf-8").strip()
 
     async def execute(self, requests):
         return await respond_async(requests, self._describe)

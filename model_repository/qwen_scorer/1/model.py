@@ -7,6 +7,7 @@ import numpy as np
 from panotriton.errors import InvalidInput
 from panotriton.models.requests import ask_qwen, required, respond_async, string, strings
 from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX, SCORE_TOKENS
+from panotriton.pipeline.files import PROMPT
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES, parse_reply
 
@@ -14,7 +15,7 @@ from panotriton.pipeline.quality import MODES, parse_reply
 class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
+        self._prompt = (folder / PROMPT).read_text(encoding="utf-8").strip()
 
     async def execute(self, requests):
         return await respond_async(requests, self._score)

@@ -1,0 +1,17 @@
+"""Names of the files that an export leaves beside a model's code, in its version folder.
+
+The export writes them, the models read them, and the launcher looks whether they are there.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PROMPT", "TAGS", "TOKENIZER", "settings_file"]
+
+PROMPT = "prompt.txt"
+TAGS = "tags.json"
+TOKENIZER = "tokenizer.json"
+
+
+def settings_file(name: str) -> str:
+    """What the export of the network `name` found out about it: `osediff.json`, `qwen.json`."""
+    return f"{name}.json"
