@@ -8,7 +8,7 @@ from pathlib import Path
 
 from panotriton.models.tags import Tags
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.configs import find_engine, fit_config, set_engine
 from panotriton_export.graph import ParityResult, export_component
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.tagger.checkpoint import Ram, open_ram
@@ -48,12 +48,12 @@ def export_tagger(
     precision, provider: as of `export_osediff`. Raises ExportError where the graph differs from
     PyTorch, and leaves what was there.
     """
-    check_engine(provider, precision)
+    engine = find_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)
-    results = export_component(component, repository, provider, precision)
+    results = export_component(component, repository, engine, precision)
     copy_model(NAME, repository)
     fit_config(repository / NAME)
-    set_provider(repository / NAME, provider, precision)
+    set_engine(repository / NAME, engine, precision)
     for model in ("osediff", "panorama_stream"):
         folder = repository / model / "1"
         folder.mkdir(parents=True, exist_ok=True)
