@@ -8,48 +8,20 @@ from pathlib import Path
 import onnx
 
 from panotriton.errors import ExportError
+from panotriton.server.engines import ENGINES, Engine
 
-__all__ = ["check_engine", "fit_config", "set_instances", "set_provider"]
-
-_PRECISIONS = {  # of each provider
-    "cpu": ("fp32", "fp16"),
-    "openvino": ("fp32", "bf16"),
-    "cuda": ("fp32", "fp16"),
-    "tensorrt": ("fp32", "fp16"),
-}
-# What `set_provider` has added to a config that is not copied anew.
-_ADDED = re.compile(
-    r'\n(optimization \{.*?\} \] \} \}|parameters \{ key: "openvino_precision".*?)\n', re.DOTALL
-)
-
-# Engines are built on the first run of a shape, for minutes: they are kept.
-_TENSORRT = """
-optimization { execution_accelerators { gpu_execution_accelerator [ {
-  name: "tensorrt"
-  parameters { key: "precision_mode" value: "%s" }
-  parameters { key: "trt_engine_cache_enable" value: "1" }
-  parameters { key: "trt_engine_cache_path" value: "/tmp/panotriton-engines" }
-} ] } }
-"""
-
-_OPENVINO = """
-optimization { execution_accelerators { cpu_execution_accelerator [ { name: "openvino" } ] } }
-"""
-# Of the pip-installed server's backend alone; NVIDIA's computes fp32.
-_OPENVINO_BF16 = """
-parameters { key: "openvino_precision" value { string_value: "bf16" } }
-"""
-# One image fills a core's caches; a batch of them computes no quicker.
-_CPU_BATCHES = {"osediff_vae_encoder": 1, "osediff_vae_decoder": 1, "osediff_unet": 4}
+__all__ = ["find_engine", "fit_config", "set_engine", "set_instances"]
 
 
-def check_engine(provider: str, precision: str) -> None:
-    """Raise ExportError for a provider, or a precision, that is not to be had."""
-    if provider not in _PRECISIONS:
-        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(_PRECISIONS)}")
-    if precision not in _PRECISIONS[provider]:
-        expected = " or ".join(_PRECISIONS[provider])
+def find_engine(provider: str, precision: str | None = None) -> Engine:
+    """The engine of that name; raises ExportError where there is none, or not in that precision."""
+    if provider not in ENGINES:
+        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(ENGINES)}")
+    engine = ENGINES[provider]
+    if precision is not None and precision not in engine.precisions:
+        expected = " or ".join(engine.precisions)
         raise ExportError(f"precision is {precision!r}; expected {expected} for {provider}")
+    return engine
 
 
 def fit_config(model: Path) -> None:
@@ -80,17 +52,38 @@ def set_instances(model: Path, count: int) -> None:
     config.write_text(re.sub(r"count: \d+", f"count: {count}", config.read_text()))
 
 
-def set_provider(model: Path, provider: str, precision: str) -> None:
-    """Have `model` run by onnxruntime or OpenVINO, CUDA or TensorRT."""
+def set_engine(model: Path, engine: Engine, precision: str) -> None:
+    """Have `model` run by this engine, and by no other that it was fitted to before."""
     config = model / "config.pbtxt"
-    kind = "KIND_CPU" if provider in ("cpu", "openvino") else "KIND_GPU"
-    text = _ADDED.sub("", config.read_text())
-    text = re.sub(r"kind: KIND_(CPU|GPU)", f"kind: {kind}", text)
-    if provider == "tensorrt":
-        text += _TENSORRT % precision.upper()
-    if provider == "openvino":
-        text += _OPENVINO + (_OPENVINO_BF16 if precision == "bf16" else "")
-        if model.name in _CPU_BATCHES:
-            batch = f"max_batch_size: {_CPU_BATCHES[model.name]}"
-            text = re.sub(r"max_batch_size: \d+", batch, text)
-    config.write_text(text)
+    text = _added().sub("", config.read_text())
+    text = re.sub(r"kind: KIND_(CPU|GPU)", f"kind: {engine.kind}", text)
+    if model.name in engine.batches:
+        text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {engine.batches[model.name]}", text)
+    config.write_text(text + _entries(engine, precision))
+
+
+def _entries(engine: Engine, precision: str) -> str:
+    """What a config.pbtxt says of the engine."""
+    entries, text = engine.precisions[precision], ""
+    if entries.accelerator is not None:
+        lines = [f'name: "{engine.accelerator}"']
+        lines += [
+            f'parameters {{ key: "{key}" value: "{value}" }}'
+            for key, value in entries.accelerator.items()
+        ]
+        inside = "".join(f"\n  {line}" for line in lines) + "\n" if lines[1:] else f" {lines[0]} "
+        text += (
+            f"\noptimization {{ execution_accelerators {{ {engine.side} [ {{{inside}}} ] }} }}\n"
+        )
+    for key, value in entries.parameters.items():
+        text += f'\nparameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+    return text
+
+
+def _added() -> re.Pattern[str]:
+    """What `_entries` writes of any engine."""
+    every = (entries for engine in ENGINES.values() for entries in engine.precisions.values())
+    keys = sorted({re.escape(key) for entries in every for key in entries.parameters})
+    accelerator = r"optimization \{.*?\} \] \} \}"
+    parameter = rf'parameters \{{ key: "(?:{"|".join(keys)})".*?'
+    return re.compile(rf"\n(?:{accelerator}|{parameter})\n", re.DOTALL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,22 +11,21 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from panotriton.errors import ExportError
-from panotriton.server.openvino_graph import OpenVINOGraph
+from panotriton.server.engines import CPU, Engine, Graph, stand_in
 
 __all__ = [
     "LIMITS",
+    "WEIGHTS",
     "Component",
     "ParityResult",
     "Probe",
     "compare",
     "export_component",
-    "session",
 ]
 
 OPSET = 18
@@ -35,8 +33,8 @@ MAX_BATCH = 64  # only bounds what the exporter must prove; the repository's con
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 """Largest difference from PyTorch in fp32 that is let through, relative to the largest value."""
 
-# OpenVINO rounds more: 1.4e-4 in fp32 for Stable Diffusion's UNet with random weights.
-_OPENVINO_SLACK = 3
+WEIGHTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
+"""What a graph's weights are; for bf16 the engine rounds, as it computes."""
 
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
 _EXTERNAL_ABOVE_BYTES = 1_900_000_000
@@ -92,11 +90,11 @@ class ParityResult:
 
 
 def export_component(
-    component: Component, repository: Path, provider: str = "cpu", precision: str = "fp32"
+    component: Component, repository: Path, engine: Engine = CPU, precision: str = "fp32"
 ) -> list[ParityResult]:
     """Write `repository`/NAME/1/model.onnx once its outputs agree with PyTorch's.
 
-    provider, precision: what will serve it and so computes them here; onnxruntime on the CPU stands in
+    engine, precision: what will serve it and so computes them here; onnxruntime on the CPU stands in
     for GPUs. Raises ExportError, and leaves what was there, where they do not agree.
     """
     version = repository / component.name / "1"
@@ -106,12 +104,9 @@ def export_component(
         path = Path(folder) / "model.onnx"
         _save(model, path)
         del model
-        if provider == "openvino":
-            threads = os.cpu_count() or 1
-            graph = OpenVINOGraph(path, threads=threads, precision=precision)
-            results = compare(component, graph, _OPENVINO_SLACK)
-        else:
-            results = compare(component, session(path))
+        here = stand_in(engine)
+        graph = here.open(path, engine.settings(precision, emulate=True))
+        results = compare(component, graph, here.slack)
         _publish(path.parent, version)
     return results
 
@@ -173,7 +168,7 @@ def _publish(folder: Path, version: Path) -> None:
     (folder / "model.onnx").replace(version / "model.onnx")
 
 
-def compare(component: Component, graph: Any, slack: float = 1) -> list[ParityResult]:
+def compare(component: Component, graph: Graph, slack: float = 1) -> list[ParityResult]:
     """Run an opened graph on every probe; limits are `slack` times the component's.
 
     Raises ExportError where an output is too far off.
@@ -188,13 +183,6 @@ def compare(component: Component, graph: Any, slack: float = 1) -> list[ParityRe
             )
     raise_on_failure(results)
     return results
-
-
-def session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def relative_difference(got: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton.server.openvino_graph import has_bf16
-from panotriton_export.configs import set_instances
+from panotriton_export.configs import find_engine, set_instances
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.random_sd import write_random
 from panotriton_export.qwen import export_qwen
@@ -31,7 +30,8 @@ def export_small(
 ) -> None:
     """The small trained networks that come with the project, through the same code as real ones.
 
-    provider: openvino, in bf16 where this CPU multiplies it, or cpu, for servers without OpenVINO.
+    provider: openvino, in bf16 where this CPU multiplies it, or cpu, for servers without OpenVINO: an
+    engine of CPUs, in the precision that is quickest here.
     Their model cards, export/small/*/README.md, say what they are and are not.
     """
     with tempfile.TemporaryDirectory() as work:
@@ -42,7 +42,7 @@ def export_small(
             checkpoint,
             repository,
             provider=provider,
-            precision="bf16" if provider == "openvino" and has_bf16() else "fp32",
+            precision=find_engine(provider).best_precision(),
             latent_tile=LATENT_TILE,
             report=report,
         )

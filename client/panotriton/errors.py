@@ -10,6 +10,7 @@ PanotritonError
 ├── InferenceFailed       a model failed on a request that was well formed
 ├── SharedMemoryError     a shared-memory region could not be made, registered or removed
 ├── ExportError           weights cannot be turned into what the server loads
+├── EngineError           an engine is not installed, or cannot open a graph
 └── ServerStartError      the local server did not come up
 """
 
@@ -54,6 +55,10 @@ class SharedMemoryError(PanotritonError):
 
 class ExportError(PanotritonError):
     """Weights or folders cannot be turned into what the server loads."""
+
+
+class EngineError(PanotritonError):
+    """An engine is not installed, does not know a setting, or cannot open a graph."""
 
 
 class ServerStartError(PanotritonError):

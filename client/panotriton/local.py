@@ -12,14 +12,16 @@ all requests into batches.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 from google.protobuf import text_format
+from google.protobuf.json_format import MessageToDict
 from numpy.typing import NDArray
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -30,10 +32,13 @@ from panotriton.models.tags import Tags
 from panotriton.pipeline.contract import DEFAULTS, MIN_SR_SIDE_PX, TENSORS, Options
 from panotriton.pipeline.networks import PIPELINE
 from panotriton.pipeline.results import Timings, Upscaled
+from panotriton.server.engines import Graph, Settings, engine_of
+from panotriton.server.engines.onnxruntime import by_providers
 from panotriton.server.repository import check_exported
 
 __all__ = ["Upscaler", "in_process", "open_network"]
 
+_LOG = logging.getLogger(__name__)
 _ONE_IMAGE = Limits(images_in_flight=1)  # in one process there is nothing to overlap
 
 
@@ -90,22 +95,27 @@ class Upscaler:
         return self._sessions[model]
 
 
-def open_network(model: Path, threads: int = 0, providers: Sequence[str] | None = None) -> Any:
-    """What runs `model`/1/model.onnx as onnxruntime's InferenceSession does; see `Upscaler`."""
-    path = model / "1" / "model.onnx"
-    threads = threads or len(os.sched_getaffinity(0))
-    config = text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
-    accelerators = config.optimization.execution_accelerators.cpu_execution_accelerator
-    if providers is None and any(each.name == "openvino" for each in accelerators):
-        from panotriton.server.openvino_graph import OpenVINOGraph  # noqa: PLC0415, of this engine alone
+def open_network(
+    model: Path,
+    threads: int = 0,
+    providers: Sequence[str] | None = None,
+    *,
+    emulate: bool = False,
+) -> Graph:
+    """`model`/1/model.onnx, opened by the engine that config.pbtxt names for CPUs; see `Upscaler`.
 
-        precision = config.parameters["openvino_precision"].string_value or "fp32"
-        return OpenVINOGraph(path, threads=threads, precision=precision)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    chosen = list(providers or ("CPUExecutionProvider",))
-    return onnxruntime.InferenceSession(path, options, providers=chosen)
+    emulate: compute in a precision that this CPU lacks, slowly, instead of in fp32. Raises EngineError.
+    """
+    text = (model / "config.pbtxt").read_text()
+    config = MessageToDict(text_format.Parse(text, ModelConfig()), preserving_proto_field_name=True)
+    settings = replace(
+        Settings.of(config),
+        threads=threads or len(os.sched_getaffinity(0)),
+        emulate=emulate,
+        report=lambda line: _LOG.warning("%s: %s", model.name, line),
+    )
+    engine = engine_of(config) if providers is None else by_providers(providers)
+    return engine.open(model / "1" / "model.onnx", settings)
 
 
 def in_process(session: Callable[[str], Any]) -> CallNetwork:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
 from panotriton.pipeline.files import TOKENIZER
+from panotriton.server.engines import CPU, Engine
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.configs import find_engine, fit_config, set_engine
 from panotriton_export.front import front_folders, write_settings
 from panotriton_export.graph import (
     Component,
@@ -20,6 +21,7 @@ from panotriton_export.graph import (
 )
 from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
+from panotriton_export.osediff.fusions import fuse
 from panotriton_export.osediff.reference import (
     LATENT_OVERLAP,
     LATENT_TILE,
@@ -56,21 +58,22 @@ def export_osediff(
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
     precision: fp32, fp16 for the weights of all but the decoder (inputs and outputs keep their types), or
     bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
-    cpu (onnxruntime), openvino, cuda or tensorrt, what the networks' configs ask the server for.
+    the name of one of `ENGINES`, which the networks' configs ask the server for.
     latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. One network
     is in memory at a time, except in the last check. Raises CheckpointError for files that do not
     fit, and ExportError where a graph differs from PyTorch.
     """
-    check_engine(provider, precision)
+    engine = find_engine(provider, precision)
     source = open_checkpoint(base, checkpoint)
     report(_HEADER)
     results: list[ParityResult] = []
-    for build, engine in _networks(source, precision, provider):
+    for build, its_engine, its_precision in _networks(source, engine, precision):
         component = build()
-        compared = export_component(component, repository, *engine)
+        fuse(component.module, its_engine.operators)
+        compared = export_component(component, repository, its_engine, its_precision)
         copy_model(component.name, repository)
         fit_config(repository / component.name)
-        set_provider(repository / component.name, *engine)
+        set_engine(repository / component.name, its_engine, its_precision)
         for result in compared:
             report(str(result))
         results += compared
@@ -81,24 +84,16 @@ def export_osediff(
 
 
 def _networks(
-    source: Checkpoint, precision: str, provider: str
-) -> list[tuple[Callable[[], Component], tuple[str, str]]]:
-    """What reads each of the four networks, and the provider and precision that it gets."""
-    base, engine = source.base, (provider, precision)
-    fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
-    # Run once a prompt: not worth another engine's rounding.
-    text = ("cpu", "fp32") if provider == "openvino" else engine
+    source: Checkpoint, engine: Engine, precision: str
+) -> list[tuple[Callable[[], Component], Engine, str]]:
+    """What reads each of the four networks, and the engine and precision that it gets."""
+    base, images = source.base, (engine, precision)
+    text = (CPU, "fp32") if engine.images_only else images
     return [
-        (lambda: text_encoder_component(base.load_text_encoder(), text[1]), text),
-        (
-            lambda: vae_encoder_component(source.load_vae(), precision, fused_attention=fused),
-            engine,
-        ),
-        (lambda: unet_component(source.load_unet(), precision, fused_attention=fused), engine),
-        (
-            lambda: vae_decoder_component(source.load_vae(), precision, fused_attention=fused),
-            engine,
-        ),
+        (lambda: text_encoder_component(base.load_text_encoder(), text[1]), *text),
+        (lambda: vae_encoder_component(source.load_vae(), precision), *images),
+        (lambda: unet_component(source.load_unet(), precision), *images),
+        (lambda: vae_decoder_component(source.load_vae(), precision), *images),
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
+from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.osediff.base import PROMPT_TOKENS
 
 __all__ = ["TextEncoder", "text_encoder_component"]
@@ -32,7 +32,7 @@ def text_encoder_component(text_encoder: Any, precision: str = "fp32") -> Compon
     """Takes the network over."""
     vocabulary = text_encoder.config.vocab_size
     probes = [_probe(text_encoder, vocabulary, batch) for batch in _PROBED_BATCHES]
-    module = TextEncoder(text_encoder, torch.float16 if precision == "fp16" else torch.float32)
+    module = TextEncoder(text_encoder, WEIGHTS[precision])
     traced = {"INPUT_IDS": _ids(vocabulary, _TRACED_BATCH)}
     dynamic = {"INPUT_IDS": {0: torch.export.Dim("batch", max=MAX_BATCH)}}
     outputs, limits = ["PROMPT_EMBEDS"], {"PROMPT_EMBEDS": LIMITS[precision]}

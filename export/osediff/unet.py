@@ -9,8 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
-from panotriton_export.osediff.attention import fuse_attention
+from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.osediff.base import PROMPT_TOKENS, TIMESTEP
 from panotriton_export.osediff.upsample import replace_upsamplers
 
@@ -82,15 +81,11 @@ def _fold_time(unet: Any) -> None:
 
 
 @torch.no_grad()
-def unet_component(
-    unet: Any, precision: str = "fp32", *, fused_attention: bool = True
-) -> Component:
+def unet_component(unet: Any, precision: str = "fp32") -> Component:
     """Takes the network over: it is unusable afterwards, so that it is never in memory twice."""
     probes = [_probe(unet, *shape) for shape in _PROBED]
     traced = _inputs(unet, *_TRACED)
-    module = OneStepUNet(unet, torch.float16 if precision == "fp16" else torch.float32)
-    if fused_attention:
-        fuse_attention(module)
+    module = OneStepUNet(unet, WEIGHTS[precision])
     batch = torch.export.Dim("batch", max=MAX_BATCH)
     least = 2 ** (len(unet.config.block_out_channels) - 1) + 1  # the exporter takes 1 for special
     height, width = (torch.export.Dim(side, min=least) for side in ("height", "width"))

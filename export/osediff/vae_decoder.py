@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
-from panotriton_export.osediff.attention import fuse_attention
 from panotriton_export.osediff.upsample import replace_upsamplers
 
 __all__ = ["Decoder", "vae_decoder_component"]
 
 _TRACED = (2, 6, 10)  # batch, h, w
 _PROBED = ((1, 9, 4), (3, 5, 8))
+_LIMITS = LIMITS | {"fp16": LIMITS["fp32"]}  # half precision overflows in the last levels
 
 
 class Decoder(nn.Module):
-    """Scaled latents to bytes. Always fp32: half precision overflows in the last levels."""
+    """Scaled latents to bytes. Its weights are always fp32."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -38,18 +38,14 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def vae_decoder_component(
-    vae: Any, precision: str = "fp32", *, fused_attention: bool = True
-) -> Component:
+def vae_decoder_component(vae: Any, precision: str = "fp32") -> Component:
     """Takes the decoder over and leaves the encoder alone."""
     probes = [_probe(vae, *shape) for shape in _PROBED]
     module = Decoder(vae)
-    if fused_attention:
-        fuse_attention(module)
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 2: height, 3: width}
     traced = {"LATENT": _latent(vae, *_TRACED)}
-    limit = LIMITS["bf16" if precision == "bf16" else "fp32"]
+    limit = _LIMITS[precision]
     largest = max(float(probe.expected["SAMPLE"].abs().max()) for probe in probes)
     # A level is 1/127.5 of SAMPLE's units, and 1/255 of IMAGE's; the last is what truncation turns.
     limits = {"SAMPLE": limit, "IMAGE": 1 / 255 + limit * largest / 2}

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
-from panotriton_export.osediff.attention import fuse_attention
+from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 
 __all__ = ["Encoder", "vae_encoder_component"]
 
@@ -36,15 +35,11 @@ class Encoder(nn.Module):
 
 
 @torch.no_grad()
-def vae_encoder_component(
-    vae: Any, precision: str = "fp32", *, fused_attention: bool = True
-) -> Component:
+def vae_encoder_component(vae: Any, precision: str = "fp32") -> Component:
     """Takes the encoder over and leaves the decoder alone."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     probes = [_probe(vae, factor, *shape) for shape in _PROBED]
-    module = Encoder(vae, torch.float16 if precision == "fp16" else torch.float32)
-    if fused_attention:
-        fuse_attention(module)
+    module = Encoder(vae, WEIGHTS[precision])
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: factor * height, 2: factor * width}
     traced = {"IMAGE": _image(factor, *_TRACED)}

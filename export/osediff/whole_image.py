@@ -20,7 +20,7 @@ U8 = NDArray[np.uint8]
 def run_graphs(repository: Path, image: U8, *, upscale: int = 2, prompt: str = "") -> U8:
     """Super-resolve (H, W, 3) with adain, one graph in memory at a time."""
     resolver = SuperResolver(repository / "osediff" / "1", Limits(images_in_flight=1))
-    call = in_process(lambda model: open_network(repository / model))
+    call = in_process(lambda model: open_network(repository / model, emulate=True))
     options = Options(upscale=upscale, align="adain", prompt=prompt)
     work = resolver.run(image[None], call, options)
     result: U8 = asyncio.run(work)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from panotriton.models.tags import Tags
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import check_engine, fit_config, set_provider
+from panotriton_export.configs import find_engine, fit_config, set_engine
 from panotriton_export.front import front_folders
 from panotriton_export.graph import ParityResult, export_component
 from panotriton_export.osediff.base import CheckpointError
@@ -49,12 +49,12 @@ def export_tagger(
     precision, provider: as of `export_osediff`. Raises ExportError where the graph differs from
     PyTorch, and leaves what was there.
     """
-    check_engine(provider, precision)
+    engine = find_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)
-    results = export_component(component, repository, provider, precision)
+    results = export_component(component, repository, engine, precision)
     copy_model(NAME, repository)
     fit_config(repository / NAME)
-    set_provider(repository / NAME, provider, precision)
+    set_engine(repository / NAME, engine, precision)
     for folder in front_folders(repository, "osediff"):
         source.tags.write(folder)
     for result in results:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from panotriton.models.tags import TAGGED_PX
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton_export.graph import LIMITS, MAX_BATCH, Component, Probe
+from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.tagger.model import Tagger
 
 __all__ = ["NAME", "tagger_component"]
@@ -21,7 +21,7 @@ _PROBED_BATCHES = (1, 3)
 def tagger_component(tagger: Tagger, precision: str = "fp32") -> Component:
     """Takes the network over."""
     probes = [_probe(tagger, batch) for batch in _PROBED_BATCHES]
-    module = tagger.half() if precision == "fp16" else tagger
+    module = tagger.to(WEIGHTS[precision])
     traced = {"IMAGE": _images(_TRACED_BATCH)}
     dynamic = {"IMAGE": {0: torch.export.Dim("batch", max=MAX_BATCH)}}
     limits = {"PROBABILITY": LIMITS[precision]}

@@ -48,7 +48,7 @@ class Sizes:
 
 
 class Tagger(nn.Module):
-    """In fp32, or after `half()` in fp16 with fp32 probabilities."""
+    """In fp32, or after `to(torch.float16)` in fp16 with fp32 probabilities."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 import script
 import torch
 from safetensors.torch import save_file
@@ -34,6 +33,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from panotriton.models.qwen import FixedVision, QwenVL
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
+from panotriton.server.engines import CPU, Settings
 from panotriton.server.repository import copy_model
 from panotriton_export.qwen_vision import export_tower, export_vision
 
@@ -182,11 +182,8 @@ def visions(qwen, images, prompt, folder, threads, runs):
 
 def graph(folder, threads):
     """(n, patches, values) → (n, tokens, hidden), by ONNX Runtime on so many threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    path = folder / "qwen_vision" / "1" / "model.onnx"
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda patches: session.run(None, {"PATCHES": patches})[0]
+    opened = CPU.open(folder / "qwen_vision" / "1" / "model.onnx", Settings(threads=threads))
+    return lambda patches: opened.run(["TOKENS"], {"PATCHES": patches})[0]
 
 
 @torch.inference_mode()

@@ -24,8 +24,8 @@ from transformers import (
 from panotriton.errors import ExportError, InvalidInput
 from panotriton.models.qwen import FixedVision, QwenVL, choose_attention, choose_dtype
 from panotriton.pipeline.quality import LEVELS, parse_reply
+from panotriton.server.engines import CPU
 from panotriton.server.repository import copy_model
-from panotriton_export.graph import session
 from panotriton_export.qwen import check_folder, export_qwen
 from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
 from panotriton_export.train_small.degrade import Scores
@@ -168,9 +168,9 @@ def test_the_exported_tower_equals_pytorch(
     copy_model("qwen_vision", tmp_path)
     grid, results = export_vision(folders[name], tmp_path, size, None)
     assert [result.passed for result in results] == [True, True]
-    graph = session(tmp_path / "qwen_vision" / "1" / "model.onnx")
+    graph = CPU.open(tmp_path / "qwen_vision" / "1" / "model.onnx")
     patches = np.random.default_rng(0).normal(size=(5, grid[0] * grid[1], 1176))
-    (tokens,) = graph.run(None, {"PATCHES": patches.astype(np.float32)})
+    (tokens,) = graph.run(["TOKENS"], {"PATCHES": patches.astype(np.float32)})
     assert tokens.shape == (5, grid[0] * grid[1] // 4, 96)
     config = (tmp_path / "qwen_vision" / "config.pbtxt").read_text()
     assert f"[ {grid[0] * grid[1]}, 1176 ]" in config

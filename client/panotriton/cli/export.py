@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.errors import ExportError
+from panotriton.server.engines import ENGINES
 from panotriton.server.repository import copy_models
 
 _EXAMPLES = """\
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", choices=["small"], help="weights that need no download")
     parser.add_argument(
         "--provider",
-        choices=["openvino", "cpu"],
+        choices=[each.name for each in reversed(ENGINES.values()) if not each.on_gpu],
         default="openvino",
         help="what runs the preset's networks: OpenVINO, or onnxruntime where a server lacks that "
         "(%(default)s)",
@@ -72,6 +73,7 @@ _TAGGER_FILES = {
 
 
 def _add_osediff(parts: Any) -> None:
+    engines = ENGINES.values()
     parser = parts.add_parser(
         "osediff",
         help="export Stable Diffusion 2.1-base with OSEDiff's adapters",
@@ -92,17 +94,18 @@ def _add_osediff(parts: Any) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=help_text)
     parser.add_argument(
         "--precision",
-        choices=["fp32", "fp16", "bf16"],
+        choices=list(dict.fromkeys(each for engine in engines for each in engine.precisions)),
         default="fp32",
         help="fp16: the weights of all but the decoder; bf16, with openvino: the factors of products "
         "inside the networks' blocks, for CPUs with AVX512_BF16 or AMX (%(default)s)",
     )
     parser.add_argument(
         "--provider",
-        choices=["cpu", "openvino", "cuda", "tensorrt"],
+        choices=list(ENGINES),
         default="cpu",
-        help="what runs the networks: onnxruntime on the CPU, OpenVINO there, or a GPU; written to their "
-        "configs (%(default)s)",
+        help="what runs the networks, written to their configs: "
+        + "; ".join(f"{each.name}, {each.about}" for each in engines)
+        + " (%(default)s)",
     )
     _add_output(parser)
     parser.set_defaults(run=_run_osediff)

@@ -1,4 +1,4 @@
-"""Triton's `onnxruntime` backend for a server without a native one, through the onnxruntime wheel.
+"""Triton's `onnxruntime` backend for a server without a native one, through the engines' wheels.
 
 A model's config.pbtxt and 1/model.onnx are those of the native backend, and what that one refuses
 at load is refused here, so what loads here loads there. Differences:
@@ -7,28 +7,29 @@ at load is refused here, so what loads here loads there. Differences:
   model's instances (the native backend: all cores for each). Each instance is a process of its own.
 - One bad request in a joined batch gets the error alone; the native backend fails the whole batch.
 - What cannot be carried through Python is refused at load: see `unsupported`.
-- The accelerator openvino is the openvino wheel itself instead of a build of onnxruntime with it, and
-  compiles for fixed shapes: see `openvino_graph`. The parameter openvino_precision is known here alone.
+- What computes is an engine of `panotriton.server.engines`, the one that answers to the accelerator that
+  config.pbtxt names. openvino is OpenVINO's own wheel instead of a build of onnxruntime with it, and
+  compiles for fixed shapes; the parameter openvino_precision is known here alone.
 
-This file is copied alone into the server's backend folder.
+This file is copied alone into the server's backend folder; it imports the panotriton that is installed.
 """
 
 import json
-import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
+
+from panotriton.errors import EngineError
+from panotriton.server.engines import CPU, Graph, Settings, engine_of
 
 Config = dict[str, Any]  # a config.pbtxt as the server's JSON of it
 Array = npt.NDArray[Any]
-Provider = tuple[str, dict[str, str]]  # name, options
 GraphTensors = dict[str, tuple[str, list[int]]]  # name: config.pbtxt's type, dims (-1: free)
 
 TRITON_TYPES = {
@@ -43,40 +44,19 @@ TRITON_TYPES = {
     "tensor(double)": "TYPE_FP64",
 }  # no bfloat16: neither numpy nor this server's Python models have it
 
-# `optimization { graph { level } }`; any other level means 0, as in the native backend.
-GRAPH_LEVELS = {
-    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
-EXECUTION_MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
-SWITCH = {"1": True, "true": True, "0": False, "false": False}
-
+NOT_OPTIMISED = 2  # `optimization { graph { level } }`
 DEFAULT_MAX_BATCH_SIZE = 4  # the native backend's `default-max-batch-size`
 
-OPENVINO = "OpenVINO"  # not a provider of onnxruntime: it runs the whole graph
-WHEELS = {
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
-}
 DEPRECATED_CUDA = (
     "cudnn_conv_algo_search",
     "gpu_mem_limit",
     "arena_extend_strategy",
     "do_copy_in_default_stream",
 )
-TENSORRT_NAMES = {
-    "max_workspace_size_bytes": "trt_max_workspace_size",
-    "int8_calibration_table_name": "trt_int8_calibration_table_name",
-    "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
-}
-# The wheel takes only True and False for these, config.pbtxt also 1 and 0.
-TENSORRT_SWITCH = re.compile("enable|use_native|dump|force|fallback|detailed")
 
 
 class TritonPythonModel:
-    """One model instance: one ONNX Runtime session in a process of its own."""
+    """One model instance: one opened graph in a process of its own."""
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
@@ -86,34 +66,33 @@ class TritonPythonModel:
         """
         config = auto_complete_model_config.as_dict()  # not a copy: what changes here is used
         if not (config["input"] and config["output"]):
-            options = session_options(config)
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             path = model_file(config, Path(pb_utils.get_model_dir()))
-            complete(config, open_session(config, path, options, [("CPUExecutionProvider", {})]))
+            with refusing(config):
+                settings = replace(Settings.of(config), graph_level=NOT_OPTIMISED)
+                graph = CPU.open(path, settings)
+            complete(config, graph)
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the graph and check config.pbtxt against it; raises TritonModelException."""
         config = json.loads(args["model_config"])
         self.name, self.max_batch_size = config["name"], config["max_batch_size"]
-        for feature in unsupported(config, args["model_instance_kind"]):
+        on_gpu = args["model_instance_kind"] == "GPU"
+        for feature in unsupported(config, on_gpu):
             raise refusal(
                 config, f"{feature} is not supported by the pip-installed onnxruntime backend"
             )
         path = model_file(config, Path(args["model_repository"], args["model_version"]))
-        wanted = providers(config, args["model_instance_kind"], args["model_instance_device_id"])
-        options = session_options(config)
-        self.session = open_session(config, path, options, wanted)
-        self.run_options = run_options(config)
+        self.graph, settings = open_graph(config, path, on_gpu, args["model_instance_device_id"])
         # A graph's scalar is [1] in config.pbtxt, which cannot say [].
-        self.scalar_inputs, self.scalar_outputs = check(config, self.session)
+        self.scalar_inputs, self.scalar_outputs = check(config, self.graph)
         pb_utils.Logger.log_info(
-            f"{args['model_instance_name']}: {', '.join(self.session.get_providers())}, "
-            f"{options.intra_op_num_threads} intra-op threads"
+            f"{args['model_instance_name']}: {', '.join(self.graph.get_providers())}, "
+            f"{settings.threads} intra-op threads"
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request, in order; requests of equal shapes share one session.run."""
+        """Answer every request, in order; requests of equal shapes share one run."""
         responses = [None] * len(requests)
         calls = []
         for index, request in enumerate(requests):
@@ -127,8 +106,8 @@ class TritonPythonModel:
         return responses
 
     def finalize(self) -> None:
-        """Release the session, and with it the graph's memory and threads."""
-        self.session = None
+        """Release the graph, and with it its memory and threads."""
+        del self.graph
 
     def _read(self, index: int, request: Any) -> "ParsedRequest":
         """One request as arrays; all but strings are views of the server's memory, not copies."""
@@ -156,7 +135,7 @@ class TritonPythonModel:
         feeds = batch[0].feeds
         if len(batch) > 1:  # each (rows, …) → (sum of rows, …)
             feeds = {name: np.concatenate([call.feeds[name] for call in batch]) for name in feeds}
-        arrays = dict(zip(names, self.session.run(names, feeds, self.run_options), strict=True))
+        arrays = dict(zip(names, self.graph.run(names, feeds), strict=True))
         for name in self.scalar_outputs.keys() & arrays.keys():
             arrays[name] = np.asarray(arrays[name]).reshape(self.scalar_outputs[name])  # () → (1,)
         return self._split(batch, arrays)
@@ -241,164 +220,54 @@ def model_file(config: Config, folder: Path) -> Path:
     return path
 
 
-def open_session(config: Config, path: Path, options: Any, wanted: list[Provider]) -> Any:
-    """A session with every provider of `wanted`: by default onnxruntime falls back in silence."""
-    if any(name == OPENVINO for name, _ in wanted):
-        return open_openvino(config, path, options.intra_op_num_threads)
-    if any(name == "CUDAExecutionProvider" for name, _ in wanted):
-        ort.preload_dlls()  # finds CUDA and cuDNN in the wheels of this environment
+@contextmanager
+def refusing(config: Config) -> Iterator[None]:
+    """What an engine cannot do is said as a refusal to load the model."""
     try:
-        session = ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
-    except Exception as error:  # onnxruntime errors have no narrower base
-        raise refusal(
-            config, f"onnxruntime cannot open {path}: {one_line(error)}; export it again"
-        ) from None
-    for name, _ in wanted:
-        if name not in session.get_providers():
-            reason = "the server's log names the library that is missing"
-            raise refusal(config, f"{name} did not start; {reason}, or use KIND_CPU")
-    return session
+        yield
+    except EngineError as error:
+        raise refusal(config, str(error)) from None
 
 
-def open_openvino(config: Config, path: Path, threads: int) -> Any:
-    try:
-        from panotriton.server import openvino_graph  # noqa: PLC0415, of this accelerator alone
-    except ImportError as error:
-        problem = f"the accelerator openvino needs {error.name}: pip install openvino"
-        raise refusal(config, f"{problem}, or export with --provider cpu") from None
-    precisions = {name: name for name in openvino_graph.PRECISIONS}
-    precision = choice(config, "openvino_precision", precisions, "fp32")
-    if precision == "bf16" and not openvino_graph.has_bf16():
-        pb_utils.Logger.log_warn(f"{config['name']}: fp32, since this CPU has no bfloat16")
-        precision = "fp32"
-    try:
-        return openvino_graph.OpenVINOGraph(path, threads=threads, precision=precision)
-    except RuntimeError as error:
-        problem = f"OpenVINO cannot open {path}: {one_line(error)}"
-        raise refusal(config, f"{problem}; export it again") from None
+def open_graph(config: Config, path: Path, on_gpu: bool, device: str) -> tuple[Graph, Settings]:
+    """The graph, opened by the engine that config.pbtxt asks for, and what that was told."""
+
+    def warn(line: str) -> None:
+        pb_utils.Logger.log_warn(f"{config['name']}: {line}")
+
+    with refusing(config):
+        settings = Settings.of(config, device=device, report=warn)
+        return engine_of(config, on_gpu=on_gpu).open(path, settings), settings
 
 
-def session_options(config: Config) -> Any:
-    options = ort.SessionOptions()
-    level = config.get("optimization", {}).get("graph", {}).get("level", 0)
-    options.graph_optimization_level = GRAPH_LEVELS.get(level, GRAPH_LEVELS[0])
-    options.execution_mode = choice(config, "execution_mode", EXECUTION_MODES, "0")
-    options.intra_op_num_threads = threads(config, "intra_op_thread_count")
-    options.inter_op_num_threads = threads(config, "inter_op_thread_count")
-    options.enable_cpu_mem_arena = choice(config, "enable_mem_arena", SWITCH, "1")
-    options.enable_mem_pattern = choice(config, "enable_mem_pattern", SWITCH, "1")
-    # Each instance is a process of its own: a thread that spins between runs takes a core from others.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    allocator = "session.use_device_allocator_for_initializers"
-    options.add_session_config_entry(allocator, parameter(config, allocator, "0"))
-    for library in config.get("model_operations", {}).get("op_library_filename", []):
-        options.register_custom_ops_library(library)
-    return options
-
-
-def run_options(config: Config) -> Any:
-    options = ort.RunOptions()
-    shrinkage = "memory.enable_memory_arena_shrinkage"
-    if parameter(config, shrinkage):
-        options.add_run_config_entry(shrinkage, parameter(config, shrinkage))
-    return options
-
-
-def parameter(config: Config, key: str, default: str = "") -> str:
-    value: str = config.get("parameters", {}).get(key, {}).get("string_value", default)
+def parameter(config: Config, key: str) -> str:
+    value: str = config.get("parameters", {}).get(key, {}).get("string_value", "")
     return value
 
 
-def choice(config: Config, key: str, choices: dict[str, Any], default: str) -> Any:
-    text = parameter(config, key, default)
-    if text.lower() not in choices:
-        raise refusal(config, f"parameter {key} is '{text}', expected one of {', '.join(choices)}")
-    return choices[text.lower()]
-
-
-def threads(config: Config, key: str) -> int:
-    """The count that a parameter gives, else this process's cores shared out over the instances."""
-    text = parameter(config, key, "0")
-    if not re.fullmatch(r"-?\d+", text):
-        raise refusal(config, f"parameter {key} is '{text}', expected a whole number")
-    groups = config.get("instance_group", [])
-    instances = sum(group["count"] * max(1, len(group.get("gpus", []))) for group in groups)
-    share = len(os.sched_getaffinity(0)) // max(1, instances)
-    return int(text) if int(text) > 0 else max(1, share)
-
-
-def unsupported(config: Config, kind: str) -> list[str]:
+def unsupported(config: Config, on_gpu: bool) -> list[str]:
     """What config.pbtxt asks for, the native backend has, and would be ignored here."""
     asked: dict[str, Any] = {field: config.get(field) for field in ("batch_input", "batch_output")}
     asked["sequence_batching"] = "sequence_batching" in config
     asked["decoupled"] = pb_utils.using_decoupled_model_transaction_policy(config)
     asked["allow_ragged_batch"] = any(entry.get("allow_ragged_batch") for entry in config["input"])
-    on_gpu = parameter(config, "FORCE_CPU_ONLY_INPUT_TENSORS") == "no"
-    asked["parameter FORCE_CPU_ONLY_INPUT_TENSORS: no"] = on_gpu
+    stays = parameter(config, "FORCE_CPU_ONLY_INPUT_TENSORS") == "no"
+    asked["parameter FORCE_CPU_ONLY_INPUT_TENSORS: no"] = stays
     for key in DEPRECATED_CUDA:
         where = f"parameter {key} (deprecated: give it to gpu_execution_accelerator 'cuda')"
-        asked[where] = kind == "GPU" and parameter(config, key)
+        asked[where] = on_gpu and parameter(config, key)
     return [feature for feature, is_asked in asked.items() if is_asked]
 
 
-def providers(config: Config, kind: str, device_id: str) -> list[Provider]:
-    """(provider, its options), best first; refuses those that the installed wheel lacks.
-
-    As in the native backend, GPU accelerators count for KIND_GPU instances only.
-    """
-    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
-    on_gpu = accelerators.get("gpu_execution_accelerator", []) if kind == "GPU" else []
-    on_cpu = accelerators.get("cpu_execution_accelerator", [])
-    for accelerator in on_gpu + on_cpu:
-        known = ("tensorrt", "cuda") if accelerator in on_gpu else ("openvino",)
-        if accelerator["name"] not in known:
-            unknown = f"unknown execution accelerator '{accelerator['name']}'"
-            raise refusal(config, f"{unknown}, expected {' or '.join(known)}")
-    options = {each["name"]: each.get("parameters", {}) for each in on_gpu + on_cpu}
-    wanted: list[Provider] = []
-    if "tensorrt" in options:
-        tensorrt = {**tensorrt_options(config, options["tensorrt"]), "device_id": device_id}
-        wanted.append(("TensorrtExecutionProvider", tensorrt))
-    if kind == "GPU":
-        cuda = {**options.get("cuda", {}), "device_id": device_id}
-        wanted.append(("CUDAExecutionProvider", cuda))
-    if "openvino" in options and not wanted:
-        return [(OPENVINO, {})]
-    for name, _ in wanted:
-        if name not in ort.get_available_providers():
-            raise refusal(
-                config,
-                f"{name} is not in the installed onnxruntime {ort.__version__}: pip install "
-                f"{WHEELS[name]} in its place, or use KIND_CPU without execution accelerators",
-            )
-    return [*wanted, ("CPUExecutionProvider", {})]
-
-
-def tensorrt_options(config: Config, parameters: dict[str, str]) -> dict[str, str]:
-    options = {}
-    for key, value in parameters.items():
-        name = TENSORRT_NAMES.get(key, key)
-        if key == "precision_mode" and value in ("FP32", "FP16", "BF16", "INT8"):
-            if value != "FP32":
-                options[f"trt_{value.lower()}_enable"] = "True"
-        elif not name.startswith("trt_"):
-            raise refusal(config, f"unknown tensorrt parameter {key}: '{value}'")
-        elif TENSORRT_SWITCH.search(name):
-            options[name] = {"1": "True", "0": "False"}.get(value, value)
-        else:
-            options[name] = value
-    return options
-
-
-def check(config: Config, session: Any) -> tuple[set[str], dict[str, list[int]]]:
+def check(config: Config, graph: Graph) -> tuple[set[str], dict[str, list[int]]]:
     """Check config.pbtxt against the graph.
 
     Returns the names of scalar inputs, and of scalar outputs with the shapes to give them.
     """
-    inputs = graph_tensors(config, session.get_inputs())
+    inputs = graph_tensors(config, graph.get_inputs())
     # Initializers that are inputs too may be given or left out.
-    defaults = graph_tensors(config, session.get_overridable_initializers())
-    outputs = graph_tensors(config, session.get_outputs())
+    defaults = graph_tensors(config, graph.get_overridable_initializers())
+    outputs = graph_tensors(config, graph.get_outputs())
     for entry in config["input"]:
         check_tensor(config, f"input '{entry['name']}'", entry, {**inputs, **defaults})
         if entry.get("optional") and config["max_batch_size"]:
@@ -473,14 +342,14 @@ def entry_dims(entry: Config) -> list[int]:
     return dims
 
 
-def complete(config: Config, session: Any) -> None:
+def complete(config: Config, graph: Graph) -> None:
     """Write max_batch_size, dynamic_batching and the inputs or outputs that are missing.
 
     As in the native backend, a graph whose every first dimension is free is taken to batch.
     """
     tensors = {
-        "input": graph_tensors(config, session.get_inputs()),
-        "output": graph_tensors(config, session.get_outputs()),
+        "input": graph_tensors(config, graph.get_inputs()),
+        "output": graph_tensors(config, graph.get_outputs()),
     }
     if all(dims[:1] == [-1] for side in tensors.values() for _, dims in side.values()):
         config["max_batch_size"] = config["max_batch_size"] or DEFAULT_MAX_BATCH_SIZE

@@ -1,11 +1,4 @@
-"""An exported graph run by OpenVINO, on Intel's and AMD's CPUs.
-
-```python
-graph = OpenVINOGraph(Path("repository/osediff_vae_encoder/1/model.onnx"), threads=2)
-(latent,) = graph.run(["LATENT"], {"IMAGE": image})
-```
-Needs pip install 'panotriton[server]'.
-"""
+"""Graphs run by OpenVINO, on Intel's and AMD's CPUs."""
 
 from __future__ import annotations
 
@@ -17,13 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset13 as ops
 
-__all__ = ["PRECISIONS", "OpenVINOGraph", "has_bf16"]
+from panotriton.server.engines.engine import ConfigEntries, Engine, Settings
 
-PRECISIONS = ("fp32", "bf16")
+__all__ = ["OPENVINO", "OpenVINOGraph", "has_bf16"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -41,11 +32,11 @@ _TYPES = {"f32": "float", "f16": "float16", "f64": "double", "boolean": "bool", 
 
 def has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 itself (AVX512_BF16, AMX); elsewhere fp32 is quicker."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVINOGraph:
-    """One graph, with the methods of onnxruntime's InferenceSession that are used here. One thread.
+    """One graph, for one thread.
 
     threads: at most so many compute at once. precision: fp32, or bf16, which has the blocks'
     convolutions and linear layers multiply bfloat16 and add up fp32; what layers hand on stays fp32.
@@ -63,7 +54,7 @@ class OpenVINOGraph:
         precision: str = "fp32",
         shapes: int | None = None,
     ) -> None:
-        self._core = ov.Core()
+        self._core = _openvino().Core()
         self._model = self._core.read_model(str(path))
         if precision == "bf16":
             _multiply_bf16(self._model)
@@ -79,10 +70,8 @@ class OpenVINOGraph:
         self._shapes = shapes
         self._compiled: OrderedDict[Any, Any] = OrderedDict()  # key → its infer request
 
-    def run(
-        self, outputs: Sequence[str], feeds: Arrays, options: object = None
-    ) -> list[NDArray[Any]]:
-        """The named outputs, as arrays of their own. options: onnxruntime's, ignored."""
+    def run(self, outputs: Sequence[str], feeds: Arrays) -> list[NDArray[Any]]:
+        """The named outputs, as arrays of their own."""
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         request = self._request(tuple(outputs), {name: a.shape for name, a in arrays.items()})
         results = request.infer(arrays, share_inputs=True, share_outputs=True)
@@ -114,12 +103,18 @@ class OpenVINOGraph:
             self._compiled.popitem(last=False)
         whole = self._model.clone()
         results = [whole.output(name).get_node() for name in outputs]
-        model = ov.Model(results, whole.get_parameters())
+        model = _openvino().Model(results, whole.get_parameters())
         if self._shapes:
             model.reshape(shapes)
         compiled = self._core.compile_model(model, "CPU", self._settings)
         self._compiled[key] = compiled.create_infer_request()
         return self._compiled[key]
+
+
+def _openvino() -> Any:
+    import openvino  # noqa: PLC0415, of this engine alone
+
+    return openvino
 
 
 def _described(port: Any) -> SimpleNamespace:
@@ -137,6 +132,7 @@ def _weight_bytes(model: Any) -> int:
 
 def _multiply_bf16(model: Any) -> None:
     """Round both factors of the blocks' products to bfloat16; the sums stay fp32."""
+    ops = _openvino().opset13
     for node in model.get_ordered_ops():
         if node.get_type_name() not in _MIXED or not _is_in_a_block(node):
             continue
@@ -156,3 +152,34 @@ def _is_in_a_block(node: Any) -> bool:
     if weight.get_type_name() != "Constant":
         return False
     return bool(_BLOCK_WEIGHT.search(name) or _FOLDED_WEIGHT.fullmatch(name))
+
+
+def _open(path: Path, settings: Settings) -> OpenVINOGraph:
+    precision = settings.choice(_PRECISION, {each: each for each in OPENVINO.precisions}, "fp32")
+    if precision == "bf16" and not (settings.emulate or has_bf16()):
+        settings.report("fp32, since this CPU has no bfloat16")
+        precision = "fp32"
+    return OpenVINOGraph(path, threads=settings.threads, precision=precision)
+
+
+_PRECISION = (
+    "openvino_precision"  # of the pip-installed server's backend alone; NVIDIA's computes fp32
+)
+
+OPENVINO = Engine(
+    name="openvino",
+    about="OpenVINO on the CPU",
+    wheel="openvino",
+    precisions={
+        "fp32": ConfigEntries(accelerator={}),
+        "bf16": ConfigEntries(accelerator={}, parameters={_PRECISION: "bf16"}),
+    },
+    opener=_open,
+    best=lambda: "bf16" if has_bf16() else "fp32",
+    accelerator="openvino",
+    operators=frozenset({"MultiHeadAttention"}),
+    slack=3,  # 1.4e-4 in fp32 for Stable Diffusion's UNet with random weights
+    images_only=True,  # the text encoder, run once a prompt, is not worth another engine's rounding
+    # One image fills a core's caches; a batch of them computes no quicker.
+    batches={"osediff_vae_encoder": 1, "osediff_vae_decoder": 1, "osediff_unet": 4},
+)
