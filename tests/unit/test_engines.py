@@ -162,7 +162,7 @@ def test_names_are_compared_by_the_registry_alone() -> None:
         if names & set(_compared(ast.parse(path.read_text())))
     }
     assert {path for path in found if "/server/engines/" not in path} == {
-        "client/panotriton/client/client.py",  # "cuda" is a kind of shared memory there
+        "client/panotriton/client/conversation.py",  # "cuda" is a kind of shared memory there
         "client/panotriton/models/qwen.py",  # "cuda" is a device of torch's there
     }
 
