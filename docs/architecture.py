@@ -1,4 +1,4 @@
-"""Write ARCHITECTURE.md from the config.pbtxt files: what each hop carries, by name, dtype and shape.
+"""Write ARCHITECTURE.md from the configs and code of the models: what each hop carries, by name and shape.
 
 python docs/architecture.py            rewrite it
 python docs/architecture.py --check    exit 1 where it is stale
@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from calls import calls
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -22,28 +23,19 @@ One request to the `panorama` ensemble runs the whole pipeline. Every arrow belo
 hands from one model to the next; none is a file. `panorama_encoded` puts `decode` before it, for callers
 who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
 
-This page is written by `make docs` from the `config.pbtxt` files and `make check` fails when it is stale.
+This page is written by `make docs` from the `config.pbtxt` files and the models' code, and `make check` fails
+when it is stale. Dims and batch sizes of the networks are those of full-size weights on onnxruntime; an export
+writes what its weights and its engine ask for into the copy of the config that it makes.
 
 """
 
-# Calls that a Python model makes itself (business logic scripting): no config knows them.
-CALLS = {
-    "osediff": (
-        "osediff_tagger",
-        "osediff_text_encoder",
-        "osediff_vae_encoder",
-        "osediff_unet",
-        "osediff_vae_decoder",
-    ),
-    "qwen_scorer": ("qwen",),
-    "qwen_describer": ("qwen",),
-    "qwen": ("qwen_vision",),
-}
 CALLS_TEXT = """\
 ## Calls between models
 
 `osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
-that the tiles and images of all requests meet in the same batches and weights exist once.
+that the tiles and images of all requests meet in the same batches and weights exist once. `panorama_stream`
+goes the ensemble's way by calls of its own. This is read from the models' code. An optional input is named
+where the caller sends it; `osediff_tagger` and `qwen_vision` are asked where they were exported.
 
 """
 
@@ -78,6 +70,8 @@ def diagram(models):
     hops = {}  # (source, arrow, target) → what it carries: parallel arrows are drawn as one
     for name, step in zip(names, steps, strict=True):
         for io in models[step.model_name].input:
+            if io.name not in step.input_map:  # reading a missing key would make it, as ""
+                continue
             value = step.input_map[io.name]
             source, kind = made.get(value, ("caller", tensor(io)))
             arrow = "-.->" if source == "caller" and io.optional else "-->"
@@ -110,14 +104,16 @@ def table(config):
     return "\n".join([*lines, ""])
 
 
-def calls(models):
+def calls_diagram(models):
     """The calls that Python models make, with what they carry."""
     lines = ["```mermaid", "flowchart LR"]
-    for caller, called in CALLS.items():
+    for caller in models:
+        called, built = calls(caller, set(models))
         for name in called:
             batched = models[name].max_batch_size > 0
-            sent = "<br/>".join(f"{io.name} {tensor(io, batched)}" for io in models[name].input)
-            lines.append(f'  {caller} -->|"{sent}"| {name}')
+            sent = [io for io in models[name].input if not io.optional or io.name in built]
+            text = "<br/>".join(f"{io.name} {tensor(io, batched)}" for io in sent)
+            lines.append(f'  {caller} -->|"{text}"| {name}')
     return "\n".join([*lines, "```", ""])
 
 
@@ -130,7 +126,7 @@ def page():
         diagram(models),
         "\n",
         CALLS_TEXT,
-        calls(models),
+        calls_diagram(models),
         "\n## Every model\n\n",
         tables,
     ]
