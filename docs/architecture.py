@@ -24,8 +24,8 @@ hands from one model to the next; none is a file. `panorama_encoded` puts `decod
 who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
 
 This page is written by `make docs` from the `config.pbtxt` files and the models' code, and `make check` fails
-when it is stale. Dims and batch sizes of the networks are those of full-size weights on onnxruntime; an export
-writes what its weights and its engine ask for into the copy of the config that it makes.
+when it is stale. Dims and batch sizes of the networks are those of full-size weights on onnxruntime; an
+export writes what its weights and its engine ask for into the copy of the config that it makes.
 
 """
 
