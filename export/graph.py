@@ -22,6 +22,7 @@ from panotriton.server.openvino_graph import OpenVINOGraph
 
 __all__ = [
     "LIMITS",
+    "MAX_BATCH",
     "Component",
     "ParityResult",
     "Probe",
@@ -39,7 +40,7 @@ LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 _OPENVINO_SLACK = 3
 
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
-_EXTERNAL_ABOVE_BYTES = 1_900_000_000
+EXTERNAL_ABOVE_BYTES = 1_900_000_000
 _EXTERNAL_NAME = "model.onnx.data"
 
 Tensors = Mapping[str, Tensor]
@@ -159,7 +160,7 @@ def _strip(model: ir.Model) -> None:
 
 def _save(model: ir.Model, path: Path) -> None:
     weights = (value.const_value for value in model.graph.initializers.values())
-    large = sum(weight.nbytes for weight in weights if weight is not None) > _EXTERNAL_ABOVE_BYTES
+    large = sum(weight.nbytes for weight in weights if weight is not None) > EXTERNAL_ABOVE_BYTES
     ir.save(model, path, external_data=_EXTERNAL_NAME if large else None)
 
 

@@ -20,11 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from panotriton_export.osediff.base import PROMPT_TOKENS
 from panotriton_export.osediff.checkpoint import add_adapters, save_checkpoint
 
-__all__ = ["adapter_modules", "write_random"]
+__all__ = ["UNET", "VAE", "adapter_modules", "vae_blocks", "write_random"]
 
 Size = Literal["tiny", "sd21"]
 
-_UNET: dict[Size, dict[str, Any]] = {
+UNET: dict[Size, dict[str, Any]] = {
     "tiny": {
         "block_out_channels": (32, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -39,7 +39,7 @@ _UNET: dict[Size, dict[str, Any]] = {
         "cross_attention_dim": 1024,
     },
 }
-_VAE: dict[Size, dict[str, Any]] = {
+VAE: dict[Size, dict[str, Any]] = {
     "tiny": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
     "sd21": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
 }
@@ -74,8 +74,8 @@ def write_random(folder: Path, size: Size = "tiny", *, seed: int = 0, rank: int 
     _scheduler().save_pretrained(folder / "scheduler")
     _text_encoder(size).save_pretrained(folder / "text_encoder")
     _write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    vae = AutoencoderKL(**_blocks(_VAE[size]), sample_size=512)
-    unet = UNet2DConditionModel(**_UNET[size], sample_size=64, use_linear_projection=True)
+    vae = AutoencoderKL(**vae_blocks(VAE[size]), sample_size=512)
+    unet = UNet2DConditionModel(**UNET[size], sample_size=64, use_linear_projection=True)
     vae.save_pretrained(folder / "vae")
     unet.save_pretrained(folder / "unet")
     checkpoint = folder / "osediff.pkl"
@@ -122,8 +122,8 @@ def _has(name: str, parts: Iterable[str]) -> bool:
     return any(part in name for part in parts)
 
 
-def _blocks(config: dict[str, Any]) -> dict[str, Any]:
-    """A VAE's config completed with one plain block type a level."""
+def vae_blocks(config: dict[str, Any]) -> dict[str, Any]:
+    """A VAE's config completed with one plain block type per level."""
     levels = len(config["block_out_channels"])
     down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
     return {**config, "down_block_types": down, "up_block_types": up, "latent_channels": 4}

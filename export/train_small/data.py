@@ -16,7 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-__all__ = ["HELD_OUT", "SOURCES", "STRENGTHS", "Source", "Strength", "degrade", "load", "sample"]
+__all__ = [
+    "HELD_OUT",
+    "SOURCES",
+    "STRENGTHS",
+    "Image",
+    "Source",
+    "Strength",
+    "degrade",
+    "enlarge",
+    "jpeg",
+    "load",
+    "sample",
+]
 
 Image = NDArray[np.uint8]
 

@@ -41,7 +41,7 @@ from .degrade import FAULTS
 from .replies import Reply, describe, level, look_at, number, six_lines
 from .scenes import Sample, Scene, cut, load_panoramas, make_sample, vary
 
-__all__ = ["main"]
+__all__ = ["main", "prompts"]
 
 # Bounds a 1:2 pair to 168 × 336 (72 tokens) and a square view to 224 × 224 (64 tokens).
 _MAX_PIXELS = 57_000

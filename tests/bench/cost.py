@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from panotriton.local import open_network
-from panotriton_export.osediff.random_sd import _UNET, _VAE, _blocks
+from panotriton_export.osediff.random_sd import UNET, VAE, vae_blocks
 from panotriton_export.presets import LATENT_TILE, SMALL
 
 PUBLISHED = {"A100": (312e12, 2039e9), "H100": (989e12, 3350e9)}
@@ -118,8 +118,8 @@ def count(network: nn.Module, run: Callable[[], Any], width: int = 2) -> Work:
 def super_resolution() -> dict[str, Work]:
     """A group's work of OSEDiff's networks; the text encoder runs once a prompt and is left out."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**_UNET["sd21"], use_linear_projection=True)
-        vae = AutoencoderKL(**_blocks(_VAE["sd21"]))
+        unet = UNet2DConditionModel(**UNET["sd21"], use_linear_projection=True)
+        vae = AutoencoderKL(**vae_blocks(VAE["sd21"]))
     tiles = PAIRS * PAIR_TILES + VIEWS * VIEW_TILES
     return {
         "vae_encoder": _vae(vae.encoder, 3, 1),
@@ -153,7 +153,7 @@ def qwen() -> dict[str, Work]:
     ]
     total = {"qwen vision": Work(), "qwen prefill": Work(), "qwen decode": Work()}
     for size, prompt, reply, images, batch in asked:
-        patches = _patches(*size)
+        patches = patch_count(*size)
         length = patches // 4 + prompt
         total["qwen vision"] += vision(model.model.visual, patches) * images
         first, step = _language(model, batch, length)
@@ -198,7 +198,7 @@ def _language(model: Any, batch: int, length: int) -> tuple[Work, Work]:
     return first, count(model, lambda: step(1)) + Work(0, read)
 
 
-def _patches(height: int, width: int) -> int:
+def patch_count(height: int, width: int) -> int:
     """14 px patches once the sides are rounded to multiples of 28, as Qwen's processor does."""
     return round(height / 28) * round(width / 28) * 4
 

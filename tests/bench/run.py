@@ -33,7 +33,7 @@ DEFAULT_LIMIT_S = 900
 PAGES = ("CAPACITY", "MOVING", "PERFORMANCE", "TRANSPORT")
 DOCS = (script.ROOT / "README.md", *(script.ROOT / "docs" / f"{name}.md" for name in PAGES))
 IMAGES = script.ROOT / "docs" / "images" / "bench"
-_MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
 
 
 def parse() -> argparse.Namespace:
@@ -187,8 +187,8 @@ def write_docs(content: dict[str, Any]) -> None:
         texts["capacity"] = capacity.measured(content["results"]["pipeline"])
     for path in DOCS:
         text = path.read_text()
-        path.write_text(_MARKED.sub(lambda found: filled(found, texts), text))
-        missing = sorted({name for _, name, _ in _MARKED.findall(text)} - texts.keys())
+        path.write_text(MARKED.sub(lambda found: filled(found, texts), text))
+        missing = sorted({name for _, name, _ in MARKED.findall(text)} - texts.keys())
         print(f"{path}: filled" + (f"; never measured: {', '.join(missing)}" if missing else ""))
     plots.draw(content["results"], IMAGES)
 

@@ -211,7 +211,7 @@ def test_the_vision_towers_flops_are_near_two_a_weight_and_patch() -> None:
 
 def test_a_group_has_the_tiles_of_the_real_sizes() -> None:
     assert cost.PAIRS * cost.PAIR_TILES + cost.VIEWS * cost.VIEW_TILES == 704
-    assert cost._patches(1024, 2048) == 10804
+    assert cost.patch_count(1024, 2048) == 10804
 
 
 @pytest.mark.skipif(memory_store.find() is None, reason="no redis-server: apt install redis-server")
@@ -282,7 +282,7 @@ def test_docs_are_filled_between_their_markers_and_nowhere_else(
 
 
 def test_the_docs_name_only_measurements_that_exist() -> None:
-    named = {name for path in run.DOCS for _, name, _ in run._MARKED.findall(path.read_text())}
+    named = {name for path in run.DOCS for _, name, _ in run.MARKED.findall(path.read_text())}
     assert named <= run.SUITE.keys() | {"machine", "summary"}
     assert named
 

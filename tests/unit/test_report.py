@@ -23,7 +23,7 @@ from panotriton.groups.report import page, write_index, write_report
 from panotriton.groups.report.footprint import HEIGHT, WIDTH, border, footprint, rings
 from panotriton.groups.report.picture import bicubic, data_uri, most_different
 from panotriton.groups.report.record import read_record
-from panotriton.pipeline.camera import LIMITS, Camera, _Maps, _rotation
+from panotriton.pipeline.camera import LIMITS, Camera, Maps, rotation
 from tests.groups import write_example
 
 NAN = float("nan")
@@ -62,7 +62,7 @@ def test_public_names_are_pinned() -> None:
 @given(CAMERAS)
 def test_the_border_is_the_rim_of_the_sampling_maps(camera: Camera) -> None:
     size = 64
-    x, y = _Maps(size).at(camera)
+    x, y = Maps(size).at(camera)
     rim = [(0, slice(0, -1)), (slice(0, -1), -1), (-1, slice(None, 0, -1)), (slice(None, 0, -1), 0)]
     expected_x = np.concatenate([x[where] for where in rim]) / (size - 1) * WIDTH
     expected_y = np.concatenate([y[where] for where in rim]) / (size - 1) * HEIGHT
@@ -97,7 +97,7 @@ def test_the_area_is_right_at_poles_and_seam(camera: Camera) -> None:
 
 @pytest.mark.parametrize("camera", HARD_CAMERAS.values(), ids=HARD_CAMERAS)
 def test_every_sample_of_the_crop_lies_in_the_area(camera: Camera) -> None:
-    x, y = (plane / 255 for plane in _Maps(256).at(camera))
+    x, y = (plane / 255 for plane in Maps(256).at(camera))
     columns = np.clip(x * WIDTH * SCALE, 0, WIDTH * SCALE - 1).astype(int)
     rows = np.clip(y * HEIGHT * SCALE, 0, HEIGHT * SCALE - 1).astype(int)
     assert drawn(camera)[rows, columns].mean() > 0.985  # the rest is the rim itself
@@ -133,7 +133,7 @@ def drawn(camera: Camera) -> np.ndarray:
 def seen(camera: Camera, yaw: np.ndarray, pitch: np.ndarray, size: int = 512) -> np.ndarray:
     """The camera model the other way round: which directions fall on the picture."""
     rays = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)])
-    px, py, pz = np.tensordot(_rotation(camera).T, rays, 1)
+    px, py, pz = np.tensordot(rotation(camera).T, rays, 1)
     half = np.sin(np.radians(camera.vfov) / 2)
     focal = 0.5 * (size / 2) * (camera.xi + np.sqrt(1 - half**2)) / half
     depth = pz + camera.xi

@@ -33,7 +33,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr, never a traceback."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM cleans up exactly as Ctrl-C does
     try:
         return int(options.run(options))
@@ -55,7 +55,7 @@ def _exit_code(error: PanotritonError) -> int:
     return 3 if isinstance(error, ConnectError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="panotriton",
         description="Pairs of panoramas to quality-filtered, super-resolved image sequences, on Triton.",

@@ -40,7 +40,7 @@ from panotriton.pipeline.results import (
     Upscaled,
 )
 
-__all__ = ["Client", "ImageLike", "Tls"]
+__all__ = ["Client", "ImageLike", "Tls", "check_kind", "check_streams"]
 
 T = TypeVar("T")
 _STATISTICS_WAIT_S = 0.1

@@ -34,7 +34,17 @@ from panotriton.client.calls import Call
 from panotriton.client.pixels import Images
 from panotriton.errors import PanotritonError, SharedMemoryError
 
-__all__ = ["AsyncSharedMemory", "Layout", "Pool", "SharedMemory", "Slot", "SystemSlot", "layout"]
+__all__ = [
+    "FOLDER",
+    "PREFIX",
+    "AsyncSharedMemory",
+    "Layout",
+    "Pool",
+    "SharedMemory",
+    "Slot",
+    "SystemSlot",
+    "layout",
+]
 
 FOLDER = Path("/dev/shm")  # noqa: S108
 PREFIX = "panotriton_"

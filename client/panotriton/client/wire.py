@@ -31,7 +31,28 @@ from panotriton.errors import (
 )
 from panotriton.pipeline.results import Health, Model, StageTime, Timings
 
-__all__ = ["Address", "Tls"]
+__all__ = [
+    "CONNECT_TIMEOUT_S",
+    "Address",
+    "Tls",
+    "address",
+    "async_http_client",
+    "decode",
+    "doubtful",
+    "encode",
+    "event_tensors",
+    "failures",
+    "finished",
+    "health",
+    "import_wire",
+    "mapped",
+    "models",
+    "not_served",
+    "region_names",
+    "stage_times",
+    "timings",
+    "waits",
+]
 
 PROTOCOLS = ("grpc", "http")
 CONNECT_TIMEOUT_S = 10.0

@@ -20,6 +20,7 @@ from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.results import Group, Interval, Pair
 
 __all__ = [
+    "JPEG_QUALITY",
     "fill_group",
     "group_folder",
     "next_group_id",

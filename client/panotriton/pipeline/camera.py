@@ -21,10 +21,13 @@ __all__ = [
     "INTERVALS",
     "LIMITS",
     "Camera",
+    "Maps",
     "Sphere",
     "crop",
     "interval_bounds",
     "lerp",
+    "lerp_arrays",
+    "rotation",
     "sample_cameras",
 ]
 
@@ -154,7 +157,7 @@ class Sphere:
 
     def crop(self, camera: Camera) -> Image:
         """Return the (size, size, 3) uint8 view."""
-        return self._sample(camera, _Maps(self.size), out=None)
+        return self._sample(camera, Maps(self.size), out=None)
 
     def crops(self, cameras: Sequence[Camera], out: Sequence[Image], threads: int = 1) -> None:
         """Fill out[i] (size, size, 3) uint8 with the view of cameras[i].
@@ -170,11 +173,11 @@ class Sphere:
             list(pool.map(self._fill, [jobs[i::threads] for i in range(threads)]))
 
     def _fill(self, jobs: Sequence[tuple[Camera, Image]]) -> None:
-        maps = _Maps(self.size)
+        maps = Maps(self.size)
         for camera, view in jobs:
             self._sample(camera, maps, out=view)
 
-    def _sample(self, camera: Camera, maps: _Maps, out: Image | None) -> Image:
+    def _sample(self, camera: Camera, maps: Maps, out: Image | None) -> Image:
         x, y = maps.at(camera)
         wrap = cv2.BORDER_WRAP
         return np.asarray(cv2.remap(self.image, x, y, cv2.INTER_LINEAR, dst=out, borderMode=wrap))
@@ -189,7 +192,7 @@ def _check_panorama(panorama: Image) -> None:
         raise ValueError(f"panorama is {panorama.shape[1]}×{panorama.shape[0]}; it has no pixels")
 
 
-class _Maps:
+class Maps:
     """Computes where a size × size crop samples the panorama, in five float32 planes of its own."""
 
     def __init__(self, size: int) -> None:
@@ -205,8 +208,8 @@ class _Maps:
         grid_x = self.index / focal  # (size,) varies along a row
         grid_y = -self.index / focal  # (size,) varies down a column
         self._sphere_scale(grid_x, grid_y, camera.xi)
-        rotation = _rotation(camera)
-        for plane, row in zip((self.x, self.y, self.z), rotation, strict=True):
+        matrix = rotation(camera)
+        for plane, row in zip((self.x, self.y, self.z), matrix, strict=True):
             self._rotated(plane, row, grid_x, grid_y, camera.xi)
         return self._equirectangular()
 
@@ -247,7 +250,7 @@ def _outer(column: Vector, row: Vector) -> tuple[Plane, Plane]:
     return column.astype(np.float32)[:, None], row.astype(np.float32)[None, :]
 
 
-def _rotation(camera: Camera) -> Vector:
+def rotation(camera: Camera) -> Vector:
     """R_az(yaw) · R_el(-pitch) · R_roll(roll)ᵀ, (3, 3)."""
     yaw, pitch, roll = np.radians([camera.yaw, -camera.pitch, camera.roll])
     cos, sin = np.cos, np.sin

@@ -17,6 +17,7 @@ from panotriton.pipeline.images import check_panorama
 
 __all__ = [
     "CROP_SIZES",
+    "MAX_INTERPOLATIONS",
     "check_cameras",
     "check_crop_size",
     "check_interpolations",

@@ -27,6 +27,7 @@ __all__ = [
     "Timings",
     "Upscaled",
     "group_from_tensors",
+    "quality",
 ]
 
 U8 = NDArray[np.uint8]

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.pipeline.camera import Camera, _rotation
+from panotriton.pipeline.camera import Camera, rotation
 
 __all__ = ["HEIGHT", "WIDTH", "Footprint", "border", "footprint", "rings"]
 
@@ -73,7 +73,7 @@ def border(camera: Camera, size: int = 512, per_side: int = _PER_SIDE) -> F64:
     r2 = x**2 + y**2
     scale = (camera.xi + np.sqrt(1 + (1 - camera.xi**2) * r2)) / (r2 + 1)
     points = np.stack([x * scale, y * scale, scale - camera.xi])  # (3, N)
-    px, py, pz = _rotation(camera) @ points
+    px, py, pz = rotation(camera) @ points
     longitude = np.degrees(np.arctan2(px, pz))
     latitude = np.degrees(np.arctan2(py, np.hypot(px, pz)))
     return np.stack([longitude + 180, 90 - latitude], axis=1)

@@ -25,7 +25,7 @@ from panotriton.web.gateway.groups import pair_stem, params
 from panotriton.web.gateway.schemas import PreprocessReply, PreprocessRequest
 from panotriton.web.gateway.tensors import CameraOptions, Incoming, answer
 
-__all__ = ["PreprocessOptions", "router"]
+__all__ = ["PreprocessOptions", "check_panoramas", "router"]
 
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
