@@ -28,8 +28,8 @@ from panotriton.server.repository import copy_model
 from panotriton_export.graph import session
 from panotriton_export.qwen import check_folder, export_qwen
 from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
-from panotriton_export.train_small.degrade import Scores
-from panotriton_export.train_small.replies import level, number
+from panotriton_export.train_small.vision_language.degrade import Scores
+from panotriton_export.train_small.vision_language.replies import level, number
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ROOT / "export" / "small" / "qwen"
