@@ -28,6 +28,7 @@ import numpy as np
 import script
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from qwen_vl_utils.vision_process import smart_resize
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -199,8 +200,9 @@ def _language(model: Any, batch: int, length: int) -> tuple[Work, Work]:
 
 
 def patch_count(height: int, width: int) -> int:
-    """14 px patches once the sides are rounded to multiples of 28, as Qwen's processor does."""
-    return round(height / 28) * round(width / 28) * 4
+    """14 px patches of an image as Qwen's processor resizes it."""
+    down, across = smart_resize(height, width, 28)
+    return down * across // 14**2
 
 
 def _prompt_tokens(name: str) -> int:

@@ -186,7 +186,11 @@ class QwenVL:
         return logits.float()
 
     def _inputs(self, images: list[Image], prompt: str, reply: str = "") -> dict[str, Any]:
-        """Left-padded processor inputs; pixels stay tensors all the way."""
+        """Left-padded processor inputs.
+
+        Pixels stay tensors all the way: the processor resizes them as qwen-vl-utils' process_vision_info,
+        the reference, does to PIL images, to within one grey level (tests/unit/test_qwen.py).
+        """
         turns = [
             {"role": "system", "content": prompt},
             {"role": "user", "content": [{"type": "image"}]},
