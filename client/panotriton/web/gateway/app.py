@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from importlib import metadata
 
 from fastapi import APIRouter, FastAPI, Response
 
+from panotriton import __version__
 from panotriton.client.client import Client
 from panotriton.errors import ConnectError, InvalidInput
 from panotriton.web.gateway import interpolate, osediff, preprocess, quality
@@ -66,7 +66,7 @@ def _create_app(service: str, context: Context) -> FastAPI:
     app = FastAPI(
         title=f"panotriton gateway: {service}",
         description=_ABOUT,
-        version=metadata.version("panotriton"),
+        version=__version__,
         default_response_class=Reply,
     )
     answer_failures(app)

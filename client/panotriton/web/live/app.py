@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from panotriton import __version__
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.report.document import TEMPLATES, render, template
 from panotriton.groups.report.page import SLIDER
@@ -76,7 +76,7 @@ def _page(settings: Settings) -> str:
         styles=(SLIDER / "styles.css", template("page.css"), _HERE / "live.css"),
         sources=_SOURCES,
         folders=(_HERE, TEMPLATES),
-        version=metadata.version("panotriton"),
+        version=__version__,
         max_bytes=settings.max_upload_bytes,
         intervals=[(number, interval_bounds(number)) for number in range(1, INTERVALS + 1)],
     )
