@@ -29,6 +29,33 @@ export writes what its weights and its engine ask for into the copy of the confi
 
 """
 
+# Room of client/panotriton, or what else imports it: what is in it, and from where it may import.
+ROOMS = {
+    "errors": ("one tree of errors", ()),
+    "pipeline": (
+        "words that both sides share: cameras, images, groups, scores, results, events",
+        (),
+    ),
+    "client": ("what is asked of a server, by which protocol and which memory", ("pipeline",)),
+    "models": ("what the model.py files run inside tritonserver", ("pipeline",)),
+    "server": ("the server as a process and a folder, engines, backends", ("pipeline",)),
+    "groups": ("groups on disk: folders, data sets, reports", ("client", "pipeline")),
+    "web": ("gateway of the file-path services, live page", ("groups", "client", "pipeline")),
+    "local": ("super-resolution in this process", ("client", "models", "server", "pipeline")),
+    "cli": ("the command", ("web", "groups", "local", "client", "models", "server", "pipeline")),
+    "export": (
+        "`panotriton_export`, PyTorch to what the server loads",
+        ("local", "groups", "models", "server", "pipeline"),
+    ),
+}
+ROOMS_TEXT = """\
+## Rooms of the package
+
+`client/panotriton` is divided by where the code runs. An arrow is an import that is allowed; all may import
+`errors`, which imports nothing. So the client needs nothing of the server, the models nothing of the client,
+and whoever serves a page or keeps groups goes through the client; nothing imports the command.
+
+"""
 CALLS_TEXT = """\
 ## Calls between models
 
@@ -117,6 +144,16 @@ def calls_diagram(models):
     return "\n".join([*lines, "```", ""])
 
 
+def rooms():
+    """What is where in the package, and the imports that are allowed."""
+    lines = ["| room | what is in it |", "|---|---|"]
+    lines += [f"| `{name}` | {about} |" for name, (about, _) in ROOMS.items()]
+    lines += ["", "```mermaid", "flowchart TB"]
+    lines += [f"  {name} --> {' & '.join(to)}" for name, (_, to) in ROOMS.items() if to]
+    lines += ["  pipeline --> errors"]
+    return "\n".join([*lines, "```", ""])
+
+
 def page():
     """The whole page."""
     models = configs()
@@ -127,6 +164,9 @@ def page():
         "\n",
         CALLS_TEXT,
         calls_diagram(models),
+        "\n",
+        ROOMS_TEXT,
+        rooms(),
         "\n## Every model\n\n",
         tables,
     ]
