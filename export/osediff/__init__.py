@@ -85,7 +85,7 @@ def _networks(
     """What reads each of the four networks, and the provider and precision that it gets."""
     base, engine = source.base, (provider, precision)
     fused = provider != "tensorrt"  # which lacks the fused operator: see attention.py
-    # Run once a prompt: not worth another engine's rounding.
+    # Run once per prompt: not worth another engine's rounding.
     text = ("cpu", "fp32") if provider == "openvino" else engine
     return [
         (lambda: text_encoder_component(base.load_text_encoder(), text[1]), text),

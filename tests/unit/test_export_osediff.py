@@ -340,7 +340,7 @@ def test_every_graph_agrees_with_pytorch(
     found = re.search(r"whole image, 280×264 px ×2: ([\d.]+) dB", lines[-1])
     assert found
     assert float(found[1]) >= 50
-    assert len(lines) == len(results) + 2  # a header, a line a result, the whole image
+    assert len(lines) == len(results) + 2  # a header, one line per result, the whole image
 
 
 CONTRACT = {

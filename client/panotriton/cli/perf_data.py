@@ -48,7 +48,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="JSON file"
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="requests (one an image)")
+    parser.add_argument(
+        "--count", type=int, default=0, metavar="N", help="requests (one per image)"
+    )
     parser.add_argument("--crop-size", type=int, default=512, help="side in px (%(default)s)")
     parser.set_defaults(run=run)
 

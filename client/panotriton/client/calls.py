@@ -233,7 +233,7 @@ def _plan(
     min_side_px: int,
     cuda: bool,
 ) -> Plan[T]:
-    """One request a group of same-sized images, split where `most(height, width)` says."""
+    """One request per group of same-sized images, split where `most(height, width)` says."""
     single = not isinstance(images, (list, tuple))
     wanted = [images] if single else images
     arrays = [

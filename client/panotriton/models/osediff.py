@@ -212,7 +212,7 @@ def align(image: U8, reference: U8, method: str) -> U8:
 def _adain(image: U8, reference: U8) -> U8:
     """Match each channel's mean and deviation.
 
-    The input has 256 values a channel, so the formula is evaluated 256 times, not once a pixel.
+    The input has 256 values per channel, so the formula is evaluated 256 times, not once per pixel.
     """
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = np.empty((1, 256, 3), np.uint8)

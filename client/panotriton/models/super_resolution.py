@@ -110,7 +110,7 @@ class SuperResolver:
         return self._tags.prompt(result["PROBABILITY"][0], prompt)
 
     async def _embed(self, prompt: str, call: Call) -> F32:
-        """The prompt's embedding (1, 77, D), computed once a prompt."""
+        """The prompt's embedding (1, 77, D), computed once per prompt."""
         if prompt not in self._embeds:
             ids = np.array([self._tokenizer.encode(prompt).ids], np.int64)  # (1, 77)
             result = await call("osediff_text_encoder", {"INPUT_IDS": ids}, ["PROMPT_EMBEDS"])
@@ -229,7 +229,7 @@ def _check_amount(count: int, plan: SizePlan) -> None:
     if count * height * width > 4 * MAX_PIXELS:
         raise InvalidInput(
             f"IMAGES would make {count} images of {width}×{height} px; expected at most "
-            f"{4 * MAX_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
+            f"{4 * MAX_PIXELS / 1e6:.0f} megapixels per request: send fewer at once"
         )
 
 

@@ -97,7 +97,7 @@ def filter_intervals(scores: NDArray[np.float32], threshold: float = 0.7) -> NDA
     """
     if scores.shape != (2 * INTERVALS,):
         raise InvalidInput(
-            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one a pair"
+            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one per pair"
         )
     check_threshold(threshold)
     by_panorama = scores.reshape(2, INTERVALS)

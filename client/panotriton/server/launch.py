@@ -187,7 +187,7 @@ class LocalServer:
     Ports of 0 pick free ones. `load_models` serves only the named models (and what they compose);
     None serves every model of the repository. `strict` fails the start when any model does not
     load; otherwise the others are served. `auto_complete` lets configs leave out inputs and outputs,
-    for an extra process a model at start. Raises ServerStartError with the reason from the
+    for an extra process per model at start. Raises ServerStartError with the reason from the
     server's log, which is kept at `log_file` where one is named.
     """
 

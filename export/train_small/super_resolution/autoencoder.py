@@ -10,7 +10,7 @@ LATENT_CHANNELS = 4
 
 
 def new_vae(scaling_factor: float) -> AutoencoderKL:
-    """Two pixels a latent along each side, where Stable Diffusion has 8: at x2 a latent is then an
+    """Two pixels per latent along each side, where Stable Diffusion has 8: at x2 a latent is then an
     input pixel, and no decoder this small has to tell the pixels of a block apart. One norm group:
     with four channels at full size, more would take every channel's mean, so the colour, away."""
     return AutoencoderKL(

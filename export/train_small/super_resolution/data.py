@@ -170,7 +170,7 @@ def enlarge(small: Image) -> Image:
 
 
 def _blur(image: Image, sigma: tuple[float, float], rng: np.random.Generator) -> Image:
-    """Gaussian, one sigma a axis; doubled since `image` isn't halved yet."""
+    """Gaussian, one sigma per axis; doubled since `image` isn't halved yet."""
     x, y = 2 * rng.uniform(*sigma, 2)
     return np.asarray(cv2.GaussianBlur(image, (0, 0), x, sigmaY=y), np.uint8)
 

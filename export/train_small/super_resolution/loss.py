@@ -27,7 +27,7 @@ def loss(output: Tensor, spoilt: Tensor, wanted: Tensor) -> Tensor:
 
 
 def adain(image: Tensor, reference: Tensor) -> Tensor:
-    """(B, 3, H, W) with the reference's mean and deviation a channel (unbiased variance + 1e-5)."""
+    """(B, 3, H, W) with the reference's mean and deviation per channel (unbiased variance + 1e-5)."""
     mean, variance = image.mean((2, 3), keepdim=True), image.var((2, 3), keepdim=True)
     wanted, spread = reference.mean((2, 3), keepdim=True), reference.var((2, 3), keepdim=True)
     return (image - mean) * ((spread + 1e-5) / (variance + 1e-5)).sqrt() + wanted

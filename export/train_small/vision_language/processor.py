@@ -67,7 +67,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE with Qwen's own pre-tokenizer (one digit a token), trained on our few texts."""
+    """Byte-level BPE with Qwen's own pre-tokenizer (one digit per token), trained on our few texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

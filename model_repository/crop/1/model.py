@@ -1,4 +1,4 @@
-"""crop: a panorama and cameras → one view a camera."""
+"""crop: a panorama and cameras → one view per camera."""
 
 import os
 
@@ -16,7 +16,7 @@ _MAX_CAMERAS = 256  # bounds what a request makes the server allocate
 
 class TritonPythonModel:
     def initialize(self, args):
-        cv2.setNumThreads(1)  # crops bring their own threads, one a core
+        cv2.setNumThreads(1)  # crops bring their own threads, one per core
 
     def execute(self, requests):
         return respond(requests, self._crop)

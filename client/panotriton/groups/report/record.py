@@ -53,7 +53,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """One yaw interval. `sequences` has one entry a panorama, and none where it was dropped."""
+    """One yaw interval. `sequences` has one entry per panorama, and none where it was dropped."""
 
     number: int
     pairs: tuple[Pair, Pair]

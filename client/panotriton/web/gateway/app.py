@@ -40,7 +40,7 @@ same work on tensors. Images are RGB. Every failure is `{"error": "…"}`.
 def create_apps(
     settings: Settings, connect: Callable[[], Connection] | None = None
 ) -> Iterator[dict[str, FastAPI]]:
-    """The apps by service name, usable inside the block. `connect` makes the clients, one a thread.
+    """The apps by service name, usable inside the block. `connect` makes the clients, one per thread.
 
     Makes the output folder. Raises InvalidInput where it cannot, or a root does not exist.
     """

@@ -52,7 +52,7 @@ def router(context: Context) -> APIRouter:
         "/preprocess_tensor",
         openapi_extra=tensor_endpoint(PreprocessOptions),
         responses=tensor_reply(
-            "8 pairs a panorama, left view | right view: crop_size × 2·crop_size.",
+            "8 pairs per panorama, left view | right view: crop_size × 2·crop_size.",
             "NHWC or NCHW.",
             cameras="(P, 8, left|right, 5), as given or drawn. Not in .npy replies.",
         ),

@@ -1,4 +1,4 @@
-"""The live page as a FastAPI app: one page, and one request a run whose response is its events."""
+"""The live page as a FastAPI app: one page, and one request per run whose response is its events."""
 
 from __future__ import annotations
 
