@@ -30,7 +30,7 @@ demo: repository/.small  ## two panoramas through the whole pipeline, on a serve
 test: repository/.small  ## all tests, a real tritonserver included
 	$(BIN)/python -m pytest
 
-check: setup  ## format, lint, types, duplicates of docs
+check: setup  ## format, lint, types, generated pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

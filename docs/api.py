@@ -21,7 +21,8 @@ PAGE = ROOT / "docs" / "API.md"
 INTRO = """\
 # API
 
-Everything here is imported from `panotriton`; what is not here is private. `AsyncClient` has the methods of
+Everything here is imported from `panotriton`; what is not here is private. `panotriton.__version__` is the
+installed version, which `panotriton --version` prints too. `AsyncClient` has the methods of
 `Client`, awaited; it is listed for its own docstring alone. This page is written by `make docs` from the
 docstrings and `make check` fails when it is stale. For the models' own tensors see
 [ARCHITECTURE.md](ARCHITECTURE.md), for `via` [TRANSPORT.md](TRANSPORT.md).

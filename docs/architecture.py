@@ -1,4 +1,4 @@
-"""Write ARCHITECTURE.md from the config.pbtxt files: what each hop carries, by name, dtype and shape.
+"""Write ARCHITECTURE.md from the configs and code of the models: what each hop carries, by name and shape.
 
 python docs/architecture.py            rewrite it
 python docs/architecture.py --check    exit 1 where it is stale
@@ -8,10 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from calls import calls
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
-
-from panotriton.pipeline.networks import NETWORKS, parts
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "ARCHITECTURE.md"
@@ -24,17 +23,46 @@ One request to the `panorama` ensemble runs the whole pipeline. Every arrow belo
 hands from one model to the next; none is a file. `panorama_encoded` puts `decode` before it, for callers
 who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
 
-This page is written by `make docs` from the `config.pbtxt` files and `make check` fails when it is stale.
+This page is written by `make docs` from the `config.pbtxt` files and the models' code, and `make check` fails
+when it is stale. Dims and batch sizes of the networks are those of full-size weights on onnxruntime; an
+export writes what its weights and its engine ask for into the copy of the config that it makes.
 
 """
 
-# Calls that a Python model makes itself (business logic scripting): no config knows them.
-CALLS = {name: parts(name) for name in (*NETWORKS, "qwen_scorer", "qwen_describer", "qwen")}
+# Room of client/panotriton, or what else imports it: what is in it, and from where it may import.
+ROOMS = {
+    "errors": ("one tree of errors", ()),
+    "pipeline": (
+        "words that both sides share: cameras, images, groups, scores, results, events",
+        (),
+    ),
+    "client": ("what is asked of a server, by which protocol and which memory", ("pipeline",)),
+    "models": ("what the model.py files run inside tritonserver", ("pipeline",)),
+    "server": ("the server as a process and a folder, engines, backends", ("pipeline",)),
+    "groups": ("groups on disk: folders, data sets, reports", ("client", "pipeline")),
+    "web": ("gateway of the file-path services, live page", ("groups", "client", "pipeline")),
+    "local": ("super-resolution in this process", ("client", "models", "server", "pipeline")),
+    "cli": ("the command", ("web", "groups", "local", "client", "models", "server", "pipeline")),
+    "export": (
+        "`panotriton_export`, PyTorch to what the server loads",
+        ("local", "groups", "models", "server", "pipeline"),
+    ),
+}
+ROOMS_TEXT = """\
+## Rooms of the package
+
+`client/panotriton` is divided by where the code runs. An arrow is an import that is allowed; all may import
+`errors`, which imports nothing. So the client needs nothing of the server, the models nothing of the client,
+and whoever serves a page or keeps groups goes through the client; nothing imports the command.
+
+"""
 CALLS_TEXT = """\
 ## Calls between models
 
 `osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
-that the tiles and images of all requests meet in the same batches and weights exist once.
+that the tiles and images of all requests meet in the same batches and weights exist once. `panorama_stream`
+goes the ensemble's way by calls of its own. This is read from the models' code. An optional input is named
+where the caller sends it; `osediff_tagger` and `qwen_vision` are asked where they were exported.
 
 """
 NETWORK_TEXT = """
@@ -97,6 +125,8 @@ def diagram(models):
     hops = {}  # (source, arrow, target) → what it carries: parallel arrows are drawn as one
     for name, step in zip(names, steps, strict=True):
         for io in models[step.model_name].input:
+            if io.name not in step.input_map:  # reading a missing key would make it, as ""
+                continue
             value = step.input_map[io.name]
             source, kind = made.get(value, ("caller", tensor(io)))
             arrow = "-.->" if source == "caller" and io.optional else "-->"
@@ -129,14 +159,26 @@ def table(config):
     return "\n".join([*lines, ""])
 
 
-def calls(models):
+def calls_diagram(models):
     """The calls that Python models make, with what they carry."""
     lines = ["```mermaid", "flowchart LR"]
-    for caller, called in CALLS.items():
+    for caller in models:
+        called, built = calls(caller, set(models))
         for name in called:
             batched = models[name].max_batch_size > 0
-            sent = "<br/>".join(f"{io.name} {tensor(io, batched)}" for io in models[name].input)
-            lines.append(f'  {caller} -->|"{sent}"| {name}')
+            sent = [io for io in models[name].input if not io.optional or io.name in built]
+            text = "<br/>".join(f"{io.name} {tensor(io, batched)}" for io in sent)
+            lines.append(f'  {caller} -->|"{text}"| {name}')
+    return "\n".join([*lines, "```", ""])
+
+
+def rooms():
+    """What is where in the package, and the imports that are allowed."""
+    lines = ["| room | what is in it |", "|---|---|"]
+    lines += [f"| `{name}` | {about} |" for name, (about, _) in ROOMS.items()]
+    lines += ["", "```mermaid", "flowchart TB"]
+    lines += [f"  {name} --> {' & '.join(to)}" for name, (_, to) in ROOMS.items() if to]
+    lines += ["  pipeline --> errors"]
     return "\n".join([*lines, "```", ""])
 
 
@@ -149,8 +191,11 @@ def page():
         diagram(models),
         "\n",
         CALLS_TEXT,
-        calls(models),
+        calls_diagram(models),
         NETWORK_TEXT,
+        "\n",
+        ROOMS_TEXT,
+        rooms(),
         "\n## Every model\n\n",
         tables,
     ]

@@ -20,6 +20,7 @@ from panotriton.server.engines import CPU, Engine, Graph, stand_in
 
 __all__ = [
     "LIMITS",
+    "MAX_BATCH",
     "WEIGHTS",
     "Component",
     "ParityResult",
@@ -37,7 +38,7 @@ WEIGHTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
 """What a graph's weights are; for bf16 the engine rounds, as it computes."""
 
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
-_EXTERNAL_ABOVE_BYTES = 1_900_000_000
+EXTERNAL_ABOVE_BYTES = 1_900_000_000
 _EXTERNAL_NAME = "model.onnx.data"
 
 Tensors = Mapping[str, Tensor]
@@ -154,7 +155,7 @@ def _strip(model: ir.Model) -> None:
 
 def _save(model: ir.Model, path: Path) -> None:
     weights = (value.const_value for value in model.graph.initializers.values())
-    large = sum(weight.nbytes for weight in weights if weight is not None) > _EXTERNAL_ABOVE_BYTES
+    large = sum(weight.nbytes for weight in weights if weight is not None) > EXTERNAL_ABOVE_BYTES
     ir.save(model, path, external_data=_EXTERNAL_NAME if large else None)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -163,13 +164,22 @@ def load_tower(folder: Path) -> Any:
 
 
 def grid_of(folder: Path, size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
-    """What the processor makes of an image of `size` (height, width) px: patches down and across."""
+    """What the processor makes of an image of `size` (height, width) px: patches down and across.
+
+    Raises ExportError for sides below one merged patch, and for images too elongated for the budget.
+    """
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False).image_processor
-    if max_pixels is not None:
-        processor.size["longest_edge"] = max_pixels
-    blank = torch.zeros(3, *size, dtype=torch.uint8)
-    _, down, across = processor(images=[blank], return_tensors="pt")["image_grid_thw"][0].tolist()
-    return down, across
+    patch, least_side = processor.patch_size, processor.patch_size * processor.merge_size
+    budget = processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+    resized = (0, 0)
+    if min(size) >= least_side and max(size) <= MAX_RATIO * min(size):
+        resized = smart_resize(*size, least_side, *budget)
+    if 0 in resized:
+        raise ExportError(
+            f"the vision tower cannot be exported for {size[0]}x{size[1]} px in {budget[1]} pixels; expected "
+            f"sides of {least_side} px or more, less elongated: see --export-vision and --max-pixels"
+        )
+    return resized[0] // patch, resized[1] // patch
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Pairs of panoramas → quality-filtered, super-resolved image sequences, served by Triton."""
 
+from importlib import metadata
+
 from panotriton.client.aio import AsyncClient
 from panotriton.client.client import Client, Tls
 from panotriton.client.shared_memory import AsyncSharedMemory, SharedMemory
@@ -68,3 +70,8 @@ __all__ = [
     "lerp",
     "sample_cameras",
 ]
+
+try:
+    __version__ = metadata.version("panotriton")
+except metadata.PackageNotFoundError:  # a source tree that is on the path and not installed
+    __version__ = "unknown"

@@ -1,6 +1,6 @@
 """Attention as one ONNX Runtime operator instead of two matrix products and a softmax.
 
-The plain form keeps a matrix of (h·w)² scores a head: 1.7 GB for one 96×96 tile of Stable
+The plain form keeps a matrix of (h·w)² scores per head: 1.7 GB for one 96×96 tile of Stable
 Diffusion's five heads. com.microsoft.MultiHeadAttention works block by block on CPU and GPU.
 """
 

@@ -147,7 +147,7 @@ def _stored(network: nn.Module, lora: Lora) -> list[tuple[str, nn.Parameter]]:
 
 
 def add_adapters(network: Any, rank: int, modules: Mapping[str, Sequence[str]]) -> None:
-    """Add one LoRA adapter an entry, all active, initialised as upstream does before training."""
+    """Add one LoRA adapter per entry, all active, initialised as upstream does before training."""
     for name, targets in modules.items():
         config = LoraConfig(
             r=rank,

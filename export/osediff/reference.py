@@ -26,6 +26,7 @@ __all__ = [
     "LATENT_TILE",
     "PROCESS_SIZE",
     "Pipeline",
+    "from_checkpoint",
     "load_pipeline",
     "super_resolve",
 ]

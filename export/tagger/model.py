@@ -32,7 +32,7 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What differs from one RAM to another. depths, heads: of Swin, one a stage.
+    """What differs from one RAM to another. depths, heads: of Swin, one per stage.
 
     text_width: of the tags' embeddings and the image tokens; width, inner_width: of the tagging layers.
     """

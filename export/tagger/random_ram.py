@@ -2,7 +2,7 @@
 
 `tiny` is for tests. `swin_l` has the layers and shapes of the real tagger: what it costs to export and
 to run is what the real weights cost. The names are upstream's, spelled out; the captioning half,
-which the export ignores, has one tensor a part.
+which the export ignores, has one tensor per part.
 """
 
 from __future__ import annotations

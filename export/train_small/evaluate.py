@@ -20,10 +20,10 @@ from panotriton.groups.agreement import compare, spearman
 from panotriton.models.qwen import QwenVL
 from panotriton.pipeline.quality import parse_reply
 
-from .degrade import FAULTS
-from .qwen import prompts
-from .replies import describe, look_at
-from .scenes import HELD_OUT, cut, load_panoramas, make_sample
+from .vision_language.degrade import FAULTS
+from .vision_language.processor import prompts
+from .vision_language.replies import describe, look_at
+from .vision_language.scenes import HELD_OUT, cut, load_panoramas, make_sample
 
 __all__ = ["Judge", "main"]
 

@@ -22,13 +22,11 @@ from PIL import Image as PilImage
 from torch import Tensor, nn
 
 from panotriton_export.presets import write_small_checkpoint
-from panotriton_export.train_small import data
-from panotriton_export.train_small.osediff import (
-    SmallOsediff,
-    adain,
-    add_adapters,
-    to_tensor,
-)
+from panotriton_export.train_small.super_resolution import data
+from panotriton_export.train_small.super_resolution.adapters import add_adapters
+from panotriton_export.train_small.super_resolution.loss import adain
+from panotriton_export.train_small.super_resolution.model import SmallOsediff
+from panotriton_export.train_small.super_resolution.training import to_tensor
 
 # Fixed degradations of the half-size image: blur sigma, noise sigma, JPEG quality (None: no JPEG).
 CASES: dict[str, tuple[float, float, int | None]] = {

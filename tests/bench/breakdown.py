@@ -108,7 +108,7 @@ def markdown(result: dict[str, Any]) -> str:
         (name, *("–",) * 8, f"{result['processor']['seconds'].get(name, 0.0):.2f}")
         for name in ("server", "client")
     ]
-    headings = ("model", "calls", "rows", "rows a call", "queue s", "input s", "compute s")
+    headings = ("model", "calls", "rows", "rows per call", "queue s", "input s", "compute s")
     return "\n".join(
         [
             about,

@@ -2,9 +2,10 @@
 
     python tests/bench/capacity.py [--hardware NAME]
 
-Service times come from capacity.json. The run is what docker/chart/files/shard.py does: this file imports
-its `share` and `pick`, so that what is simulated is what is deployed. A replica is one GPU, which works on
-one stage of one group at a time, and CPU steps and transfers, which overlap with the GPU's work on others.
+Service times come from capacity.json; run.py puts what the bench `pipeline` measured beside them in the docs.
+The run is what docker/chart/files/shard.py does: this file imports its `share` and `pick`, so that what is
+simulated is what is deployed. A replica is one GPU, which works on one stage of one group at a time, and CPU
+steps and transfers, which overlap with the GPU's work on others.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = Path(__file__).with_name("capacity.json")
 
+GROUPS_A_DAY = (1_000, 10_000, 100_000, 1_000_000, 5_000_000)
 INTERVALS, PAIRS = 8, 16
 PAIR_MEGAPIXELS = 2048 * 1024 / 1e6  # a pair of 512 px crops, upscaled by 2
 VIEW_MEGAPIXELS = 1024 * 1024 / 1e6
@@ -88,7 +91,27 @@ class Times:
 
 def replicas_for(groups_a_day: float, times: Times, kept: float, utilisation: float = 0.9) -> int:
     """Replicas that finish so many groups a day, each busy for `utilisation` of it."""
-    return math.ceil(groups_a_day * times.gpu_s(kept) / (86400 * utilisation))
+    return _replicas(groups_a_day, times.gpu_s(kept), utilisation)
+
+
+def _replicas(groups_a_day: float, group_s: float, utilisation: float = 0.9) -> int:
+    return math.ceil(groups_a_day * group_s / (86400 * utilisation))
+
+
+def replica_table(group_s: float) -> str:
+    """Replicas for some numbers of groups a day, one GPU each."""
+    rows = (f"{groups:>14,} {_replicas(groups, group_s):>17,}" for groups in GROUPS_A_DAY)
+    return "\n".join((f"{'groups a day':>14} {'replicas at 90 %':>17}", *rows))
+
+
+def measured(pipeline: dict[str, Any]) -> str:
+    """Markdown: the replicas by the results of the bench `pipeline`, whose networks ran on no GPU."""
+    stages, kept = pipeline["stages"]["ensemble"], len(pipeline["kept"]["ensemble"])
+    group_s = sum(stages[name] for name in ("super-resolution", "scoring", "describing"))
+    return (
+        f"Crops of {pipeline['request']['crop_size']} px, {kept} of {INTERVALS} intervals kept: "
+        f"{group_s:.1f} s per group in the networks' stages.\n\n```\n{replica_table(group_s)}\n```"
+    )
 
 
 @dataclass(frozen=True)
@@ -327,14 +350,34 @@ SCENARIOS = {
     "all well": Run(200, 25, 20_000),
     "5 % die and stay dead": Run(200, 25, 20_000, dying=0.05),
     "5 % die, back after 10 min": Run(200, 25, 20_000, dying=0.05, restart_s=600),
-    "1 request a replica": Run(200, 25, 20_000, per_replica=1, dying=0.05),
-    "4 requests a replica": Run(200, 25, 20_000, per_replica=4, dying=0.05),
+    "1 request per replica": Run(200, 25, 20_000, per_replica=1, dying=0.05),
+    "4 requests per replica": Run(200, 25, 20_000, per_replica=4, dying=0.05),
     "1,000 replicas, 5 % die": Run(1000, 100, 100_000, dying=0.05),
     "4,000 replicas, 5 % die": Run(4000, 400, 400_000, dying=0.05),
 }
 
 
-_HEADINGS = "  hours    used  queue  wait p99  again  lost  twice"
+HEADINGS = (
+    f"{'200 replicas, 20,000 groups':<28}  hours    used  queue  wait p99  again  lost  twice"
+)
+
+
+def replicas_text(hardware: str, times: Times, kept: float) -> str:
+    """What a group costs, and the replicas."""
+    none, one = times.gpu_s(0), times.gpu_s(1)
+    return (
+        f"{hardware}: {none:.1f} + {one - none:.1f}·K GPU s per group that keeps K intervals; "
+        f"{times.gpu_s(kept):.1f} at {kept}\n\n{replica_table(times.gpu_s(kept))}"
+    )
+
+
+def scenario_line(name: str, times: Times) -> str:
+    """One simulated run, under HEADINGS."""
+    report = Simulation(SCENARIOS[name], times).simulate()
+    return (
+        f"{name:<28} {report.seconds / 3600:>6.2f} {report.utilisation:>7.1%} {report.most_pending:>6}"
+        f" {report.wait_s(0.99):>7.0f} s {report.requeued:>6} {report.lost:>5} {report.doubled:>6}"
+    )
 
 
 def main() -> None:
@@ -347,22 +390,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     times = Times.load(options.hardware)
-    print(
-        f"{options.hardware}: {times.gpu_s(options.kept):.1f} GPU s a group at {options.kept} kept\n"
-    )
-    print(f"{'groups a day':>14} {'replicas at 90 %':>17}")
-    for groups in (1_000, 10_000, 100_000, 1_000_000, 5_000_000):
-        print(f"{groups:>14,} {replicas_for(groups, times, options.kept):>17,}")
-    print(f"\n{'200 replicas, 20,000 groups':<28}{_HEADINGS}")
-    for name, run in SCENARIOS.items():
-        print(_line(name, Simulation(run, times).simulate()), flush=True)
-
-
-def _line(name: str, report: Report) -> str:
-    return (
-        f"{name:<28} {report.seconds / 3600:>6.2f} {report.utilisation:>7.1%} {report.most_pending:>6}"
-        f" {report.wait_s(0.99):>7.0f} s {report.requeued:>6} {report.lost:>5} {report.doubled:>6}"
-    )
+    print(replicas_text(options.hardware, times, options.kept))
+    print(f"\n{HEADINGS}")
+    for name in SCENARIOS:
+        print(scenario_line(name, times), flush=True)
 
 
 if __name__ == "__main__":

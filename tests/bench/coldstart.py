@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(repository: Path, runs: int) -> list[dict[str, float]]:
-    """Seconds a step, for each server in turn."""
+    """Seconds per step, for each server in turn."""
     return [once(repository) for _ in range(runs)]
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import script
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from qwen_vl_utils.vision_process import smart_resize
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -45,7 +46,7 @@ UNET_BATCH, VAE_BATCH, QWEN_BATCH = 8, 4, 16
 
 # Replies are not counted but assumed: six short lines, and three sentences.
 SCORE_TOKENS, DESCRIPTION_TOKENS, DESCRIBED = 60, 80, 8
-CHARACTERS_A_TOKEN = 4.2
+CHARACTERS_PER_TOKEN = 4.2
 # Qwen2.5-VL-7B-Instruct's config.json.
 QWEN_TEXT = {
     "hidden_size": 3584,
@@ -96,7 +97,7 @@ def meta(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def count(network: nn.Module, run: Callable[[], Any], width: int = 2) -> Work:
-    """The work of one call; width: bytes a value."""
+    """The work of one call; width: bytes per value."""
     moved = 0
 
     def layer_done(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,7 +117,7 @@ def count(network: nn.Module, run: Callable[[], Any], width: int = 2) -> Work:
 
 
 def super_resolution() -> dict[str, Work]:
-    """A group's work of OSEDiff's networks; the text encoder runs once a prompt and is left out."""
+    """A group's work of OSEDiff's networks; the text encoder runs once per prompt and is left out."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET["sd21"], use_linear_projection=True)
         vae = AutoencoderKL(**vae_blocks(VAE["sd21"]))
@@ -129,7 +130,7 @@ def super_resolution() -> dict[str, Work]:
 
 
 def _vae(half: nn.Module, channels: int, factor: int) -> Work:
-    """Encoder (factor 1) or decoder (8 px a latent) over all pairs and views of a group."""
+    """Encoder (factor 1) or decoder (8 px per latent) over all pairs and views of a group."""
     total = Work()
     for images, (height, width) in ((PAIRS, PAIR), (VIEWS, VIEW)):
         shape = (VAE_BATCH, channels, height // factor, width // factor)
@@ -199,13 +200,14 @@ def _language(model: Any, batch: int, length: int) -> tuple[Work, Work]:
 
 
 def patch_count(height: int, width: int) -> int:
-    """14 px patches once the sides are rounded to multiples of 28, as Qwen's processor does."""
-    return round(height / 28) * round(width / 28) * 4
+    """14 px patches of an image as Qwen's processor resizes it."""
+    down, across = smart_resize(height, width, 28)
+    return down * across // 14**2
 
 
 def _prompt_tokens(name: str) -> int:
     text = script.ROOT / "client" / "panotriton" / "prompts" / f"{name}.txt"
-    return round(len(text.read_text()) / CHARACTERS_A_TOKEN)
+    return round(len(text.read_text()) / CHARACTERS_PER_TOKEN)
 
 
 def peaks(

@@ -27,7 +27,7 @@ class Counts:
     input_s: float = 0.0
     compute_s: float = 0.0
     output_s: float = 0.0
-    batches: dict[int, int] = field(default_factory=dict)  # rows a call → calls
+    batches: dict[int, int] = field(default_factory=dict)  # rows per call → calls
 
     def since(self, before: Counts) -> Counts:
         """What was added since an earlier reading."""

@@ -42,9 +42,9 @@ def measure(runs, cores):
 
 
 def markdown(rows):
-    """A row a number of crops and threads."""
+    """One row per number of crops and threads."""
     cells = [(n, threads, f"{ms:.3g}", f"{ms / n:.2f}") for n, threads, ms in rows]
-    return script.table(("crops of 512×512", "threads", "ms", "ms a crop"), cells)
+    return script.table(("crops of 512×512", "threads", "ms", "ms per crop"), cells)
 
 
 def main():

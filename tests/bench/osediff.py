@@ -171,7 +171,7 @@ def memory(repository: Path, quick: bool) -> str:
         "UNet tiles",
         "before, MB",
         "peak, MB",
-        "more, bytes a pixel",
+        "more, bytes per pixel",
         "s",
     ]
     return script.table(headings, rows)
@@ -221,7 +221,7 @@ def batches(repository: Path, quick: bool) -> str:
                     [f"{side}×{side}", in_flight, f"{rates[in_flight]:.1f}", f"{ratio:.2f}", sizes]
                 )
     return script.table(
-        ["tile, latents", "in flight", "tiles/s", "ratio", "rows a call: calls"], rows
+        ["tile, latents", "in flight", "tiles/s", "ratio", "rows per call: calls"], rows
     )
 
 

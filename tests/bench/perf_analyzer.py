@@ -131,7 +131,7 @@ def requests(load: Load, work: Path, count: int) -> Path:
 def analyze(
     server: LocalServer, load: Load, work: Path, kept: Path, quick: bool
 ) -> list[dict[str, str]]:
-    """The rows of perf_analyzer's CSV, which goes to `kept`: one a number of requests at once."""
+    """The rows of perf_analyzer's CSV, which goes to `kept`: one per number of requests at once."""
     report = kept / f"{load.name.replace(', ', '_').replace(' ', '_')}.csv"
     report.unlink(missing_ok=True)
     command = [
@@ -160,7 +160,7 @@ def analyze(
 
 
 def measure(repository: Path, names: list[str], kept: Path, quick: bool) -> dict[str, Any]:
-    """Rows a load, all from one server."""
+    """Rows per load, all from one server."""
     found: dict[str, Any] = {}
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, LocalServer(repository) as server:
@@ -181,7 +181,7 @@ def smaller(source: Path, target: Path) -> Path:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a load and number of requests at once."""
+    """One row per load and number of requests at once."""
     rows = [
         (
             name,

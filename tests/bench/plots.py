@@ -98,7 +98,7 @@ def _way(name: str) -> str:
 
 
 def pipeline(result: dict[str, Any], path: Path) -> None:
-    """Seconds of a group by stage, one bar a way."""
+    """Seconds of a group by stage, one bar per way."""
     ways = list(result["stages"])
     with axes(path, 9, 2.8) as ax:
         left = [0.0] * len(ways)
@@ -118,7 +118,7 @@ def pipeline(result: dict[str, Any], path: Path) -> None:
 
 
 def breakdown(result: dict[str, Any], path: Path) -> None:
-    """When each model computed, a row a model."""
+    """When each model computed, one row per model."""
     rows = sorted(result["timeline"].items(), key=lambda item: -min(s for s, _ in item[1]))
     with axes(path, 9, 0.34 * len(rows) + 1.4) as ax:
         for y, (name, spans) in enumerate(rows):
@@ -156,7 +156,7 @@ def scaling(result: dict[str, Any], path: Path) -> None:
 
 
 def cost(result: dict[str, Any], path: Path) -> None:
-    """Measured time of the small preset beside this machine's floor, a network."""
+    """Measured time of the small preset beside this machine's floor, per network."""
     parts = result["small"]
     places = range(len(parts))
     with axes(path, 8.5, 0.8 * len(parts) + 1.2) as ax:

@@ -217,7 +217,7 @@ def measure(chosen):
 
 
 def markdown(result):
-    """A row a comparison."""
+    """One row per comparison."""
     cells = [
         (
             row["what"],

@@ -4,11 +4,11 @@
     python tests/bench/run.py crop transport     these; the report keeps the others' last results
     python tests/bench/run.py fullsize           another half hour, 20 GB of disk: only when it is named
     python tests/bench/run.py --quick            whether everything runs; no figure means anything
-    python tests/bench/run.py --write-docs       the last results into README.md and docs/PERFORMANCE.md
+    python tests/bench/run.py --write-docs       the last results into README.md and docs/
 
 Writes build/bench/report.md, report.json and plots; with --quick to build/bench/quick, so that no smoke run
-overwrites a measurement. Each script runs in a process of its own and also alone. Scripts of the folder that
-are no part of the suite run when they are named, and print.
+overwrites a measurement. Each script runs in a process of its own and also alone. suite.json lists them in
+the report's order, and says which run only when they are named and which of those only print.
 """
 
 from __future__ import annotations
@@ -23,33 +23,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import capacity
 import plots
 import script
 
 FOLDER = Path(__file__).parent
-SUITE = {
-    "crop": "Crops",
-    "transport": "Transport",
-    "moving": "From file paths to the native client",
-    "pipeline": "A whole group, file hops against the ensemble",
-    "breakdown": "Where a group's time goes",
-    "scaling": "Groups at once",
-    "coldstart": "Cold start",
-    "cost": "Cost model",
-    "osediff": "OSEDiff's tiles",
-    "qwen": "The scorer's ways of working",
-    "perf_analyzer": "perf_analyzer",
-    "fullsize": "Networks of full size",
-}
-ON_DEMAND = {"fullsize"}
-LIMIT_S = {"fullsize": 7200}
+SUITE: dict[str, dict[str, Any]] = json.loads((FOLDER / "suite.json").read_text())
 DEFAULT_LIMIT_S = 900
-DOCS = (
-    script.ROOT / "README.md",
-    *(script.ROOT / "docs" / f"{name}.md" for name in ("PERFORMANCE", "TRANSPORT", "MOVING")),
-)
+PAGES = ("CAPACITY", "MOVING", "PERFORMANCE", "TRANSPORT")
+DOCS = (script.ROOT / "README.md", *(script.ROOT / "docs" / f"{name}.md" for name in PAGES))
 IMAGES = script.ROOT / "docs" / "images" / "bench"
-_MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
 
 
 def parse() -> argparse.Namespace:
@@ -65,7 +49,7 @@ def parse() -> argparse.Namespace:
     )
     chosen = parser.parse_args()
     for name in chosen.names:
-        if not (FOLDER / f"{name}.py").is_file():
+        if name not in SUITE:
             parser.error(f"no bench {name!r}; expected some of {', '.join(SUITE)}")
     return chosen
 
@@ -81,7 +65,7 @@ def measure(
     # Of its own: the report keeps results of other runs.
     run = {key: content["machine"][key] for key in ("commit", "at")}
     began = time.perf_counter()
-    reason = supervise(command, LIMIT_S.get(name, DEFAULT_LIMIT_S))
+    reason = supervise(command, SUITE[name].get("limit_s", DEFAULT_LIMIT_S))
     run["took_s"] = round(time.perf_counter() - began, 1)
     if reason or not results.exists():
         return run | {"error": reason or "the script wrote no results"}
@@ -111,8 +95,8 @@ def supervise(command: list[str], limit_s: float = DEFAULT_LIMIT_S) -> str:
 def report(content: dict[str, Any], images: list[str]) -> str:
     """The whole report as Markdown."""
     parts = ["# Measurements", about(content["machine"]), summary(content["results"])]
-    for name, title in SUITE.items():
-        result = content["results"].get(name)
+    for name, entry in SUITE.items():
+        result, title = content["results"].get(name), entry["title"]
         if result is None:
             continue
         parts += [f"## {title}", *(f"![{title}]({image})" for image in images if name in image)]
@@ -199,10 +183,12 @@ def write_docs(content: dict[str, Any]) -> None:
     }
     texts["machine"] = about(content["machine"])
     texts["summary"] = summary(content["results"])
+    if "pipeline" in texts:
+        texts["capacity"] = capacity.measured(content["results"]["pipeline"])
     for path in DOCS:
         text = path.read_text()
-        path.write_text(_MARKED.sub(lambda found: filled(found, texts), text))
-        missing = sorted({name for _, name, _ in _MARKED.findall(text)} - texts.keys())
+        path.write_text(MARKED.sub(lambda found: filled(found, texts), text))
+        missing = sorted({name for _, name, _ in MARKED.findall(text)} - texts.keys())
         print(f"{path}: filled" + (f"; never measured: {', '.join(missing)}" if missing else ""))
     plots.draw(content["results"], IMAGES)
 
@@ -233,9 +219,9 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     content["machine"] = script.machine()
     failed = []
-    for name in chosen.names or [name for name in SUITE if name not in ON_DEMAND]:
+    for name in chosen.names or [name for name in SUITE if "only_named" not in SUITE[name]]:
         print(f"\n── {name} ──", flush=True)
-        if name not in SUITE:
+        if "only_prints" in SUITE[name]:
             failed += [name] if supervise(script_command(name)) else []
             continue
         content["results"][name] = measure(name, chosen, output, content)

@@ -82,12 +82,12 @@ def busy_share(before: Any, after: Any) -> float:
 
 
 def tiles_in_flight(counts: counters.Counts, seconds: float) -> float:
-    """Mean tiles in the UNet and its queue, by Little's law: request-seconds × tiles a request / seconds."""
+    """Mean tiles in the UNet and its queue, by Little's law: request-seconds × tiles per request / s."""
     return counts.in_flight_s * counts.rows / counts.requests / seconds
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a step; and how the 8-fold compares with one."""
+    """One row per step; and how the 8-fold compares with one."""
     steps = result["steps"]
     request = result["request"]
     base = steps[0]["groups_a_minute"]
@@ -104,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
         "by it",
         "networks' part",
     )
-    batches = [f"rows a call, `{name}`" for name in BATCHING]
+    batches = [f"rows per call, `{name}`" for name in BATCHING]
     rows = [_row(each, base) for each in steps]
     return "\n".join(
         [

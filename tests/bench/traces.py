@@ -76,7 +76,7 @@ def covered_s(spans: Iterable[Span], window: Span) -> float:
 
 
 def partition_s(stages: Mapping[str, Sequence[Span]], window: Span) -> dict[str, float]:
-    """The window in seconds a stage; an instant of several counts for the first; and the "rest"."""
+    """The window in seconds per stage; an instant of several counts for the first; and the "rest"."""
     shares: dict[str, float] = {}
     seen: list[Span] = []
     for name, spans in stages.items():

@@ -33,7 +33,7 @@ from panotriton.server.launch import LocalServer
 HEIGHT, WIDTH = 2048, 4096
 POOL_BYTES = 256 << 20
 
-# One folder a model: its inputs and outputs, and what it does with a request.
+# One folder per model: its inputs and outputs, and what it does with a request.
 TENSOR = '{{ name: "{}" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }}'
 STRING = '{{ name: "{}" data_type: TYPE_STRING dims: [ 1 ] }}'
 HEAD = """

@@ -1,4 +1,4 @@
-"""What every rendered deployment must have, one function a rule: manifests in, complaints out."""
+"""What every rendered deployment must have, one function per rule: manifests in, complaints out."""
 
 from __future__ import annotations
 

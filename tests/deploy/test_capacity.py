@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from tests.bench.capacity import TIMES, Report, Run, Simulation, Times, replicas_for, shard
+from tests.bench.capacity import (
+    HEADINGS,
+    ROOT,
+    SCENARIOS,
+    TIMES,
+    Report,
+    Run,
+    Simulation,
+    Times,
+    measured,
+    replicas_for,
+    replicas_text,
+    scenario_line,
+    shard,
+)
 
 HARDWARE = Times.load("a100_published")
 TWO_HUNDRED = Run(replicas=200, shards=25, groups=20_000, dying=0.05, seed=3)
@@ -82,6 +97,33 @@ def test_replicas_for_a_day() -> None:
     per_day = 86400 / HARDWARE.gpu_s(3.2)
     assert replicas_for(per_day * 0.89, HARDWARE, 3.2) == 1
     assert replicas_for(per_day * 9.1, HARDWARE, 3.2) == 11
+
+
+def test_the_docs_show_what_is_computed_now() -> None:
+    page = (ROOT / "docs" / "CAPACITY.md").read_text()
+    assert replicas_text("a100_published", HARDWARE, 3.2) in page
+    quick = [name for name, run in SCENARIOS.items() if run.replicas == 200]
+    lines = [HEADINGS, *(scenario_line(name, HARDWARE) for name in quick)]
+    assert "\n".join(lines) in page
+
+
+def test_the_measured_replicas_are_those_of_the_measured_group() -> None:
+    """One measurement, two pages: both are filled from the bench `pipeline`."""
+    block = re.compile(r"<!-- bench:(?:pipeline|capacity) -->\n(.*?)\n<!-- /bench -->", re.DOTALL)
+    pages = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("PERFORMANCE", "CAPACITY"))
+    group, replicas = (block.search(page)[1] for page in pages)
+    ensemble = dict(re.findall(r"^\| ([a-z-]+) \| [\d.]+ \| ([\d.]+) \|$", group, re.MULTILINE))
+    result = {
+        "request": {"crop_size": int(re.search(r"Crops of (\d+) px", group)[1])},
+        "kept": {"ensemble": json.loads(re.search(r"ensemble kept (\[.*?\])", group)[1])},
+        "stages": {"ensemble": {name: float(seconds) for name, seconds in ensemble.items()}},
+    }
+    numbers = re.compile(r"[\d,.]*\d")
+    shown, expected = (
+        [float(number.replace(",", "")) for number in numbers.findall(text)]
+        for text in (replicas, measured(result))
+    )
+    assert shown == pytest.approx(expected, rel=0.01, abs=1)  # the page's seconds are rounded
 
 
 def test_what_is_not_measured_says_so() -> None:

@@ -17,7 +17,7 @@ from panotriton.server.repository import OPTIONAL
 ROOT = Path(__file__).parent.parent.parent
 
 # The networks of osediff: its VAE keeps an eighth of the pixels, its UNet finds no noise to speak of.
-# PROMPT "slow" takes half a second a call; "fail" fails.
+# PROMPT "slow" takes half a second per call; "fail" fails.
 TEXT_ENCODER = """
 import numpy as np
 from panotriton.models.requests import required, respond

@@ -137,7 +137,7 @@ def test_a_group_is_the_same_from_files_and_pixels(client: Any) -> None:
 
 
 def test_tiles_give_the_same_bits_whatever_arrives_first(standin: LocalServer) -> None:
-    """105 tiles an image: their sums round by the order in which they are added."""
+    """105 tiles per image: their sums round by the order in which they are added."""
     image = noise(256, 512)
     with Client(standin.grpc_url) as client, ThreadPoolExecutor(4) as pool:
         alone = client.upscale(image).numpy()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
-from panotriton.cli import _parser, main
+from panotriton.cli import build_parser, main
 from panotriton.server.launch import LocalServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +54,7 @@ def test_the_other_examples(standin: LocalServer, name: str) -> None:
 
 
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    _parser().print_help()
+    build_parser().print_help()
     commands = re.findall(r"^    ([a-z-]+)\b", capsys.readouterr().out, re.MULTILINE)
     needed = "process upscale score describe crop dataset serve export doctor perf-data bench"
     assert set(needed.split()) <= set(commands)

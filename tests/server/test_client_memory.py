@@ -64,7 +64,7 @@ def test_a_thousand_calls_of_four_threads(client: Client, standin: LocalServer) 
         assert after[2] <= max(before[2], 4)
         assert after[0] - before[0] < 16
         assert after[1] - before[1] < 16
-        assert 1 <= len(regions(os.getpid())) <= 4  # one a call in flight
+        assert 1 <= len(regions(os.getpid())) <= 4  # one per call in flight
         assert sorted(registered(client, os.getpid())) == sorted(regions(os.getpid()))
     assert regions(os.getpid()) == []
     assert registered(client, os.getpid()) == []

@@ -39,7 +39,7 @@ def test_a_server_keeps_freed_memory_unless_told_otherwise(
     assert environment["MALLOC_ARENA_MAX"] == "1"
     assert environment["MALLOC_TRIM_THRESHOLD_"] == str(2 << 30)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
-    assert launcher._environment(())["MALLOC_ARENA_MAX"] == "4"
+    assert launcher.environment(())["MALLOC_ARENA_MAX"] == "4"
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
@@ -140,7 +140,7 @@ def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unserved_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_python_version", lambda: "3.99")
+    monkeypatch.setattr(launcher, "python_version", lambda: "3.99")
     with pytest.raises(
         ServerStartError, match=r"no stub for Python 3\.99; use one of .*3\.11.*docker"
     ):
@@ -163,7 +163,7 @@ def test_a_missing_libpython_names_its_package(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launcher.sysconfig, "get_config_var", lambda name: None)
     monkeypatch.setattr(launcher.Path, "exists", lambda self: False)
     with pytest.raises(ServerStartError, match=r"libpython3\.\d+\.so.*apt-get install libpython3"):
-        launcher._libpython_folder()
+        launcher.libpython_folder()
 
 
 def test_a_missing_wheel_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

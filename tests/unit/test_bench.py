@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from panotriton.cli import main
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -209,7 +211,7 @@ def test_the_vision_towers_flops_are_near_two_a_weight_and_patch() -> None:
 
 def test_a_group_has_the_tiles_of_the_real_sizes() -> None:
     assert cost.PAIRS * cost.PAIR_TILES + cost.VIEWS * cost.VIEW_TILES == 704
-    assert cost._patches(1024, 2048) == 10804
+    assert cost.patch_count(1024, 2048) == 10804
 
 
 @pytest.mark.skipif(memory_store.find() is None, reason="no redis-server: apt install redis-server")
@@ -280,9 +282,29 @@ def test_docs_are_filled_between_their_markers_and_nowhere_else(
 
 
 def test_the_docs_name_only_measurements_that_exist() -> None:
-    named = {name for path in run.DOCS for _, name, _ in run._MARKED.findall(path.read_text())}
+    named = {name for path in run.DOCS for _, name, _ in run.MARKED.findall(path.read_text())}
     assert named <= run.SUITE.keys() | {"machine", "summary"}
     assert named
+
+
+def test_every_script_that_runs_alone_is_in_the_suite() -> None:
+    mains = re.compile(r"^if __name__ == ", re.MULTILINE)
+    found = {path.stem for path in BENCH.glob("*.py") if mains.search(path.read_text())}
+    assert run.SUITE.keys() == found - {"run"}
+    for name, entry in run.SUITE.items():
+        assert entry.keys() <= {"title", "only_named", "only_prints", "limit_s"}, name
+
+
+def test_the_command_and_the_runner_know_the_same_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = f"no bench 'script'; expected some of {', '.join(run.SUITE)}"
+    assert main(["bench", "script"]) == 2  # a module beside the scripts
+    assert expected in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run.py", "script"])
+    with pytest.raises(SystemExit, match="2"):
+        run.parse()
+    assert expected in capsys.readouterr().err
 
 
 def test_the_runner_reports_what_ran_and_what_failed(tmp_path: Path) -> None:

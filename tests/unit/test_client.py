@@ -192,7 +192,7 @@ def test_decoding(extension: str) -> None:
 
 def test_16_bit_images_are_refused() -> None:
     data = cv2.imencode(".png", np.zeros((64, 64), np.uint16))[1].tobytes()
-    with pytest.raises(InvalidImage, match="expected 8 bits a channel"):
+    with pytest.raises(InvalidImage, match="expected 8 bits per channel"):
         decode_image("X", data)
 
 

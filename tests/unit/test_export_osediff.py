@@ -343,7 +343,7 @@ def test_every_graph_agrees_with_pytorch(
     found = re.search(r"whole image, 280×264 px ×2: ([\d.]+) dB", lines[-1])
     assert found
     assert float(found[1]) >= 50
-    assert len(lines) == len(results) + 2  # a header, a line a result, the whole image
+    assert len(lines) == len(results) + 2  # a header, one line per result, the whole image
 
 
 CONTRACT = {
@@ -423,7 +423,7 @@ def test_two_exports_are_equal_byte_for_byte(
 def test_large_half_precision_weights_lie_beside_the_graph(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_EXTERNAL_ABOVE_BYTES", 0)
+    monkeypatch.setattr(graph, "EXTERNAL_ABOVE_BYTES", 0)
     first, *_ = graph.export_component(component(base, "fp16"), tmp_path)
     assert 1e-6 < first.difference < 5e-3
     version = tmp_path / "osediff_text_encoder" / "1"

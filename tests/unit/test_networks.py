@@ -15,7 +15,8 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from panotriton.errors import ServerStartError
 from panotriton.models.one_step import read_network
 from panotriton.models.osediff import one_step, plan_size
-from panotriton.pipeline.networks import NETWORKS, OSEDIFF, PIPELINE, Roles, fronts, parts
+from panotriton.pipeline.networks import NETWORKS, OSEDIFF, PIPELINE, Roles, fronts
+from panotriton.pipeline.stages import STAGES
 from panotriton_export.front import front_folders, write_settings
 
 MODELS = Path(__file__).parent.parent.parent / "model_repository"
@@ -124,9 +125,9 @@ def test_a_network_without_arithmetic_is_named(tmp_path: Path, name: str) -> Non
 
 
 def test_parts_are_what_a_model_calls() -> None:
-    assert parts("osediff") == OSEDIFF.models
-    assert parts("qwen_scorer") == parts("qwen_describer") == ("qwen",)
-    assert parts("osediff_unet") == parts("select") == ()
+    assert STAGES["osediff"] == OSEDIFF.models
+    assert STAGES["qwen_scorer"] == STAGES["qwen_describer"] == ("qwen",)
+    assert STAGES["select"] == ()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from qwen_vl_utils import process_vision_info
 from transformers import (
     AutoProcessor,
     Qwen2VLConfig,
@@ -28,8 +30,8 @@ from panotriton.server.engines import CPU
 from panotriton.server.repository import copy_model
 from panotriton_export.qwen import check_folder, export_qwen
 from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
-from panotriton_export.train_small.degrade import Scores
-from panotriton_export.train_small.replies import level, number
+from panotriton_export.train_small.vision_language.degrade import Scores
+from panotriton_export.train_small.vision_language.replies import level, number
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ROOT / "export" / "small" / "qwen"
@@ -134,6 +136,58 @@ def test_only_the_latest_prefixes_are_kept(images: list[np.ndarray]) -> None:
     assert model.read_number(images[:1], "prompt 0") == pytest.approx(first, abs=1e-6)
     model.read_number(images[:1], "word " * 5000)  # longer than is worth keeping
     assert len(model._prefixes) == 4
+
+
+SIZES = [
+    (168, 336),  # kept as it is
+    (224, 224),
+    (30, 40),  # enlarged to the least number of pixels
+    (100, 380),  # rounded to whole patches
+    (28, 500),
+    (301, 299),
+    (1024, 2048),  # shrunk to the budget
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_those_of_process_vision_info(qwen: QwenVL, size: tuple[int, int]) -> None:
+    """The reference resizes PIL images, we tensors: equal where nothing is resized, else to a grey level."""
+    panorama = cv2.imread(str(ROOT / "tests" / "data" / "panoramas" / "city.jpg"))[:, :, ::-1]
+    image = np.ascontiguousarray(cv2.resize(panorama, size[::-1]))
+    processor = qwen.processor.image_processor
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    picture = {"type": "image", "image": Image.fromarray(image)}
+    picture |= {"min_pixels": least, "max_pixels": most}
+    (resized,), _ = process_vision_info([{"role": "user", "content": [picture]}])
+    expected = processor(images=[resized], return_tensors="pt")
+    ours = qwen._inputs([image], PROMPT)
+    assert ours["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    levels = torch.tensor(processor.image_std).repeat_interleave(2 * 14 * 14) * 255  # (1176)
+    difference = ((ours["pixel_values"] - expected["pixel_values"]) * levels).abs()
+    if size in SIZES[:2]:
+        assert difference.max() == 0
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.02
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("max_pixels", [None, 20_000])
+def test_the_grid_is_the_processors(
+    qwen: QwenVL, size: tuple[int, int], max_pixels: int | None
+) -> None:
+    blank = torch.zeros(3, *size, dtype=torch.uint8)
+    bounds = dict(qwen.processor.image_processor.size)
+    bounds["longest_edge"] = max_pixels or bounds["longest_edge"]
+    made = qwen.processor.image_processor(images=[blank], size=bounds, return_tensors="pt")
+    assert [1, *grid_of(SMALL, size, max_pixels)] == made["image_grid_thw"][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels"), [((27, 500), None), ((28, 5601), None), ((28, 500), 12_544)]
+)
+def test_a_size_without_a_grid_is_refused(size: tuple[int, int], max_pixels: int | None) -> None:
+    with pytest.raises(ExportError, match=rf"for {size[0]}x{size[1]} px .* sides of 28 px or more"):
+        grid_of(SMALL, size, max_pixels)
 
 
 def test_a_tower_for_one_size_stands_in_for_the_models_own(images: list[np.ndarray]) -> None:

@@ -92,7 +92,9 @@ def test_what_fits_passes_and_what_does_not_says_what_would() -> None:
 
 
 def test_weights_that_alone_are_too_much_need_another_model() -> None:
-    with pytest.raises(InvalidInput, match="use a smaller model, or one with fewer bytes a weight"):
+    with pytest.raises(
+        InvalidInput, match="use a smaller model, or one with fewer bytes per weight"
+    ):
         check(4_000_000_000, "cpu")
 
 

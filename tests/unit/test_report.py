@@ -29,7 +29,7 @@ from tests.groups import write_example
 NAN = float("nan")
 SCORES = [0.9, 0.5, 0.9, NAN, 0.9, 0.9, 0.6, 0.9, 0.8, 0.9, 0.9, NAN, 0.9, NAN, 0.9, 0.71]
 KEPT = [1, 3, 5, 6, 8]
-SCALE = 2  # mask pixels a degree
+SCALE = 2  # mask pixels per degree
 
 CAMERAS = st.builds(Camera, **{name: st.floats(*limits) for name, limits in LIMITS.items()})
 HARD_CAMERAS = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from panotriton import __version__
 from panotriton.cli import (
     bench,
     dataset,
@@ -33,7 +34,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr, never a traceback."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM cleans up exactly as Ctrl-C does
     try:
         return int(options.run(options))
@@ -55,13 +56,14 @@ def _exit_code(error: PanotritonError) -> int:
     return 3 if isinstance(error, ConnectError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="panotriton",
         description="Pairs of panoramas to quality-filtered, super-resolved image sequences, on Triton.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (export, serve, process, dataset):
         command.add_parser(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from panotriton.cli.connection import command
 from panotriton.errors import InvalidInput
 
-_FOLDER = Path(__file__).parents[3] / "tests" / "bench"
+_SUITE = Path(__file__).parents[3] / "tests" / "bench" / "suite.json"
 
 
 def add_parser(commands: Any) -> None:
@@ -38,19 +39,18 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the runner; its exit code."""
-    runnable = (path for path in sorted(_FOLDER.glob("*.py")) if "__main__" in path.read_text())
-    scripts = [path.stem for path in runnable if path.stem != "run"]
-    if not scripts:
+    if not _SUITE.is_file():
         raise InvalidInput(
-            f"no {_FOLDER}: the measurements live in the source tree; run them from a checkout that is "
+            f"no {_SUITE}: the measurements live in the source tree; run them from a checkout that is "
             "installed with pip install -e"
         )
+    suite = json.loads(_SUITE.read_text())
     for name in options.names:
-        if name not in scripts:
-            raise InvalidInput(f"no bench {name!r}; expected some of {', '.join(scripts)}")
+        if name not in suite:
+            raise InvalidInput(f"no bench {name!r}; expected some of {', '.join(suite)}")
     arguments = [*options.names, *["--quick"] * options.quick]
     arguments += ["--write-docs"] * options.write_docs
-    with subprocess.Popen([sys.executable, str(_FOLDER / "run.py"), *arguments]) as process:
+    with subprocess.Popen([sys.executable, str(_SUITE.with_name("run.py")), *arguments]) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -114,7 +114,7 @@ def _dataset(options: argparse.Namespace) -> Dataset:
 
 @contextlib.contextmanager
 def _reported(dataset: Dataset, console: Console) -> Iterator[None]:
-    """A line a group; on a terminal a bar below them."""
+    """One line per group; on a terminal a bar below them."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal

@@ -112,7 +112,7 @@ def _add_crop(commands: Any) -> None:
         commands,
         "crop",
         "crop views from a panorama",
-        "Write what cameras see of a panorama: one PNG a camera.",
+        "Write what cameras see of a panorama: one PNG per camera.",
         "  panotriton crop a.jpg --camera 30,-10,0,90,0.4 -o views\n"
         "  panotriton crop a.jpg --camera=-90,0,0,60,0 --camera 90,0,0,60,0 -o views --size 1024\n",
     )

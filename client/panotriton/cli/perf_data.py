@@ -40,7 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="JSON file"
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="requests (one an image)")
+    parser.add_argument(
+        "--count", type=int, default=0, metavar="N", help="requests (one per image)"
+    )
     add_option(parser, "crop_size", "side in px")
     parser.set_defaults(run=run)
 

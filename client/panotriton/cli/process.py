@@ -7,7 +7,6 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from panotriton import __version__
 from panotriton.cli.connection import (
     add_pipeline_arguments,
     add_server_arguments,
@@ -164,7 +164,7 @@ def _about(
     return {
         "panoramas": [str(path) for path in options.panoramas],
         "options": chosen,
-        "version": metadata.version("panotriton"),
+        "version": __version__,
         **facts(health, options.repository if options.local else None),
         "command": process_command(options.panoramas, chosen, str(options.output), *more),
         "seconds": round(group.seconds, 3),

@@ -105,7 +105,7 @@ class Client(Conversation):
         by the server), a PIL image, a (H, W, 3) uint8 RGB array, or a (3, H, W) float torch tensor
         in [0, 1]; 64 px a side to 134 megapixels. Give `seed` (≥ 0) or `cameras` (2, 8, 2, 5), see
         `sample_cameras`; with neither, the seed is 0. crop_size: 64 to 2048 px. upscale: 1 to 4.
-        align: adain, wavelet or nofix. threshold: 0 to 1. interpolations: 0 to 255 a sequence.
+        align: adain, wavelet or nofix. threshold: 0 to 1. interpolations: 0 to 255 per sequence.
         `intermediates` also fetches the images before super-resolution.
         """
         call = calls.process(

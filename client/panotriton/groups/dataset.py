@@ -26,12 +26,12 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from panotriton import __version__
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.groups import layout
@@ -205,7 +205,7 @@ class Dataset:
         about = {
             "panoramas": [str(path) for path in paths],
             "options": {"seed": seed, **self.options},
-            "version": metadata.version("panotriton"),
+            "version": __version__,
             **await self.facts(client),
             "command": process_command(paths, {"seed": seed, **self.options}),
         }

@@ -22,6 +22,7 @@ from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence
 
 __all__ = [
+    "JPEG_QUALITY",
     "fill_group",
     "next_group_id",
     "process_command",

@@ -126,11 +126,11 @@ class QwenVL:
         )
 
     def read_number(self, images: Sequence[Image], prompt: str) -> list[float]:
-        """The final score that the model expects, 0 to 1, one an image."""
+        """The final score that the model expects, 0 to 1, one per image."""
         return self._batched(images, lambda part: self._read_number(part, prompt))
 
     def read_level(self, images: Sequence[Image], prompt: str) -> list[float]:
-        """The expected level of quality, 0 (bad) to 1 (excellent), one an image."""
+        """The expected level of quality, 0 (bad) to 1 (excellent), one per image."""
         return self._batched(images, lambda part: self._read_level(part, prompt))
 
     def inputs(self, images: list[Image], prompt: str, reply: str = "") -> dict[str, Any]:

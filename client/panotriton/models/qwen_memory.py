@@ -91,7 +91,7 @@ def check_fits(
     batch = _largest(lambda n: needed(n, max_pixels).total <= free_bytes, max_batch)
     if batch:
         ways.append(f"set max_batch_images in qwen/config.pbtxt to {batch} or less")
-    ways = ways or ["use a smaller model, or one with fewer bytes a weight (--dtype bf16)"]
+    ways = ways or ["use a smaller model, or one with fewer bytes per weight (--dtype bf16)"]
     raise InvalidInput(
         f"{max_batch} images of {max_pixels} pixels need about {_gb(need.total)} of memory (weights "
         f"{_gb(need.weights)}, keys and values {_gb(need.cache)}, activations "

@@ -1,7 +1,7 @@
 """What the `qwen` model asks of Triton's vLLM backend, and how it reads the answers.
 
 The tensors are the backend's own: github.com/triton-inference-server/vllm_backend, src/model.py and
-src/utils/request.py. One request an image: vLLM joins them itself. Neither torch nor vLLM is
+src/utils/request.py. One request per image: vLLM joins them itself. Neither torch nor vLLM is
 imported.
 """
 

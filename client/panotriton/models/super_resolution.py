@@ -251,7 +251,7 @@ def _check_amount(count: int, plan: SizePlan) -> None:
     if count * height * width > MAX_SR_PIXELS:
         raise InvalidInput(
             f"IMAGES would make {count} images of {width}×{height} px; expected at most "
-            f"{MAX_SR_PIXELS / 1e6:.0f} megapixels a request: send fewer at once"
+            f"{MAX_SR_PIXELS / 1e6:.0f} megapixels per request: send fewer at once"
         )
 
 

@@ -76,7 +76,7 @@ def filter_intervals(
     """
     if scores.shape != (2 * INTERVALS,):
         raise InvalidInput(
-            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one a pair"
+            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one per pair"
         )
     Options(threshold=threshold).check(TENSORS)
     by_panorama = scores.reshape(2, INTERVALS)

@@ -92,7 +92,7 @@ def _opened(name: str, data: bytes, min_side_px: int) -> Iterator[PILImage.Image
         with PILImage.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_size(name, *image.size, min_side_px)
             if image.mode.startswith(("I", "F")):
-                raise InvalidImage(f"{name} has {image.mode} pixels; expected 8 bits a channel")
+                raise InvalidImage(f"{name} has {image.mode} pixels; expected 8 bits per channel")
             yield image
     except InvalidImage:
         raise

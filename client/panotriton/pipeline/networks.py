@@ -1,10 +1,10 @@
-"""Which models of the repository are parts of which: the super-resolution networks and Qwen's."""
+"""The super-resolution networks: which models of the repository play which roles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["NETWORKS", "OSEDIFF", "PIPELINE", "Roles", "fronts", "parts"]
+__all__ = ["NETWORKS", "OSEDIFF", "PIPELINE", "Roles", "fronts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +47,6 @@ OSEDIFF = Roles(
 NETWORKS = {"osediff": OSEDIFF}
 # The one that the configs of the ensembles and of panorama_stream name.
 PIPELINE = "osediff"
-
-_QWEN = {"qwen_scorer": ("qwen",), "qwen_describer": ("qwen",), "qwen": ("qwen_vision",)}
-
-
-def parts(model: str) -> tuple[str, ...]:
-    """The models that `model` calls, in the order of its work: their time is part of its own."""
-    return NETWORKS[model].models if model in NETWORKS else _QWEN.get(model, ())
 
 
 def fronts(network: str) -> tuple[str, ...]:

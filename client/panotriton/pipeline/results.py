@@ -28,6 +28,7 @@ __all__ = [
     "Timings",
     "Upscaled",
     "group_from_tensors",
+    "quality",
 ]
 
 U8 = NDArray[np.uint8]
@@ -166,7 +167,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A yaw interval that passed the filter: one sequence a panorama, and what the last view shows.
+    """A yaw interval that passed the filter: one sequence per panorama, and what the last view shows.
 
     yaw_bounds is in degrees. `description_error` says why `description` is empty, if it is.
     """

@@ -5,15 +5,14 @@ The time of a part is inside its stage's own; where instances work at once, the 
 
 from __future__ import annotations
 
-__all__ = ["DECODER", "ORDER", "STAGES", "is_part"]
+from panotriton.pipeline.networks import NETWORKS, PIPELINE
 
-# In the order in which an image meets them; the tagger is optional.
-_SUPER_RESOLUTION = ("tagger", "text_encoder", "vae_encoder", "unet", "vae_decoder")
+__all__ = ["DECODER", "ORDER", "STAGES", "is_part"]
 
 STAGES: dict[str, tuple[str, ...]] = {
     "decode": (),
     "preprocess": (),
-    "osediff": tuple(f"osediff_{part}" for part in _SUPER_RESOLUTION),
+    PIPELINE: NETWORKS[PIPELINE].models,
     "qwen_scorer": ("qwen",),
     "qwen_describer": ("qwen",),
     "select": (),
@@ -21,7 +20,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """Stage → its parts; both are models of the server."""
 
-DECODER = STAGES["osediff"][-1]
+DECODER = NETWORKS[PIPELINE].decoder
 """What an image of super-resolution leaves last: its rows are the images that are done."""
 
 _MODELS = [model for stage, parts in STAGES.items() for model in (stage, *parts)]

@@ -33,7 +33,14 @@ from typing import IO
 
 from panotriton.errors import ServerStartError
 
-__all__ = ["Installation", "LocalServer", "find_installation"]
+__all__ = [
+    "Installation",
+    "LocalServer",
+    "environment",
+    "find_installation",
+    "libpython_folder",
+    "python_version",
+]
 
 # Client regions whose name starts with this prefix are refused by the server, so that no client
 # can register (and overwrite) the memory that it shares with its Python models.
@@ -81,15 +88,15 @@ def find_installation(binary: Path | None = None) -> Installation:
         return Installation(binary=binary, flags=_supported_flags(binary, ()))
     _check_platform()
     root = _wheel_folder()
-    stub = root / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+    stub = root / "python_backend_stubs" / python_version() / "triton_python_backend_stub"
     if not stub.is_file():
         served = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
         raise ServerStartError(
-            f"the pip-installed tritonserver has no stub for Python {_python_version()}; "
+            f"the pip-installed tritonserver has no stub for Python {python_version()}; "
             f"use one of {served}, or {_DOCKER_WAY}"
         )
     _check_numpy()
-    libraries = (root.parent.parent / "nvidia_pytriton.libs", _libpython_folder())
+    libraries = (root.parent.parent / "nvidia_pytriton.libs", libpython_folder())
     server = root / "bin" / "tritonserver"
     return Installation(
         binary=server,
@@ -132,26 +139,26 @@ def _check_numpy() -> None:
         )
 
 
-def _libpython_folder() -> Path:
-    name = f"libpython{_python_version()}.so.1.0"
+def libpython_folder() -> Path:
+    name = f"libpython{python_version()}.so.1.0"
     for folder in (sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64"):
         if folder and (Path(folder) / name).exists():
             return Path(folder)
     raise ServerStartError(
         f"{name} not found: this Python was built without its shared library, which the server's "
-        f"Python models link. Debian and Ubuntu: apt-get install libpython{_python_version()}; "
+        f"Python models link. Debian and Ubuntu: apt-get install libpython{python_version()}; "
         "pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install"
     )
 
 
-def _python_version() -> str:
+def python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _supported_flags(binary: Path, libraries: Sequence[Path]) -> frozenset[str]:
     """The flags that this very server takes, from its own help: they differ between releases."""
     text = subprocess.run(
-        [binary, "--help"], capture_output=True, text=True, env=_environment(libraries), check=False
+        [binary, "--help"], capture_output=True, text=True, env=environment(libraries), check=False
     )
     flags = frozenset(re.findall(r"--[a-z][a-z0-9-]+", text.stdout + text.stderr))
     if "--model-repository" not in flags:
@@ -160,7 +167,7 @@ def _supported_flags(binary: Path, libraries: Sequence[Path]) -> frozenset[str]:
     return flags
 
 
-def _environment(libraries: Sequence[Path]) -> dict[str, str]:
+def environment(libraries: Sequence[Path]) -> dict[str, str]:
     """The server's environment: this Python first on PATH, since the stub runs the one it finds."""
     env = dict(os.environ)
     inherited = [env["LD_LIBRARY_PATH"]] if env.get("LD_LIBRARY_PATH") else []
@@ -180,7 +187,7 @@ class LocalServer:
     Ports of 0 pick free ones. `load_models` serves only the named models (and what they compose);
     None serves every model of the repository. `strict` fails the start when any model does not
     load; otherwise the others are served. `auto_complete` lets configs leave out inputs and outputs,
-    for an extra process a model at start. Raises ServerStartError with the reason from the
+    for an extra process per model at start. Raises ServerStartError with the reason from the
     server's log, which is kept at `log_file` where one is named.
     """
 
@@ -301,7 +308,7 @@ class LocalServer:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=_environment(installation.library_path),
+            env=environment(installation.library_path),
             cwd=work,  # the stub imports `model` from its working directory first
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
         )

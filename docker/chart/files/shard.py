@@ -2,7 +2,7 @@
 
     shard.py --server HOST:PORT --pairs FILE --output DIR --shards N [--index I]
 
-FILE has two paths a line, a tab between them, relative to FILE. Line n (from 1) is group n. Shard i of N
+FILE has two paths per line, a tab between them, relative to FILE. Line n (from 1) is group n. Shard i of N
 takes every N-th line from line i + 1 and writes to DIR/shard-000i; groups in its results.json are skipped.
 
 HOST may be a headless service: each of its addresses is a replica. The shards that are not finished

@@ -1,4 +1,4 @@
-"""crop: a panorama and cameras → one view a camera."""
+"""crop: a panorama and cameras → one view per camera."""
 
 import os
 
@@ -13,7 +13,7 @@ from panotriton.pipeline.contract import MAX_CAMERAS
 
 class TritonPythonModel:
     def initialize(self, args):
-        cv2.setNumThreads(1)  # crops bring their own threads, one a core
+        cv2.setNumThreads(1)  # crops bring their own threads, one per core
 
     def execute(self, requests):
         return respond(requests, self._crop)

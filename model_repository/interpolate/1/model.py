@@ -8,7 +8,7 @@ from panotriton.pipeline.group import check_cameras, interpolate_cameras, interp
 
 class TritonPythonModel:
     def initialize(self, args):
-        cv2.setNumThreads(1)  # interpolate_views brings its own threads, one a core
+        cv2.setNumThreads(1)  # interpolate_views brings its own threads, one per core
 
     def execute(self, requests):
         return respond(requests, self._interpolate)

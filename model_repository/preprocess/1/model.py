@@ -8,7 +8,7 @@ from panotriton.pipeline.group import make_pairs
 
 class TritonPythonModel:
     def initialize(self, args):
-        cv2.setNumThreads(1)  # make_pairs brings its own threads, one a core
+        cv2.setNumThreads(1)  # make_pairs brings its own threads, one per core
 
     def execute(self, requests):
         return respond(requests, self._preprocess)

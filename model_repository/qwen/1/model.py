@@ -71,7 +71,7 @@ class _Torch:
         )
 
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
-        """(text, value) an image: the one that was asked for, and nothing or NaN for the other."""
+        """(text, value) per image: the one that was asked for, and nothing or NaN for the other."""
         if reading == "number":
             return [("", value) for value in self._qwen.read_number(images, prompt)]
         if reading == "levels":
@@ -133,7 +133,7 @@ def _read(request):
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:
             raise InvalidInput(
-                f"{name} differs between the images of one request; send one a request"
+                f"{name} differs between the images of one request; send one per request"
             )
     prompt, reading, stop_after, limit = (value for (value,) in question)
     if reading.decode() not in MODES.values():

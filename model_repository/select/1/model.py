@@ -16,6 +16,6 @@ class TritonPythonModel:
         pairs = required(request, "PAIRS_SR")
         check_images("PAIRS_SR", pairs)
         if len(pairs) != 16:
-            raise InvalidInput(f"PAIRS_SR holds {len(pairs)} images; expected 16, one a score")
+            raise InvalidInput(f"PAIRS_SR holds {len(pairs)} images; expected 16, one per score")
         right_2 = pairs[8:, :, pairs.shape[2] // 2 :]  # (8, h, w, 3) panorama 2's right halves
         return {"KEPT": kept, "RIGHT_VIEWS": right_2[kept - 1]}

@@ -26,7 +26,7 @@ START_TIMEOUT_S = 180
 
 @dataclass
 class Outcome:
-    """What came of a group: scores in the order of the ensemble's, and seconds a stage."""
+    """What came of a group: scores in the order of the ensemble's, and seconds per stage."""
 
     scores: list[float] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -151,7 +151,7 @@ class Run:
 
 @contextlib.contextmanager
 def _service(name: str) -> Iterator[str]:
-    """The URL of a service's process; its log, a line a request, is not shown."""
+    """The URL of a service's process; its log, one line per request, is not shown."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -72,7 +72,7 @@ def views(split: dict[str, Any], sphere: U8, body: dict[str, Any]) -> list[dict[
 
 
 def resized(path: Path, size: int) -> U8:
-    """The panorama at crop size: once a request, though a crop on its own would do it again."""
+    """The panorama at crop size: once per request, though a crop on its own would do it again."""
     return np.asarray(cv2.resize(read_image(path), (size, size), interpolation=cv2.INTER_AREA))
 
 

@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML page a group, and an index over the groups of a run."""
+"""Reports: one self-contained HTML page per group, and an index over the groups of a run."""
 
 from panotriton.groups.report.index import write_index
 from panotriton.groups.report.page import write_report

@@ -19,7 +19,7 @@ __all__ = ["HEIGHT", "WIDTH", "Footprint", "border", "footprint", "rings"]
 
 WIDTH, HEIGHT = 360.0, 180.0
 _PER_SIDE = 128
-_TOLERANCE = 0.15  # degrees that a drawn path may stray: under half a pixel at 1000 px a panorama
+_TOLERANCE = 0.15  # degrees that a drawn path may stray: under half a pixel at 1000 px per panorama
 _FRAME = np.array([[-1, -1], [WIDTH + 1, -1], [WIDTH + 1, HEIGHT + 1], [-1, HEIGHT + 1]], float)
 
 F64 = NDArray[np.float64]

@@ -51,7 +51,7 @@ class ViewRecord:
 
 @dataclass(frozen=True, slots=True)
 class IntervalRecord:
-    """One yaw interval. `sequences` has one entry a panorama, and none where it was dropped."""
+    """One yaw interval. `sequences` has one entry per panorama, and none where it was dropped."""
 
     number: int
     pairs: tuple[PairRecord, PairRecord]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from importlib import metadata
 
 from fastapi import APIRouter, FastAPI, Response
 
+from panotriton import __version__
 from panotriton.client.client import Client
 from panotriton.errors import ConnectError, InvalidInput
 from panotriton.web.gateway import interpolate, preprocess, quality, super_resolution
@@ -40,7 +40,7 @@ same work on tensors. Images are RGB. Every failure is `{"error": "…"}`.
 def create_apps(
     settings: Settings, connect: Callable[[], Connection] | None = None
 ) -> Iterator[dict[str, FastAPI]]:
-    """The apps by service name, usable inside the block. `connect` makes the clients, one a thread.
+    """The apps by service name, usable inside the block. `connect` makes the clients, one per thread.
 
     Makes the output folder. Raises InvalidInput where it cannot, or a root does not exist.
     """
@@ -66,7 +66,7 @@ def _create_app(service: str, context: Context) -> FastAPI:
     app = FastAPI(
         title=f"panotriton gateway: {service}",
         description=_ABOUT,
-        version=metadata.version("panotriton"),
+        version=__version__,
         default_response_class=Reply,
     )
     answer_failures(app)

@@ -40,7 +40,7 @@ class Groups:
         self._roots = roots
         self._output = output
         self._seed = seed
-        # One lock a group keeps its two files together; groups may share one, which only costs time.
+        # One lock per group keeps its two files together; groups may share one, which only costs time.
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def folder(self, group_id: int) -> Path:

@@ -25,7 +25,7 @@ from panotriton.web.gateway.groups import params
 from panotriton.web.gateway.schemas import PreprocessReply, PreprocessRequest
 from panotriton.web.gateway.tensors import CameraOptions, Incoming, answer
 
-__all__ = ["PreprocessOptions", "router"]
+__all__ = ["PreprocessOptions", "check_panoramas", "router"]
 
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
@@ -52,7 +52,7 @@ def router(context: Context) -> APIRouter:
         "/preprocess_tensor",
         openapi_extra=tensor_endpoint(PreprocessOptions),
         responses=tensor_reply(
-            "8 pairs a panorama, left view | right view: crop_size × 2·crop_size.",
+            "8 pairs per panorama, left view | right view: crop_size × 2·crop_size.",
             "NHWC or NCHW.",
             cameras="(P, 8, left|right, 5), as given or drawn. Not in .npy replies.",
         ),

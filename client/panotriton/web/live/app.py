@@ -1,10 +1,9 @@
-"""The live page as a FastAPI app: one page, and one request a run whose response is its events."""
+"""The live page as a FastAPI app: one page, and one request per run whose response is its events."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from panotriton import __version__
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.report.document import TEMPLATES, render, template
 from panotriton.groups.report.page import SLIDER
@@ -77,7 +77,7 @@ def _page(settings: Settings) -> str:
         styles=(SLIDER / "styles.css", template("page.css"), _HERE / "live.css"),
         sources=_SOURCES,
         folders=(_HERE, TEMPLATES),
-        version=metadata.version("panotriton"),
+        version=__version__,
         defaults=DEFAULTS,
         max_interpolations=MAX_INTERPOLATIONS,
         max_bytes=settings.max_upload_bytes,

@@ -94,7 +94,7 @@ class Runs:
 
 
 class EventStream(Response):
-    """JSON objects, one a line, for as long as somebody reads them: a visitor who leaves cancels.
+    """JSON objects, one per line, for as long as somebody reads them: a visitor who leaves cancels.
 
     An error after the first line is a line of its own, since the status has been sent.
     """

@@ -16,7 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-__all__ = ["HELD_OUT", "SOURCES", "STRENGTHS", "Source", "Strength", "degrade", "load", "sample"]
+__all__ = [
+    "HELD_OUT",
+    "SOURCES",
+    "STRENGTHS",
+    "Image",
+    "Source",
+    "Strength",
+    "degrade",
+    "enlarge",
+    "jpeg",
+    "load",
+    "sample",
+]
 
 Image = NDArray[np.uint8]
 
@@ -158,7 +170,7 @@ def enlarge(small: Image) -> Image:
 
 
 def _blur(image: Image, sigma: tuple[float, float], rng: np.random.Generator) -> Image:
-    """Gaussian, one sigma a axis; doubled since `image` isn't halved yet."""
+    """Gaussian, one sigma per axis; doubled since `image` isn't halved yet."""
     x, y = 2 * rng.uniform(*sigma, 2)
     return np.asarray(cv2.GaussianBlur(image, (0, 0), x, sigmaY=y), np.uint8)
 
