@@ -1,34 +1,33 @@
-"""A group's stages, in the order of the pipeline, and the models that these call in their turn.
+"""A group's stages in the order of the pipeline, with the models that these call in their turn.
 
 The time of a part is inside its stage's own; where instances work at once, the parts' may add up to more.
 """
 
 from __future__ import annotations
 
-__all__ = ["DECODER", "ORDER", "STAGES", "is_part"]
+from panotriton.pipeline.networks import PIPELINE, parts
 
-# In the order in which an image meets them; the tagger is optional.
-_SUPER_RESOLUTION = ("tagger", "text_encoder", "vae_encoder", "unet", "vae_decoder")
+__all__ = ["ORDER", "STAGES", "is_part"]
 
-STAGES: dict[str, tuple[str, ...]] = {
-    "decode": (),
-    "preprocess": (),
-    "osediff": tuple(f"osediff_{part}" for part in _SUPER_RESOLUTION),
-    "qwen_scorer": ("qwen",),
-    "qwen_describer": ("qwen",),
-    "select": (),
-    "interpolate": (),
+STAGES = {
+    stage: parts(stage)
+    for stage in (
+        "decode",
+        "preprocess",
+        PIPELINE,
+        "qwen_scorer",
+        "qwen_describer",
+        "select",
+        "interpolate",
+    )
 }
 """Stage → its parts; both are models of the server."""
 
-DECODER = STAGES["osediff"][-1]
-"""What an image of super-resolution leaves last: its rows are the images that are done."""
-
-_MODELS = [model for stage, parts in STAGES.items() for model in (stage, *parts)]
+_MODELS = [model for stage, called in STAGES.items() for model in (stage, *called)]
 ORDER = {model: place for place, model in enumerate(_MODELS)}
 """Stage or part → its place in a table; a part that several stages call comes after the last of them."""
 
 
 def is_part(model: str) -> bool:
-    """Whether the model's time is inside a stage's; no stage and no part is neither."""
+    """Whether the model's time is inside a stage's; a model that is neither is no part."""
     return model in ORDER and model not in STAGES
