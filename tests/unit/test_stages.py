@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from panotriton.pipeline.stages import DECODER, ORDER, STAGES, is_part
+from panotriton.pipeline.stages import ORDER, STAGES, is_part
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 HELPERS = {"options", "tap"}  # of the ensembles: they take no time worth a line
@@ -32,7 +32,7 @@ def test_a_part_comes_after_the_last_stage_that_calls_it() -> None:
             assert ORDER[part] > ORDER[stage]
     ordered = sorted(ORDER, key=ORDER.__getitem__)
     assert ordered[-5:] == ["qwen_scorer", "qwen_describer", "qwen", "select", "interpolate"]
-    assert ordered.index(DECODER) == ordered.index("qwen_scorer") - 1
+    assert ordered.index("osediff_vae_decoder") == ordered.index("qwen_scorer") - 1
 
 
 def test_a_model_that_is_neither_is_no_part() -> None:

@@ -32,8 +32,9 @@ from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
+from panotriton.pipeline.networks import NETWORKS, PIPELINE
 from panotriton.pipeline.results import Group, Health, StageTime
-from panotriton.pipeline.stages import DECODER, ORDER, is_part
+from panotriton.pipeline.stages import ORDER, is_part
 
 _EXAMPLES = """\
   panotriton process a.jpg b.jpg -o out                  by the server at localhost:8001
@@ -126,7 +127,8 @@ def _watch(
 
 
 def _stage(stages: dict[str, StageTime]) -> str:
-    images = stages[DECODER].inferences if DECODER in stages else 0
+    decoder = NETWORKS[PIPELINE].decoder  # the last that an image leaves
+    images = stages[decoder].inferences if decoder in stages else 0
     if "interpolate" in stages:
         return f"super-resolving in-between views: {max(images - 16, 0)} done"
     if "qwen_scorer" in stages:
