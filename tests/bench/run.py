@@ -30,7 +30,7 @@ import script
 FOLDER = Path(__file__).parent
 SUITE: dict[str, dict[str, Any]] = json.loads((FOLDER / "suite.json").read_text())
 DEFAULT_LIMIT_S = 900
-PAGES = ("CAPACITY", "MOVING", "PERFORMANCE", "TRANSPORT")
+PAGES = ("CAPACITY", "MOVING", "PERFORMANCE", "SCORING", "TRANSPORT")
 DOCS = (script.ROOT / "README.md", *(script.ROOT / "docs" / f"{name}.md" for name in PAGES))
 IMAGES = script.ROOT / "docs" / "images" / "bench"
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n<!-- /bench -->)", re.DOTALL)
