@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
-from panotriton_export.osediff.base import CheckpointError
+from panotriton.errors import ExportError
 
-__all__ = ["read_pickle"]
+__all__ = ["CheckpointError", "read_pickle"]
+
+
+class CheckpointError(ExportError):
+    """A base folder or an osediff.pkl is broken, incomplete or made for another model."""
 
 
 def read_pickle(path: Path, expected: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from panotriton_export.graph import (
     ParityResult,
     export_component,
 )
-from panotriton_export.osediff.base import CheckpointError
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 from panotriton_export.osediff.fusions import fuse
 from panotriton_export.osediff.reference import (
@@ -35,6 +34,7 @@ from panotriton_export.osediff.unet import unet_component
 from panotriton_export.osediff.vae_decoder import vae_decoder_component
 from panotriton_export.osediff.vae_encoder import vae_encoder_component
 from panotriton_export.osediff.whole_image import psnr_db, run_graphs
+from panotriton_export.pickles import CheckpointError
 
 __all__ = ["CheckpointError", "ParityResult", "export_osediff"]
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from panotriton.errors import ExportError
+from panotriton_export.pickles import CheckpointError
 
-__all__ = ["PROMPT_TOKENS", "TIMESTEP", "Base", "CheckpointError", "open_base"]
+__all__ = ["PROMPT_TOKENS", "TIMESTEP", "Base", "open_base"]
 
 TIMESTEP = 999  # OSEDiff takes one step, from the last of 1000
 PROMPT_TOKENS = 77
@@ -33,10 +33,6 @@ _CONFIGS = {
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)"
 )
-
-
-class CheckpointError(ExportError):
-    """A base folder or an osediff.pkl is broken, incomplete or made for another model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from panotriton_export.osediff.base import Base, CheckpointError, open_base
-from panotriton_export.pickles import read_pickle
+from panotriton_export.osediff.base import Base, open_base
+from panotriton_export.pickles import CheckpointError, read_pickle
 
 __all__ = [
     "Checkpoint",

@@ -11,7 +11,7 @@ from panotriton.server.repository import copy_model
 from panotriton_export.configs import find_engine, fit_config, set_engine
 from panotriton_export.front import front_folders
 from panotriton_export.graph import ParityResult, export_component
-from panotriton_export.osediff.base import CheckpointError
+from panotriton_export.pickles import CheckpointError
 from panotriton_export.tagger.checkpoint import Ram, open_ram
 from panotriton_export.tagger.graph import NAME, tagger_component
 from panotriton_export.tagger.lists import read_tags

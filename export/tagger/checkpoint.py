@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from panotriton_export.osediff.base import CheckpointError
-from panotriton_export.pickles import read_pickle
+from panotriton_export.pickles import CheckpointError, read_pickle
 from panotriton_export.tagger.model import WINDOW, Sizes, Tagger
 
 __all__ = ["LORA_ALPHA", "LORA_RANK", "Ram", "open_ram"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from panotriton.models.tags import Tags
-from panotriton_export.osediff.base import CheckpointError
+from panotriton_export.pickles import CheckpointError
 
 __all__ = ["read_tags"]
 
