@@ -136,7 +136,8 @@ class QwenVL:
     def inputs(self, images: list[Image], prompt: str, reply: str = "") -> dict[str, Any]:
         """What the network takes for (H, W, 3) uint8 images, one row each, padded at the left.
 
-        reply: how the replies begin. Pixels stay tensors all the way.
+        reply: how the replies begin. Pixels stay tensors all the way: the processor resizes them as
+        qwen-vl-utils' process_vision_info does to PIL images, to within one grey level.
         """
         turns = [
             {"role": "system", "content": prompt},
