@@ -160,7 +160,7 @@ def test_pixels_are_those_of_process_vision_info(qwen: QwenVL, size: tuple[int, 
     picture |= {"min_pixels": least, "max_pixels": most}
     (resized,), _ = process_vision_info([{"role": "user", "content": [picture]}])
     expected = processor(images=[resized], return_tensors="pt")
-    ours = qwen._inputs([image], PROMPT)
+    ours = qwen.inputs([image], PROMPT)
     assert ours["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
     levels = torch.tensor(processor.image_std).repeat_interleave(2 * 14 * 14) * 255  # (1176)
     difference = ((ours["pixel_values"] - expected["pixel_values"]) * levels).abs()
