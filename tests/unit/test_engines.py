@@ -250,10 +250,10 @@ def test_a_config_says_what_runs_it_and_no_more(
 
 
 def test_a_provider_or_precision_that_is_not_there_is_named() -> None:
-    with pytest.raises(ExportError, match="is 'x'; expected one of cpu, openvino, cuda, tensorrt"):
+    with pytest.raises(ExportError, match=f"is 'x'; expected one of {', '.join(ENGINES)}"):
         find_engine("x")
     for engine in ENGINES.values():
-        with pytest.raises(ExportError, match=f"'int8'; expected fp32 or .* for {engine.name}"):
+        with pytest.raises(ExportError, match=f"'int8'; expected fp32.* for {engine.name}"):
             find_engine(engine.name, "int8")
         assert find_engine(engine.name, "fp32") is engine
 
@@ -342,7 +342,8 @@ def test_openvino_counts_for_instances_on_a_cpu():
 
 
 def test_on_a_machine_without_a_gpu_the_cpu_stands_in():
-    assert [stand_in(each) for each in ENGINES.values()] == [CPU, OPENVINO, CPU, CPU]
+    for each in ENGINES.values():
+        assert stand_in(each) is (CPU if each.on_gpu else each)
 
 
 # ------------------------------------------------------------------------------- what they refuse
@@ -356,12 +357,8 @@ def gpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("side", "accelerator", "fault"),
     [
-        (
-            "cpu",
-            {"name": "tensorrt"},
-            "unknown execution accelerator 'tensorrt', expected openvino",
-        ),
-        ("gpu", {"name": "openvino"}, "expected tensorrt or cuda"),
+        ("cpu", {"name": "tensorrt"}, "unknown execution accelerator 'tensorrt', .* openvino"),
+        ("gpu", {"name": "openvino"}, "expected .*tensorrt or cuda"),
         ("gpu", {"name": "tensorrt", "parameters": {"fp16": "1"}}, "parameter fp16: '1'"),
         ("gpu", {"name": "tensorrt", "parameters": {"precision_mode": "FP8"}}, "FP8"),
     ],
