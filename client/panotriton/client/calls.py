@@ -49,6 +49,7 @@ __all__ = [
     "Call",
     "Failure",
     "Plan",
+    "Value",
     "crop",
     "describe",
     "infer",

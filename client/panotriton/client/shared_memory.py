@@ -36,6 +36,8 @@ from panotriton.client.twins import resolved, run
 from panotriton.errors import PanotritonError, SharedMemoryError
 
 __all__ = [
+    "FOLDER",
+    "PREFIX",
     "AsyncSharedMemory",
     "Layout",
     "Pool",
