@@ -18,8 +18,8 @@ import pytest
 
 from panotriton.client.client import Client
 from panotriton.errors import ServerStartError
+from panotriton.server import launch as launcher
 from panotriton.server.launch import LocalServer, find_installation
-from panotriton.server.launch import launch as launcher
 
 COMMAND = [sys.executable, "-m", "panotriton"]
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]

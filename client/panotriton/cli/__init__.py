@@ -34,7 +34,9 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr, never a traceback."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM cleans up exactly as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that they clean up exactly as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
