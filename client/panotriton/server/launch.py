@@ -33,12 +33,10 @@ from typing import IO
 
 from panotriton.errors import ServerStartError
 from panotriton.server.control import KEY_HEADER, ModelControl
+from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
 
 __all__ = ["Installation", "LocalServer", "find_installation"]
 
-# Client regions whose name starts with this prefix are refused by the server, so that no client
-# can register (and overwrite) the memory that it shares with its Python models.
-_RESERVED_SHM_PREFIX = "triton_python_backend_shm_region_"
 _SHM_FOLDER = Path("/dev/shm")  # noqa: S108
 # What callers of other machines must not do: load and unload models, register memory, change logs.
 _CONTROL = "model-repository,shared-memory,trace,logging"
@@ -224,8 +222,9 @@ class LocalServer:
         self._extra_args = list(extra_args)
         # Nobody else knows it. Who needs control from afar runs the container, where it is a secret.
         self._key = secrets.token_hex(24) if controlled or not _is_local(host) else ""
-        self._shm_prefix = f"{_RESERVED_SHM_PREFIX}panotriton_{uuid.uuid4().hex[:12]}_"
+        self._shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
         self._work: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = -1
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -265,7 +264,8 @@ class LocalServer:
                 time.sleep(0.1)
 
     def __enter__(self) -> LocalServer:
-        self._work = tempfile.TemporaryDirectory(prefix="panotriton-")
+        self._work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX)
+        self._lock = lock_folder(Path(self._work.name))
         try:
             self.start()
         except BaseException:
@@ -315,6 +315,7 @@ class LocalServer:
                 self._log = None
             if self._work is not None:
                 self._work.cleanup()
+                os.close(self._lock)
                 self._work = None
 
     def _start(self) -> None:
@@ -330,6 +331,7 @@ class LocalServer:
             stderr=subprocess.STDOUT,
             env=_environment(installation.library_path),
             cwd=work,  # the stub imports `model` from its working directory first
+            pass_fds=[self._lock],  # and on to the stubs: the folder is theirs as well
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
         )
 
@@ -441,6 +443,8 @@ def _build_backends(installation: Installation, work: Path) -> Path:
     python.mkdir(parents=True)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         shutil.copy2(installation.backends / "python" / name, python)
+    with (python / "triton_python_backend_utils.py").open("a") as utils:
+        utils.write("\n\n" + Path(__file__).with_name("stub_end.py").read_text())
     shutil.copy2(installation.stub, python)
     onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
     (work / "backends" / "onnxruntime").mkdir()

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = ["Process", "Stub", "find_stubs", "look_at"]
 
 _PROC = Path("/proc")
 _STUB = "triton_python_backend_stub"
+_KILL_S = 5.0
 _INSTANCE = re.compile(r"(.+)_\d+_\d+$")
 
 
@@ -62,9 +64,12 @@ class Stub:
         return parent is None or parent.dead or "tritonserver" not in parent.name
 
     def kill(self) -> None:
-        """End it at once; not there any more is as good."""
+        """End it and wait for that; not there any more is as good."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_S
+        while (left := look_at(self.pid)) and not left.dead and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def look_at(pid: int) -> Process | None:

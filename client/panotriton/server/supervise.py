@@ -67,6 +67,7 @@ class Watch:
         self._stopped_s = stopped_s
         self._known: dict[int, tuple[str, str]] = {}  # pid → instance, model
         self._stopped: dict[int, float] = {}  # pid → since when
+        self.lost()  # whoever dies from now on is missed
 
     def lost(self) -> dict[str, list[int]]:
         """Models that lost processes, with those; each call looks anew."""
