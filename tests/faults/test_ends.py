@@ -45,7 +45,7 @@ def test_groups_in_flight_finish_and_newcomers_are_refused(
         serving.process.send_signal(signal.SIGTERM)
         serving.wait_until(lambda: serving.probe("/ready") == (503, "draining\n"), "draining")
         with Client(serving.grpc, retries=0) as client:
-            assert not client.ready()
+            serving.wait_until(lambda: not client.ready(), "the server's own word of it")
         for newcomer in (group, stream):
             with pytest.raises(PanotritonError):
                 newcomer(serving, panoramas)
