@@ -33,7 +33,7 @@ class Running:
     http: str
     metrics: str
     log: Path
-    port: int
+    health: int
 
 
 def free_port() -> int:
@@ -82,8 +82,8 @@ def running(
 
 
 def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running:
-    http, grpc, metrics = free_port(), free_port(), free_port()
-    ports = {"HTTP": http, "GRPC": grpc, "METRICS": metrics}
+    http, grpc, metrics, health = (free_port() for _ in range(4))
+    ports = {"HTTP": http, "GRPC": grpc, "METRICS": metrics, "HEALTH": health}
     environment = environment | {f"PANOTRITON_{k}_PORT": str(v) for k, v in ports.items()}
     log = folder / "log"
     with log.open("w") as output:
@@ -96,7 +96,7 @@ def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running
             text=True,
         )
     urls = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}/metrics"
-    return Running(process, *urls, log, http)
+    return Running(process, *urls, log, health)
 
 
 def wait_ready(server: Running) -> None:
@@ -132,9 +132,16 @@ def status(
         return 0
 
 
-def test_it_becomes_the_server(running: Running) -> None:
-    """The process that gets the container's signals is tritonserver itself, not a shell before it."""
-    assert Path(f"/proc/{running.process.pid}/exe").readlink().name == "tritonserver"
+def children(server: Running) -> list[int]:
+    task = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    return [int(child) for child in task.read_text().split()]
+
+
+def test_it_becomes_the_servers_supervisor(running: Running) -> None:
+    """The process that gets the container's signals is the supervisor itself, not a shell before it."""
+    assert Path(f"/proc/{running.process.pid}/exe").readlink().name.startswith("python")
+    (server,) = children(running)
+    assert Path(f"/proc/{server}/exe").readlink().name == "tritonserver"
 
 
 def test_inference_and_health_are_open(running: Running) -> None:
@@ -193,14 +200,19 @@ def test_the_log_carries_iso_times(running: Running) -> None:
 
 
 def test_the_healthcheck_follows_the_server(running: Running) -> None:
-    def check(port: int) -> int:
-        environment = {"PANOTRITON_HTTP_PORT": str(port)}
+    def check(port: int) -> subprocess.CompletedProcess[str]:
+        environment = {"PANOTRITON_HEALTH_PORT": str(port)}
         return subprocess.run(
-            [sys.executable, HEALTHCHECK], env=environment, capture_output=True, check=False
-        ).returncode
+            [sys.executable, HEALTHCHECK],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-    assert check(running.port) == 0
-    assert check(free_port()) == 1
+    healthy = check(running.health)
+    assert healthy.returncode == 0, healthy.stderr
+    assert check(free_port()).returncode == 1
 
 
 def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(

@@ -35,7 +35,7 @@ from panotriton.errors import ServerStartError
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
 
-__all__ = ["Installation", "LocalServer", "find_installation"]
+__all__ = ["Installation", "LocalServer", "die_with_parent", "find_installation"]
 
 _SHM_FOLDER = Path("/dev/shm")  # noqa: S108
 # What callers of other machines must not do: load and unload models, register memory, change logs.
@@ -355,7 +355,7 @@ class LocalServer:
             "--allow-client-shm": "true" if _is_local(self.host) else "false",
         }
         flags |= self._restrictions()
-        command = [*_die_with_parent(), str(installation.binary)]
+        command = [*die_with_parent(), str(installation.binary)]
         command += [
             f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
         ]
@@ -427,7 +427,7 @@ class LocalServer:
         return self._process
 
 
-def _die_with_parent() -> list[str]:
+def die_with_parent() -> list[str]:
     """A prefix that has the kernel end the server when the thread that started it is killed."""
     setpriv = shutil.which("setpriv")  # util-linux; where it is missing only a hard kill leaks
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []

@@ -217,6 +217,8 @@ class Supervisor:
             else:
                 self._say("serving again")
                 return True
+        if not self._restarts:
+            return False  # a container's engine starts the next one
         self._say(
             f"given up after {len(self._began)} starts within {self._within_s:g} s; last: {trouble}"
         )
