@@ -61,6 +61,10 @@ class Serving:
     def grpc(self) -> str:
         return self._addresses["gRPC"]
 
+    @property
+    def http(self) -> str:
+        return self._addresses["HTTP"].removeprefix("http://")
+
     def text(self) -> str:
         return "".join(self.said)
 
