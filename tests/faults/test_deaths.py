@@ -54,7 +54,14 @@ def test_readiness_tells_the_truth(serving: Serving, undisturbed: list[int]) -> 
     mended(serving, before)
 
 
-@pytest.mark.parametrize("model", ["osediff", "osediff_unet", "panorama_stream"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("osediff", marks=pytest.mark.thorough),
+        pytest.param("osediff_unet", marks=pytest.mark.thorough),
+        "panorama_stream",
+    ],
+)
 def test_callers_of_a_busy_process_get_an_answer(
     serving: Serving, panoramas: Panoramas, undisturbed: list[int], model: str
 ) -> None:

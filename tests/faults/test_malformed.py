@@ -17,7 +17,7 @@ from tests.faults.conftest import Serving
 from tests.faults.test_deaths import mended
 
 SEED = 19
-ROUNDS = int(os.environ.get("PANOTRITON_FAULTS_MALFORMED", "300"))
+ROUNDS = int(os.environ.get("PANOTRITON_FAULTS_MALFORMED", "200"))
 ENDPOINTS = (
     "v2/models/{model}/infer",
     "v2/models/{model}/generate",

@@ -27,7 +27,7 @@ from panotriton.errors import ConnectError, InvalidInput, PanotritonError
 _EXIT_CODES = """\
 exit codes:
   0  done               2  wrong arguments or input    130  interrupted
-  1  the work failed    3  no server answers
+  1  the work failed    3  no server answers          4    serve: starting again did not help
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
-from panotriton.server.launch import Installation, LocalServer, find_installation
+from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
 from panotriton.server.repository import check_exported
 from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
@@ -94,6 +94,11 @@ def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
     check_exported(options.repository)
     installation: Installation = find_installation(options.tritonserver)
+    if not is_local(options.host) and "--allow-client-shm" not in installation.flags:
+        _say(
+            f"this tritonserver is older than 26.05, and a malformed request can end it: open {options.host} "
+            "only to callers that you trust (docs/RELIABILITY.md)"
+        )
     print(f"starting tritonserver with {options.repository} …", flush=True)
     server = LocalServer(
         options.repository,

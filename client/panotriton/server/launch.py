@@ -35,7 +35,7 @@ from panotriton.errors import ServerStartError
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
 
-__all__ = ["Installation", "LocalServer", "die_with_parent", "find_installation"]
+__all__ = ["Installation", "LocalServer", "die_with_parent", "find_installation", "is_local"]
 
 _SHM_FOLDER = Path("/dev/shm")  # noqa: S108
 # What callers of other machines must not do: load and unload models, register memory, change logs.
@@ -221,7 +221,7 @@ class LocalServer:
         self._max_request_bytes = max_request_bytes
         self._extra_args = list(extra_args)
         # Nobody else knows it. Who needs control from afar runs the container, where it is a secret.
-        self._key = secrets.token_hex(24) if controlled or not _is_local(host) else ""
+        self._key = secrets.token_hex(24) if controlled or not is_local(host) else ""
         self._shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
         self._work: tempfile.TemporaryDirectory[str] | None = None
         self._lock = -1
@@ -352,7 +352,7 @@ class LocalServer:
             # Releases from 25.07 cap a request at 64 MB unless told otherwise; from 26.05 clients may
             # register shared memory only where this is said.
             "--http-max-input-size": str(self._max_request_bytes),
-            "--allow-client-shm": "true" if _is_local(self.host) else "false",
+            "--allow-client-shm": "true" if is_local(self.host) else "false",
         }
         flags |= self._restrictions()
         command = [*die_with_parent(), str(installation.binary)]
@@ -369,7 +369,7 @@ class LocalServer:
     def _restrictions(self) -> dict[str, str]:
         if not self._key:
             return {}
-        if _is_local(self.host):
+        if is_local(self.host):
             return {"--http-restricted-api": f"model-repository:{KEY_HEADER}={self._key}"}
         restricted = f"{_CONTROL}:{KEY_HEADER}={self._key}"
         return {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
@@ -485,7 +485,8 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether only this machine's processes reach that address."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
