@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from panotriton.server.launch import find_installation
+from panotriton.server.processes import find_stubs
+from panotriton.server.supervise import EXIT_GAVE_UP
 from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -200,6 +202,10 @@ def test_the_log_carries_iso_times(running: Running) -> None:
 
 
 def test_the_healthcheck_follows_the_server(running: Running) -> None:
+    while ask_supervisor(running, "ready") != 200:  # it looks twice a second
+        assert running.process.poll() is None
+        time.sleep(0.1)
+
     def check(port: int) -> subprocess.CompletedProcess[str]:
         environment = {"PANOTRITON_HEALTH_PORT": str(port)}
         return subprocess.run(
@@ -226,6 +232,45 @@ def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
         assert server.process.wait(20) == 0
     finally:
         stop(server)
+
+
+def test_a_dead_model_is_loaded_anew_and_a_dead_server_ends_the_container(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    server = start(environment | {"PANOTRITON_LOAD_MODELS": "select"}, tmp_path)
+
+    def wait_supervised() -> None:
+        deadline = time.monotonic() + 60
+        while ask_supervisor(server, "ready") != 200:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.1)
+
+    try:
+        wait_supervised()
+        (tritonserver,) = children(server)
+        (stub,) = find_stubs(tritonserver)
+        stub.kill()
+        while "loaded anew" not in server.log.read_text():
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.1)
+        wait_supervised()
+        os.kill(tritonserver, signal.SIGKILL)
+        assert server.process.wait(20) == EXIT_GAVE_UP
+        assert "ended by itself, killed by SIGKILL" in server.log.read_text()
+    finally:
+        stop(server)
+
+
+def ask_supervisor(server: Running, probe: str) -> int:
+    """The status of one of its probes; 0 where it does not listen yet."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.health}/{probe}", timeout=10) as it:
+            return int(it.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return 0
 
 
 def test_local_callers_may_share_memory_when_it_is_said(

@@ -24,10 +24,8 @@ from panotriton.client.client import Client
 from panotriton.server.processes import Stub, find_stubs
 
 HERE = Path(__file__).parent
-# What is promised of service and answers after any death, in seconds. This is the bound of a wait, not a
-# measurement: a machine with several cores takes a tenth.
+# What is promised of service and answers after any death, in seconds beyond the time that loading takes.
 PROMISED_S = 30.0
-PATIENCE_S = float(os.environ.get("PANOTRITON_FAULTS_PATIENCE_S", PROMISED_S))
 
 
 class Serving:
@@ -41,10 +39,12 @@ class Serving:
         )
         self._addresses: dict[str, str] = {}
         self._started = threading.Event()
+        began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._started.wait(300), self.text()
         assert "gRPC" in self._addresses, self.text()
+        self.patience_s = PROMISED_S + time.monotonic() - began
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -102,7 +102,7 @@ class Serving:
         return sum(map(float, found))
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while not happened():
             assert time.monotonic() < deadline, f"{what} did not happen:\n{self.text()}"
             time.sleep(0.2)

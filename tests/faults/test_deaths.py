@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from panotriton.errors import PanotritonError
-from tests.faults.conftest import PATIENCE_S, Answer, Serving, group, stream
+from tests.faults.conftest import Answer, Serving, group, stream
 
 Panoramas = tuple[np.ndarray, np.ndarray]
 
@@ -75,7 +75,7 @@ def test_callers_of_a_busy_process_get_an_answer(
     serving.kill_stubs(model)
     mended(serving, before)
     for call in calls:
-        call.join(PATIENCE_S)
+        call.join(serving.patience_s)
         assert call.ended(), f"a caller waits for nothing:\n{serving.text()}"
         assert call.error is None or isinstance(call.error, PanotritonError)
     assert any(call.error for call in calls)
@@ -90,7 +90,7 @@ def test_a_killed_server_is_started_again_at_the_same_address(
     call.join(1)
     os.kill(server, signal.SIGKILL)
     mended(serving, before)
-    call.join(PATIENCE_S)
+    call.join(serving.patience_s)
     assert isinstance(call.error, PanotritonError)
     assert serving.server().pid != server
     assert "killed by SIGKILL" in serving.text()

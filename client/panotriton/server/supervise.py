@@ -122,7 +122,7 @@ class Supervisor:
         self._say = say
         self._began: deque[float] = deque()  # the last restarts
         self._end = threading.Event()
-        self._waiting = False
+        self._starting = False
 
     def ready(self) -> bool:
         """Whether a new request would be answered: serving, every process there, and the server agrees."""
@@ -152,13 +152,15 @@ class Supervisor:
             self._say(f"{trouble}; its requests got an error")
             self.health.state = "starting"
             self._server.kill()
-            if not self._start_again(trouble):
-                return EXIT_GAVE_UP
+            self._starting = True
+            if self._end.is_set() or not self._start_again(trouble):
+                return 0 if self._end.is_set() else EXIT_GAVE_UP
+            self._starting = False
         self._drain()
         return 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._end.is_set() or not self._waiting:
+        if self._end.is_set() or self._starting:  # where nothing is in flight
             raise KeyboardInterrupt
         self._end.set()
 
@@ -167,7 +169,7 @@ class Supervisor:
         self.health.state = "serving"
         watch = Watch(self._server.pid)
         silent = Silence(self._server)
-        while not self._pause():
+        while not self._end.wait(_POLL_S):
             self.health.beat_s = time.monotonic()
             if trouble := _ended(self._server) or silent.too_long():
                 return trouble
@@ -175,14 +177,6 @@ class Supervisor:
                 if trouble := self._replace(watch, model, processes):
                     return trouble
         return None
-
-    def _pause(self) -> bool:
-        """Wait for the next look; whether the end was asked for."""
-        self._waiting = True
-        try:
-            return self._end.wait(_POLL_S)
-        finally:
-            self._waiting = False
 
     def _replace(self, watch: Watch, model: str, processes: list[int]) -> str | None:
         """Load a model anew that lost processes; the reason where that did not help."""
