@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check deploy-check bench perf-analyzer docs clean
+.PHONY: help setup demo test check fault-check deploy-check bench perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ $(VENV)/.deploy: $(VENV)/.installed
 build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 	$(BIN)/python tests/deploy/fetch_helm.py build/deploy
 	touch $@
+
+fault-check: repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
+	timeout 900 $(BIN)/python -m pytest tests/faults
 
 deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
 	$(BIN)/python -m pytest tests/deploy

@@ -1,10 +1,11 @@
 #!/bin/sh
-# Check what a container commonly lacks, then become tritonserver, hardened. Arguments are added to the
-# server's own. Settings, by environment (README.md explains them):
+# Check what a container commonly lacks, then become the supervisor of tritonserver, hardened. Arguments are
+# added to the server's own. Settings, by environment (README.md explains them):
 #   PANOTRITON_REPOSITORY         folder or s3://, gs://, as:// address             /models
 #   PANOTRITON_LOAD_MODELS        names, space-separated; * is all                  *
 #   PANOTRITON_HOST               address to listen on                              0.0.0.0
 #   PANOTRITON_HTTP_PORT, …_GRPC_PORT, …_METRICS_PORT                               8000, 8001, 8002
+#   PANOTRITON_HEALTH_PORT        /ready, /live and /metrics of the supervisor     8003
 #   PANOTRITON_MAX_REQUEST_BYTES  of one HTTP request                               1 GiB
 #   PANOTRITON_EXIT_TIMEOUT_S     what requests in flight get after SIGTERM         60
 #   PANOTRITON_SHM_MIN_BYTES      start only with a /dev/shm of this size           2 GiB
@@ -22,6 +23,7 @@ host=${PANOTRITON_HOST:-0.0.0.0}
 http_port=${PANOTRITON_HTTP_PORT:-8000}
 grpc_port=${PANOTRITON_GRPC_PORT:-8001}
 metrics_port=${PANOTRITON_METRICS_PORT:-8002}
+health_port=${PANOTRITON_HEALTH_PORT:-8003}
 max_request_bytes=${PANOTRITON_MAX_REQUEST_BYTES:-1073741824}
 exit_timeout_s=${PANOTRITON_EXIT_TIMEOUT_S:-60}
 shm_min_bytes=${PANOTRITON_SHM_MIN_BYTES:-2147483648}
@@ -44,6 +46,7 @@ check_settings() {
     check_number PANOTRITON_HTTP_PORT "$http_port"
     check_number PANOTRITON_GRPC_PORT "$grpc_port"
     check_number PANOTRITON_METRICS_PORT "$metrics_port"
+    check_number PANOTRITON_HEALTH_PORT "$health_port"
     check_number PANOTRITON_MAX_REQUEST_BYTES "$max_request_bytes"
     check_number PANOTRITON_EXIT_TIMEOUT_S "$exit_timeout_s"
     check_number PANOTRITON_SHM_MIN_BYTES "$shm_min_bytes"
@@ -120,8 +123,11 @@ for model in ${PANOTRITON_LOAD_MODELS:-*}; do
     set -- --load-model="$model" "$@"
 done
 
-# exec: the server gets the container's signals and its exit code is the container's.
-exec "$server" \
+export PANOTRITON_HOST="$host" PANOTRITON_HTTP_PORT="$http_port" PANOTRITON_HEALTH_PORT="$health_port" \
+    PANOTRITON_EXIT_TIMEOUT_S="$exit_timeout_s" PANOTRITON_ADMIN_KEY="$key"
+
+# exec: the supervisor gets the container's signals and its exit code is the container's.
+exec python3 -m panotriton.server.contained "$server" \
     --model-repository="$repository" --model-control-mode=explicit --exit-on-error=true \
     --strict-readiness=true --exit-timeout-secs="$exit_timeout_s" --backend-directory="$backends" \
     --http-address="$host" --http-port="$http_port" \

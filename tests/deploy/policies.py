@@ -16,9 +16,9 @@ _RESTRICTED = {
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "": 1}
 _OLD = {"autoscaling/v2beta1", "autoscaling/v2beta2", "policy/v1beta1", "batch/v1beta1"}
 _PROBES = {
-    "startupProbe": "/v2/health/ready",
-    "readinessProbe": "/v2/health/ready",
-    "livenessProbe": "/v2/health/live",
+    "startupProbe": "/ready",
+    "readinessProbe": "/ready",
+    "livenessProbe": "/live",
 }
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from panotriton.server.launch import find_installation
+from panotriton.server.processes import find_stubs
+from panotriton.server.supervise import EXIT_GAVE_UP
 from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -33,7 +35,7 @@ class Running:
     http: str
     metrics: str
     log: Path
-    port: int
+    health: int
 
 
 def free_port() -> int:
@@ -82,8 +84,8 @@ def running(
 
 
 def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running:
-    http, grpc, metrics = free_port(), free_port(), free_port()
-    ports = {"HTTP": http, "GRPC": grpc, "METRICS": metrics}
+    http, grpc, metrics, health = (free_port() for _ in range(4))
+    ports = {"HTTP": http, "GRPC": grpc, "METRICS": metrics, "HEALTH": health}
     environment = environment | {f"PANOTRITON_{k}_PORT": str(v) for k, v in ports.items()}
     log = folder / "log"
     with log.open("w") as output:
@@ -96,7 +98,7 @@ def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running
             text=True,
         )
     urls = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}/metrics"
-    return Running(process, *urls, log, http)
+    return Running(process, *urls, log, health)
 
 
 def wait_ready(server: Running) -> None:
@@ -132,9 +134,16 @@ def status(
         return 0
 
 
-def test_it_becomes_the_server(running: Running) -> None:
-    """The process that gets the container's signals is tritonserver itself, not a shell before it."""
-    assert Path(f"/proc/{running.process.pid}/exe").readlink().name == "tritonserver"
+def children(server: Running) -> list[int]:
+    task = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    return [int(child) for child in task.read_text().split()]
+
+
+def test_it_becomes_the_servers_supervisor(running: Running) -> None:
+    """The process that gets the container's signals is the supervisor itself, not a shell before it."""
+    assert Path(f"/proc/{running.process.pid}/exe").readlink().name.startswith("python")
+    (server,) = children(running)
+    assert Path(f"/proc/{server}/exe").readlink().name == "tritonserver"
 
 
 def test_inference_and_health_are_open(running: Running) -> None:
@@ -193,14 +202,23 @@ def test_the_log_carries_iso_times(running: Running) -> None:
 
 
 def test_the_healthcheck_follows_the_server(running: Running) -> None:
-    def check(port: int) -> int:
-        environment = {"PANOTRITON_HTTP_PORT": str(port)}
-        return subprocess.run(
-            [sys.executable, HEALTHCHECK], env=environment, capture_output=True, check=False
-        ).returncode
+    while ask_supervisor(running, "ready") != 200:  # it looks twice a second
+        assert running.process.poll() is None
+        time.sleep(0.1)
 
-    assert check(running.port) == 0
-    assert check(free_port()) == 1
+    def check(port: int) -> subprocess.CompletedProcess[str]:
+        environment = {"PANOTRITON_HEALTH_PORT": str(port)}
+        return subprocess.run(
+            [sys.executable, HEALTHCHECK],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    healthy = check(running.health)
+    assert healthy.returncode == 0, healthy.stderr
+    assert check(free_port()).returncode == 1
 
 
 def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
@@ -214,6 +232,45 @@ def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
         assert server.process.wait(20) == 0
     finally:
         stop(server)
+
+
+def test_a_dead_model_is_loaded_anew_and_a_dead_server_ends_the_container(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    server = start(environment | {"PANOTRITON_LOAD_MODELS": "select"}, tmp_path)
+
+    def wait_supervised() -> None:
+        deadline = time.monotonic() + 60
+        while ask_supervisor(server, "ready") != 200:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.1)
+
+    try:
+        wait_supervised()
+        (tritonserver,) = children(server)
+        (stub,) = find_stubs(tritonserver)
+        stub.kill()
+        while "loaded anew" not in server.log.read_text():
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.1)
+        wait_supervised()
+        os.kill(tritonserver, signal.SIGKILL)
+        assert server.process.wait(20) == EXIT_GAVE_UP
+        assert "ended by itself, killed by SIGKILL" in server.log.read_text()
+    finally:
+        stop(server)
+
+
+def ask_supervisor(server: Running, probe: str) -> int:
+    """The status of one of its probes; 0 where it does not listen yet."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.health}/{probe}", timeout=10) as it:
+            return int(it.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return 0
 
 
 def test_local_callers_may_share_memory_when_it_is_said(

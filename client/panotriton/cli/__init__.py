@@ -28,14 +28,16 @@ from panotriton.errors import ConnectError, InvalidInput, PanotritonError
 _EXIT_CODES = """\
 exit codes:
   0  done               2  wrong arguments or input    130  interrupted
-  1  the work failed    3  no server answers
+  1  the work failed    3  no server answers          4    serve: starting again did not help
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr, never a traceback."""
     options = build_parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM cleans up exactly as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that they clean up exactly as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         return int(options.run(options))
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from panotriton.client.leftovers import dead_regions, find_leftovers
 from panotriton.client.shared_memory import FOLDER
 from panotriton.errors import PanotritonError, ServerStartError
 from panotriton.server.launch import find_installation
+from panotriton.server.leftovers import dead_folders, orphaned_stubs
 
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "bad": "[red]bad[/red]"}
 _MIN_SHM_BYTES = 1 << 30
@@ -42,7 +43,8 @@ def add_parser(commands: Any) -> None:
         commands,
         "doctor",
         "check this machine, and clean up after killed processes",
-        "Check what a local server needs, and list shared memory that killed clients and servers left. "
+        "Check what a local server needs, and list what killed clients and servers left: processes, shared "
+        "memory, temporary folders. "
         "A server on this machine is asked for regions of dead clients as well. Exit code 1 where "
         "something is bad, or was left and not removed.",
         "  panotriton doctor\n"
@@ -58,7 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check, and with --fix remove."""
     findings = [check() for check in (_python, _numpy, _glibc, _server, _shm)]
-    findings += _files(options.fix)
+    findings += [*_stubs(options.fix), *_files(options.fix), *_folders(options.fix)]
     findings += _regions(options.url, options.fix)
     if options.json:
         print_json([asdict(finding) for finding in findings])
@@ -106,6 +108,23 @@ def _shm() -> Finding:
         more = "; a group of 512 px crops takes about 1 GiB: docker run --shm-size=4g"
         return Finding(str(FOLDER), "warning", detail + more)
     return Finding(str(FOLDER), "ok", detail)
+
+
+def _stubs(fix: bool) -> list[Finding]:
+    """Before the shared memory, which is a dead server's only once its stubs are gone."""
+    found = []
+    for stub in orphaned_stubs():
+        what = f"process {stub.pid}, {stub.model}, left by a server that is gone"
+        found.append(_left("stub", what, fix, stub.kill))
+    return found
+
+
+def _folders(fix: bool) -> list[Finding]:
+    found = []
+    for folder in dead_folders():
+        what = f"{folder.path}, left by a server that is gone"
+        found.append(_left("folder", what, fix, folder.remove))
+    return found
 
 
 def _files(fix: bool) -> list[Finding]:

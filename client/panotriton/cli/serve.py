@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from panotriton.server.launch import Installation, LocalServer, find_installation
+from panotriton.errors import ServerStartError
+from panotriton.server.health import answer_probes
+from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
 from panotriton.server.repository import check_exported
+from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
 _EXAMPLES = """\
 examples:
@@ -27,7 +33,9 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="start the Triton server and keep it until Ctrl-C",
         description="Start a real tritonserver with the model repository, wait until every model is "
-        "ready, print where it listens, and stop it cleanly on Ctrl-C or SIGTERM.",
+        "ready, print where it listens, replace what dies, and on Ctrl-C or SIGTERM let requests in flight "
+        "finish before it ends; a second Ctrl-C ends it at once. Exit code "
+        f"{EXIT_GAVE_UP} where starting it again did not help.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,12 +48,32 @@ def add_parser(commands: Any) -> None:
         "--grpc-port", type=int, default=8001, help="%(default)s; 0 picks a free one"
     )
     parser.add_argument("--metrics-port", type=int, default=8002, help="%(default)s; 0: a free one")
+    parser.add_argument(
+        "--health-port",
+        type=int,
+        metavar="PORT",
+        help="/live, /ready and /metrics of the supervision (the metrics port + 1); 0: a free one",
+    )
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="what groups in flight get after Ctrl-C or SIGTERM (%(default)g)",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="starts after crashes of the server, within ten minutes, before it gives up (%(default)s)",
+    )
     parser.add_argument("--log", action="store_true", help="stream the server's log to stderr")
     parser.add_argument("--log-file", type=Path, help="keep the server's log here")
     parser.add_argument("--log-verbose", type=int, default=0, metavar="N", help="Triton's level")
     parser.add_argument("--tritonserver", type=Path, metavar="PATH", help="a server to run instead")
     parser.add_argument(
-        "--exit-timeout-s", type=float, default=30.0, help="for requests in flight (%(default)g)"
+        "--exit-timeout-s", type=float, default=30.0, help="for unloading, after that (%(default)g)"
     )
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="further flags of tritonserver")
     parser.set_defaults(run=run)
@@ -63,9 +91,14 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until interrupted; 1 when the server ends by itself."""
+    """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
     check_exported(options.repository)
     installation: Installation = find_installation(options.tritonserver)
+    if not is_local(options.host) and "--allow-client-shm" not in installation.flags:
+        _say(
+            f"this tritonserver is older than 26.05, and a malformed request can end it: open {options.host} "
+            "only to callers that you trust (docs/RELIABILITY.md)"
+        )
     print(f"starting tritonserver with {options.repository} …", flush=True)
     server = LocalServer(
         options.repository,
@@ -77,22 +110,41 @@ def run(options: argparse.Namespace) -> int:
         log_verbose=options.log_verbose,
         exit_timeout_s=options.exit_timeout_s,
         extra_args=options.flags,
+        controlled=True,
         installation=installation,
     )
-    with server:
+    supervisor = Supervisor(server, drain_s=options.drain_s, restarts=options.restarts, say=_say)
+    with _probes(supervisor, options) as health_port, server:
         print(f"  gRPC     {server.grpc_url}")
         print(f"  HTTP     http://{server.http_url}")
         print(f"  metrics  {server.metrics_url}")
+        print(f"  health   http://{options.host}:{health_port}/ready")
         print("ready; Ctrl-C stops it", flush=True)
         if options.log:
             threading.Thread(target=_stream_log, args=(server,), daemon=True).start()
+        code = supervisor.run()
+        if code:
+            print(_tail(server), file=sys.stderr)
+        return code
+
+
+@contextlib.contextmanager
+def _probes(supervisor: Supervisor, options: argparse.Namespace) -> Iterator[int]:
+    port = options.health_port
+    if port is None:
+        port = options.metrics_port and options.metrics_port + 1
+    with contextlib.ExitStack() as stack:
         try:
-            code = server.wait()
-        except KeyboardInterrupt:
-            print("stopping …", flush=True)
-            return 0
-        print(f"tritonserver ended by itself, exit code {code}:\n{_tail(server)}", file=sys.stderr)
-        return 1
+            listening = stack.enter_context(answer_probes(supervisor, options.host, port))
+        except OSError as error:
+            raise ServerStartError(
+                f"cannot listen on {options.host}:{port}: {error.strerror}; choose another --health-port"
+            ) from error
+        yield listening
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _stream_log(server: LocalServer) -> None:

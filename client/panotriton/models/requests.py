@@ -6,6 +6,7 @@ Importable only inside tritonserver, which brings `triton_python_backend_utils`.
 from __future__ import annotations
 
 import asyncio
+import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -29,11 +30,13 @@ from panotriton.pipeline.images import check_panorama, decode_image
 
 __all__ = [
     "Cancelled",
+    "Unavailable",
     "answers",
     "ask_qwen",
     "attempt",
     "call",
     "calls_until",
+    "failed",
     "number",
     "optional",
     "read_cameras",
@@ -47,10 +50,17 @@ __all__ = [
 ]
 
 Tensors = dict[str, NDArray[Any]]
+_GONE = re.compile(
+    r"Stub process '\w+' is not healthy|Model '\w+' is not ready|has no available versions"
+)
 
 
 class Cancelled(Exception):
     """The caller wants no answer any more."""
+
+
+class Unavailable(Exception):
+    """A model that this one asks has no process at the moment: the server's trouble, not the request's."""
 
 
 def respond(requests: Sequence[Any], handle: Callable[[Any], Tensors]) -> list[Any]:
@@ -83,6 +93,8 @@ def _answer(result: Tensors | BaseException) -> Any:
         return _failure(str(result), pb_utils.TritonError.INVALID_ARG)
     if isinstance(result, InferenceFailed):
         return _failure(str(result), pb_utils.TritonError.INTERNAL)
+    if isinstance(result, Unavailable):
+        return _failure(str(result), pb_utils.TritonError.UNAVAILABLE)
     if isinstance(result, Cancelled):
         return _failure("cancelled", pb_utils.TritonError.CANCELLED)
     if isinstance(result, BaseException):
@@ -177,7 +189,8 @@ def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
     """Send one request to another model of this server and wait for it without blocking others.
 
-    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message.
+    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message, or
+    Unavailable where it has died or is being replaced.
     """
     request = pb_utils.InferenceRequest(
         model_name=model,
@@ -186,8 +199,14 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
     )
     response = await request.async_exec()
     if response.has_error():
-        raise InferenceFailed(f"{model}: {response.error().message()}")
+        raise failed(model, response.error().message())
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+def failed(model: str, message: str) -> Exception:
+    """What to raise for another model's error; 24.10 gives it no code that would tell the two apart."""
+    gone = _GONE.search(message) is not None
+    return (Unavailable if gone else InferenceFailed)(f"{model}: {message}")
 
 
 def calls_until(is_cancelled: Callable[[], bool]) -> Callable[..., Awaitable[Tensors]]:

@@ -32,19 +32,20 @@ from types import TracebackType
 from typing import IO
 
 from panotriton.errors import ServerStartError
+from panotriton.server.control import KEY_HEADER, ModelControl
+from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
 
 __all__ = [
     "Installation",
     "LocalServer",
+    "die_with_parent",
     "environment",
     "find_installation",
+    "is_local",
     "libpython_folder",
     "python_version",
 ]
 
-# Client regions whose name starts with this prefix are refused by the server, so that no client
-# can register (and overwrite) the memory that it shares with its Python models.
-_RESERVED_SHM_PREFIX = "triton_python_backend_shm_region_"
 _SHM_FOLDER = Path("/dev/shm")  # noqa: S108
 # What callers of other machines must not do: load and unload models, register memory, change logs.
 _CONTROL = "model-repository,shared-memory,trace,logging"
@@ -187,8 +188,10 @@ class LocalServer:
     Ports of 0 pick free ones. `load_models` serves only the named models (and what they compose);
     None serves every model of the repository. `strict` fails the start when any model does not
     load; otherwise the others are served. `auto_complete` lets configs leave out inputs and outputs,
-    for an extra process per model at start. Raises ServerStartError with the reason from the
-    server's log, which is kept at `log_file` where one is named.
+    for an extra process per model at start. `controlled` lets the holder of `control` load and unload
+    models, and over gRPC every process of this machine; over HTTP that takes a key, since any web page
+    can send a request to localhost. Raises ServerStartError with the reason from the server's log,
+    which is kept at `log_file` where one is named.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class LocalServer:
         load_models: Sequence[str] | None = None,
         strict: bool = True,
         auto_complete: bool = False,
+        controlled: bool = False,
         start_timeout_s: float = 300.0,
         exit_timeout_s: float = 30.0,
         max_request_bytes: int = 1 << 30,
@@ -218,15 +222,18 @@ class LocalServer:
         self.log_file = log_file
         self.installation = installation
         self._log_verbose = log_verbose
-        self._load_models = load_models
+        self._load_models = ["*"] if controlled and load_models is None else load_models
         self._strict = strict
         self._auto_complete = auto_complete
         self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
         self._max_request_bytes = max_request_bytes
         self._extra_args = list(extra_args)
-        self._shm_prefix = f"{_RESERVED_SHM_PREFIX}panotriton_{uuid.uuid4().hex[:12]}_"
+        # Nobody else knows it. Who needs control from afar runs the container, where it is a secret.
+        self._key = secrets.token_hex(24) if controlled or not is_local(host) else ""
+        self._shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
         self._work: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = -1
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -246,6 +253,11 @@ class LocalServer:
     def pid(self) -> int:
         return self._running().pid
 
+    @property
+    def control(self) -> ModelControl:
+        """What loads and unloads this server's models, where it is `controlled`."""
+        return ModelControl(self.http_url, self._key)
+
     def log_text(self) -> str:
         """What the server has written to its log so far."""
         return self._log_path().read_text(errors="replace")
@@ -261,10 +273,10 @@ class LocalServer:
                 time.sleep(0.1)
 
     def __enter__(self) -> LocalServer:
-        self._work = tempfile.TemporaryDirectory(prefix="panotriton-")
+        self._work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX)
+        self._lock = lock_folder(Path(self._work.name))
         try:
-            self._start()
-            self._wait_ready()
+            self.start()
         except BaseException:
             self.stop()
             raise
@@ -282,27 +294,45 @@ class LocalServer:
         """Block until the server ends by itself; returns its exit code."""
         return self._running().wait()
 
-    def stop(self) -> None:
-        """End the server and its stubs and remove their files; safe to call twice."""
+    def start(self) -> None:
+        """Start the server, again after `kill` at the same addresses, and wait until it is ready."""
+        self._start()
+        self._wait_ready()
+
+    def exit_code(self) -> int | None:
+        """How the server ended, -N by signal N; None while it runs."""
+        return self._running().poll()
+
+    def kill(self) -> None:
+        """End the server at once, and with it every request that it has: their callers see it go."""
         if self._process is not None:
-            _end(self._process, self._exit_timeout_s)
+            _kill(self._process)
             self._process = None
         # A clean exit removes the regions; after a hard kill they are ours alone to remove.
         for region in _SHM_FOLDER.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._work is not None:
-            self._work.cleanup()
-            self._work = None
+
+    def stop(self) -> None:
+        """End the server and its stubs and remove their files; safe to call twice."""
+        try:
+            if self._process is not None:
+                _end(self._process, self._exit_timeout_s)
+        finally:  # a second Ctrl-C cuts the wait short
+            self.kill()
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+            if self._work is not None:
+                self._work.cleanup()
+                os.close(self._lock)
+                self._work = None
 
     def _start(self) -> None:
         for port in (self.http_port, self.grpc_port, self.metrics_port):
             _check_port(self.host, port)
         installation = self.installation or find_installation()
         work = Path(self._folder())
-        self._log = self._log_path().open("wb")
+        self._log = self._log or self._log_path().open("wb")
         self._process = subprocess.Popen(
             self._command(installation, work),
             stdin=subprocess.DEVNULL,
@@ -310,6 +340,7 @@ class LocalServer:
             stderr=subprocess.STDOUT,
             env=environment(installation.library_path),
             cwd=work,  # the stub imports `model` from its working directory first
+            pass_fds=[self._lock],  # and on to the stubs: the folder is theirs as well
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
         )
 
@@ -330,13 +361,10 @@ class LocalServer:
             # Releases from 25.07 cap a request at 64 MB unless told otherwise; from 26.05 clients may
             # register shared memory only where this is said.
             "--http-max-input-size": str(self._max_request_bytes),
-            "--allow-client-shm": "true" if _is_local(self.host) else "false",
+            "--allow-client-shm": "true" if is_local(self.host) else "false",
         }
-        if not _is_local(self.host):
-            # Nobody knows this key. Who needs control from afar runs the container, where it is a secret.
-            restricted = f"{_CONTROL}:panotriton-admin={secrets.token_hex(24)}"
-            flags |= {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
-        command = [*_die_with_parent(), str(installation.binary)]
+        flags |= self._restrictions()
+        command = [*die_with_parent(), str(installation.binary)]
         command += [
             f"{flag}={value}" for flag, value in flags.items() if flag in installation.flags
         ]
@@ -346,6 +374,14 @@ class LocalServer:
         if installation.backends is not None:
             command.append(f"--backend-directory={_build_backends(installation, work)}")
         return command + self._extra_args
+
+    def _restrictions(self) -> dict[str, str]:
+        if not self._key:
+            return {}
+        if is_local(self.host):
+            return {"--http-restricted-api": f"model-repository:{KEY_HEADER}={self._key}"}
+        restricted = f"{_CONTROL}:{KEY_HEADER}={self._key}"
+        return {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
 
     def _python_backend_config(self) -> list[str]:
         return [
@@ -400,7 +436,7 @@ class LocalServer:
         return self._process
 
 
-def _die_with_parent() -> list[str]:
+def die_with_parent() -> list[str]:
     """A prefix that has the kernel end the server when the thread that started it is killed."""
     setpriv = shutil.which("setpriv")  # util-linux; where it is missing only a hard kill leaks
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
@@ -411,9 +447,13 @@ def _build_backends(installation: Installation, work: Path) -> Path:
     if installation.backends is None or installation.stub is None:
         raise ServerStartError(f"{installation.binary} brings its own backends")
     python = work / "backends" / "python"
+    if python.is_dir():
+        return work / "backends"  # started again
     python.mkdir(parents=True)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         shutil.copy2(installation.backends / "python" / name, python)
+    with (python / "triton_python_backend_utils.py").open("a") as utils:
+        utils.write("\n\n" + Path(__file__).with_name("stub_end.py").read_text())
     shutil.copy2(installation.stub, python)
     onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
     (work / "backends" / "onnxruntime").mkdir()
@@ -422,11 +462,15 @@ def _build_backends(installation: Installation, work: Path) -> Path:
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """SIGTERM, wait for requests in flight, then SIGKILL whatever of its group is left."""
+    """SIGTERM, then wait for requests in flight."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout_s + 10)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the server and to what is left of its stubs, which share its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -450,7 +494,8 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether only this machine's processes reach that address."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 

@@ -72,24 +72,27 @@ ports:
   - {name: http, containerPort: 8000}
   - {name: grpc, containerPort: 8001}
   - {name: metrics, containerPort: 8002}
+  - {name: health, containerPort: 8003}
 env: {{- include "panotriton.environment" . | nindent 2 }}
 {{- if and (eq .Values.repository.source "s3") .Values.repository.s3.secret }}
 envFrom:
   - secretRef: {name: {{ .Values.repository.s3.secret }}}
 {{- end }}
-# Restarting is right only for a server that no longer answers; loading has its own, longer limit.
+# The supervisor answers: tritonserver calls a model ready whose process has died. ready: a new request would
+# be answered. live: the supervisor works, which mends the server or ends the container by itself; loading has
+# its own, longer limit.
 startupProbe:
-  httpGet: {path: /v2/health/ready, port: http}
+  httpGet: {path: /ready, port: health}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: {{ div (add .Values.startup.timeoutSeconds 4) 5 }}
 readinessProbe:
-  httpGet: {path: /v2/health/ready, port: http}
+  httpGet: {path: /ready, port: health}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 2
 livenessProbe:
-  httpGet: {path: /v2/health/live, port: http}
+  httpGet: {path: /live, port: health}
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 6

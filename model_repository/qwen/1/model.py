@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.models import qwen_vllm
-from panotriton.models.requests import answers, attempt, required, strings
+from panotriton.models.requests import answers, attempt, failed, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.images import check_images
@@ -89,7 +89,7 @@ def _see(patches):
     )
     response = request.exec()
     if response.has_error():
-        raise InferenceFailed(f"qwen_vision: {response.error().message()}")
+        raise failed("qwen_vision", response.error().message())
     return pb_utils.get_output_tensor_by_name(response, "TOKENS").as_numpy()
 
 
@@ -118,7 +118,7 @@ class _Vllm:
         )
         for response in await request.async_exec(decoupled=True):
             if response.has_error():
-                raise InferenceFailed(f"qwen_vllm: {response.error().message()}")
+                raise failed("qwen_vllm", response.error().message())
             tensor = pb_utils.get_output_tensor_by_name(response, output)
             if tensor is not None:  # an empty response may only say that it was the last
                 return tensor.as_numpy().item()

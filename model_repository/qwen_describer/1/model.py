@@ -1,4 +1,5 @@
-"""qwen_describer: images → two or three sentences each. A failure here never stops a group."""
+"""qwen_describer: images → two or three sentences each. A failure here never stops a group; a server that has
+lost its qwen does, since that is nothing about the images."""
 
 from pathlib import Path
 

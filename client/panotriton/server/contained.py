@@ -1,0 +1,100 @@
+"""A container's first process: starts tritonserver, supervises it, drains it before its end.
+
+    python3 -m panotriton.server.contained COMMAND …
+
+A dead model is loaded anew; whatever takes more ends this process with EXIT_GAVE_UP, so that the container's
+engine, which counts and delays restarts, starts another. The environment says the rest: entrypoint.sh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from panotriton.server.control import ModelControl
+from panotriton.server.health import answer_probes
+from panotriton.server.launch import die_with_parent
+from panotriton.server.supervise import Supervisor
+
+_POLL_S = 0.5
+_EXIT_S = 10.0  # to unload what has nothing left to do
+
+
+class Contained:
+    """tritonserver as the child of this process, its log on this process's output."""
+
+    def __init__(self, command: Sequence[str], http_url: str, key: str) -> None:
+        self.control = ModelControl(http_url, key)
+        self._command = [*die_with_parent(), *command]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    def start(self) -> None:
+        """Start it; it is not ready yet."""
+        self._process = subprocess.Popen(self._command, start_new_session=True)
+
+    def wait_ready(self) -> int | None:
+        """Wait as long as it loads; its exit code where it ends instead. Whoever probes sets the limit."""
+        while self.exit_code() is None and not self.control.healthy("ready"):
+            time.sleep(_POLL_S)
+        return self.exit_code()
+
+    def exit_code(self) -> int | None:
+        """How the server ended, -N by signal N; None while it runs."""
+        return self._running().poll()
+
+    def kill(self) -> None:
+        """End it and its stubs at once."""
+        process = self._running()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self) -> None:
+        """End it in order, or at once where that takes too long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running().terminate()
+            self._running().wait(_EXIT_S)
+        self.kill()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "started by main"  # noqa: S101
+        return self._process
+
+
+def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Serve until a signal or until only a new container helps; the exit code."""
+    port = environment["PANOTRITON_HTTP_PORT"]
+    host = environment["PANOTRITON_HOST"]
+    here = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
+    key = os.environ.pop("PANOTRITON_ADMIN_KEY", "")
+    server = Contained(command, f"{here}:{port}", key)
+    supervisor = Supervisor(
+        server, drain_s=float(environment["PANOTRITON_EXIT_TIMEOUT_S"]), restarts=0
+    )
+    signal.signal(signal.SIGTERM, _end_while_loading)
+    with answer_probes(supervisor, host, int(environment["PANOTRITON_HEALTH_PORT"])):
+        server.start()
+        try:
+            code = server.wait_ready()
+            return supervisor.run() if code is None else code
+        finally:
+            server.stop()
+
+
+def _end_while_loading(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)  # nobody has been served yet
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

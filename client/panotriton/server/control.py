@@ -1,0 +1,108 @@
+"""Loading and unloading a running server's models, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+from panotriton.errors import PanotritonError
+
+__all__ = ["ControlError", "ModelControl"]
+
+KEY_HEADER = "panotriton-admin"
+_POLL_S = 0.1
+# What nothing else of the repository calls comes first; what a layer calls is unloaded after it.
+_LAYERS = (
+    ("panorama", "panorama_encoded", "panorama_stream"),
+    ("crop", "decode", "interpolate", "options", "osediff", "preprocess", "select", "tap"),
+    ("qwen_describer", "qwen_scorer"),
+    ("qwen",),
+)
+
+
+class ControlError(PanotritonError):
+    """The server did not do what its repository API was asked for."""
+
+
+class ModelControl:
+    """The repository API of one server, over HTTP, with the key that it wants ("" where it wants none)."""
+
+    def __init__(self, http_url: str, key: str = "") -> None:
+        self._http_url = http_url
+        self._headers = {KEY_HEADER: key} if key else {}
+
+    def healthy(self, probe: str, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers that it is `live` or `ready`."""
+        try:
+            return self._ask("GET", f"health/{probe}", timeout_s)[0] == 200
+        except OSError:
+            return False
+
+    def states(self) -> dict[str, str]:
+        """Each model's state: READY, LOADING, UNLOADING, UNAVAILABLE. Raises ControlError."""
+        index = self._post("repository/index")
+        return {entry["name"]: entry.get("state", "UNAVAILABLE") for entry in index}
+
+    def unload(self, model: str) -> None:
+        """Take no new request for the model; those in flight go on. Raises ControlError."""
+        self._post(f"repository/models/{model}/unload")
+
+    def load(self, model: str, timeout_s: float) -> None:
+        """Load the model, and the ensembles that went with it. Raises ControlError."""
+        self._post(f"repository/models/{model}/load", timeout_s)
+
+    def reload(self, model: str, *, unload_s: float, load_s: float) -> None:
+        """Replace the processes of a model. Raises ControlError, also where a request still waits for
+        the old ones after unload_s: it would wait for ever.
+        """
+        self.unload(model)
+        if not self.wait_unloaded([model], unload_s):
+            raise ControlError(f"requests to {model} were left without an answer")
+        self.load(model, load_s)
+
+    def drain(self, bound_s: float) -> bool:
+        """Refuse new groups and let those in flight finish, then the steps that they are made of.
+
+        The server is not ready meanwhile, and answers a new request with NOT_FOUND, 404: "has no available
+        versions". Returns whether all was answered within bound_s.
+        """
+        deadline = time.monotonic() + bound_s
+        for layer in _LAYERS:
+            served = [name for name in layer if self.states().get(name) == "READY"]
+            for name in served:
+                self.unload(name)
+            if not self.wait_unloaded(served, deadline - time.monotonic()):
+                return False
+        return True
+
+    def wait_unloaded(self, models: list[str], bound_s: float) -> bool:
+        """Wait until the last request of the models is answered; whether that was so within bound_s."""
+        deadline = time.monotonic() + bound_s
+        while any(self.states().get(name) != "UNAVAILABLE" for name in models):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _post(self, path: str, timeout_s: float = 10.0) -> Any:
+        try:
+            status, answer = self._ask("POST", path, timeout_s)
+        except OSError as error:
+            raise ControlError(f"{path}: {error}") from error
+        if status != 200:
+            raise ControlError(f"{path}: {status}, {answer.decode(errors='replace')}")
+        return json.loads(answer or b"null")
+
+    def _ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body. Straight to the server: no proxy that the environment names may come between."""
+        connection = HTTPConnection(self._http_url, timeout=timeout_s)
+        try:
+            connection.request(method, f"/v2/{path}", b"{}", self._headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        except HTTPException as error:
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()

@@ -1,0 +1,283 @@
+"""Keep a server serving: replace what died, start it again when it goes itself, drain it before it ends.
+
+tritonserver says "ready" of a model whose process was killed, for ever. The processes themselves tell the
+truth: a dead one is replaced by loading its model anew, which leaves requests to other models alone; where
+a request would be left without an answer the whole server is started again, so that its caller sees
+the connection go.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Protocol
+
+from panotriton.errors import ServerStartError
+from panotriton.server.control import ControlError, ModelControl
+from panotriton.server.processes import find_stubs, look_at
+
+__all__ = ["EXIT_GAVE_UP", "Health", "Served", "Supervisor", "Watch"]
+
+EXIT_GAVE_UP = 4
+"""The exit code where starting again did not help."""
+
+_POLL_S = 0.5
+_ASK_EVERY_S = 5.0
+_STOPPED_S = 15.0  # longer than a debugger's glance, shorter than a caller's patience
+_SILENT_S = 60.0  # a busy machine answers late, a locked server never
+_UNLOAD_S = 8.0  # idle or answering with errors, a dead model's last request ends in about a second
+_LOAD_S = 300.0
+_MOST_BACK_OFF_S = 16.0
+
+
+class Served(Protocol):
+    """A server that can be watched, ended and started again."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def control(self) -> ModelControl: ...
+    def start(self) -> None: ...
+    def exit_code(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Health:
+    """What a supervisor knows, for probes and metrics; state is starting, serving or draining."""
+
+    state: str = "starting"
+    beat_s: float = field(default_factory=time.monotonic)
+    restarts: Counter[str] = field(default_factory=Counter)
+    reloads: Counter[str] = field(default_factory=Counter)
+
+
+class Watch:
+    """The processes of one server's Python models, and which of the models lost one."""
+
+    def __init__(self, server: int, stopped_s: float = _STOPPED_S) -> None:
+        self._server = server
+        self._stopped_s = stopped_s
+        self._known: dict[int, tuple[str, str]] = {}  # pid → instance, model
+        self._stopped: dict[int, float] = {}  # pid → since when
+        self.lost()  # whoever dies from now on is missed
+
+    def lost(self) -> dict[str, list[int]]:
+        """Models that lost processes, with those; each call looks anew."""
+        alive = find_stubs(self._server)
+        self._known |= {stub.pid: (stub.instance, stub.model) for stub in alive}
+        useful = {stub.pid: stub.instance for stub in alive if not self._hangs(stub.pid)}
+        lost: dict[str, list[int]] = {}
+        for pid, (instance, model) in list(self._known.items()):
+            if pid in useful:
+                continue
+            if instance in useful.values():
+                del self._known[pid]  # replaced
+            else:
+                lost.setdefault(model, []).append(pid)
+        return lost
+
+    def forget(self, model: str) -> None:
+        """Somebody unloaded it."""
+        self._known = {pid: known for pid, known in self._known.items() if known[1] != model}
+
+    def _hangs(self, pid: int) -> bool:
+        """Whether the process has been stopped, by SIGSTOP or a debugger, for too long."""
+        process = look_at(pid)
+        if process is None or not process.stopped:
+            self._stopped.pop(pid, None)
+            return False
+        return time.monotonic() - self._stopped.setdefault(pid, time.monotonic()) > self._stopped_s
+
+
+class Supervisor:
+    """Runs a server until a signal asks for its end.
+
+    restarts: how often within restarts_within_s it is started again before `run` gives up; 0 leaves that
+    to whoever started this process. drain_s: what requests in flight get at the end. `say` is told of
+    everything that happened, one line each.
+    """
+
+    def __init__(
+        self,
+        server: Served,
+        *,
+        drain_s: float,
+        restarts: int = 5,
+        restarts_within_s: float = 600.0,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        self.health = Health()
+        self._server = server
+        self._drain_s = drain_s
+        self._restarts = restarts
+        self._within_s = restarts_within_s
+        self._say = say
+        self._began: deque[float] = deque()  # the last restarts
+        self._end = threading.Event()
+        self._starting = False
+
+    def ready(self) -> bool:
+        """Whether a new request would be answered: serving, every process there, and the server agrees."""
+        return self.health.state == "serving" and self._server.control.healthy("ready")
+
+    def live(self) -> bool:
+        """Whether this supervisor still works; a server that does not is its task."""
+        busy_s = _LOAD_S + _SILENT_S  # at most, where a model is loaded anew
+        return time.monotonic() - self.health.beat_s < busy_s
+
+    def run(self) -> int:
+        """Serve a server that has been started; 0 after a signal, EXIT_GAVE_UP where nothing helped.
+
+        SIGTERM, SIGINT or SIGHUP drain it; a second one ends it at once and raises KeyboardInterrupt.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's word counts
+                signal.signal(number, self._on_signal)
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self._server.kill()
+            raise
+
+    def _run(self) -> int:
+        while (trouble := self._serve()) is not None:
+            self._say(f"{trouble}; its requests got an error")
+            self.health.state = "starting"
+            self._server.kill()
+            self._starting = True
+            if self._end.is_set() or not self._start_again(trouble):
+                return 0 if self._end.is_set() else EXIT_GAVE_UP
+            self._starting = False
+        self._drain()
+        return 0
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._end.is_set() or self._starting:  # where nothing is in flight
+            raise KeyboardInterrupt
+        self._end.set()
+
+    def _serve(self) -> str | None:
+        """Serve until the end is asked for (None) or only a new start helps (why)."""
+        self.health.state = "serving"
+        watch = Watch(self._server.pid)
+        silent = Silence(self._server)
+        while not self._end.wait(_POLL_S):
+            self.health.beat_s = time.monotonic()
+            if trouble := _ended(self._server) or silent.too_long():
+                return trouble
+            for model, processes in watch.lost().items():
+                if trouble := self._replace(watch, model, processes):
+                    return trouble
+        return None
+
+    def _replace(self, watch: Watch, model: str, processes: list[int]) -> str | None:
+        """Load a model anew that lost processes; the reason where that did not help."""
+        control = self._server.control
+        why = f"{model}: {_fate(processes)}"
+        try:
+            if control.states().get(model) != "READY":
+                watch.forget(model)  # unloaded, or being loaded, by whoever has the key
+                return None
+            self.health.state = "starting"
+            for stub in find_stubs(self._server.pid):
+                if stub.pid in processes:
+                    stub.kill()  # stopped: it would wait for ever to be told to end
+            control.reload(model, unload_s=_UNLOAD_S, load_s=_LOAD_S)
+        except ControlError as error:
+            return f"{why}, and loading it anew failed: {error}"
+        watch.forget(model)
+        self.health.reloads[model] += 1
+        self.health.state = "serving"
+        self._say(f"{why}; loaded anew")
+        return None
+
+    def _start_again(self, trouble: str) -> bool:
+        """Whether the server runs again."""
+        while self._may_start():
+            self.health.restarts[trouble.partition(":")[0]] += 1
+            try:
+                self._server.start()
+            except ServerStartError as error:
+                self._say(str(error))
+                self._server.kill()
+            else:
+                self._say("serving again")
+                return True
+        if not self._restarts:
+            return False  # a container's engine starts the next one
+        self._say(
+            f"given up after {len(self._began)} starts within {self._within_s:g} s; last: {trouble}"
+        )
+        return False
+
+    def _may_start(self) -> bool:
+        now = time.monotonic()
+        while self._began and now - self._began[0] > self._within_s:
+            self._began.popleft()
+        if len(self._began) >= self._restarts:
+            return False
+        if self._began:
+            time.sleep(min(2.0 ** (len(self._began) - 1), _MOST_BACK_OFF_S))
+        self._began.append(now)
+        return True
+
+    def _drain(self) -> None:
+        self.health.state = "draining"
+        self._say("stopping: new requests are refused, those in flight finish; again ends at once")
+        try:
+            answered = self._server.control.drain(self._drain_s)
+        except ControlError as error:
+            self._say(f"not drained: {error}")
+            return
+        if not answered:
+            self._say(f"not all requests ended within {self._drain_s:g} s; ending without them")
+            self._server.kill()
+
+
+class Silence:
+    """How long a server has not answered that it is live."""
+
+    def __init__(self, server: Served) -> None:
+        self._server = server
+        self._asked_s = self._heard_s = time.monotonic()
+        self._stopped_s: float | None = None
+
+    def too_long(self) -> str | None:
+        """Why only its end helps, where it does."""
+        now = time.monotonic()
+        process = look_at(self._server.pid)
+        if process is not None and process.stopped:
+            self._stopped_s = self._stopped_s or now
+            late = now - self._stopped_s > _STOPPED_S
+            return f"tritonserver: stopped for {_STOPPED_S:g} s" if late else None
+        self._stopped_s = None
+        if now - self._asked_s < _ASK_EVERY_S:
+            return None
+        self._asked_s = now
+        if self._server.control.healthy("live"):
+            self._heard_s = time.monotonic()
+        late = time.monotonic() - self._heard_s > _SILENT_S
+        return f"tritonserver: no answer for {_SILENT_S:g} s" if late else None
+
+
+def _ended(server: Served) -> str | None:
+    code = server.exit_code()
+    if code is None:
+        return None
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"tritonserver: ended by itself, {how}"
+
+
+def _fate(processes: list[int]) -> str:
+    alive = [process for process in map(look_at, processes) if process and not process.dead]
+    plural = "process" if len(processes) == 1 else "processes"
+    numbers = ", ".join(map(str, sorted(processes)))
+    return f"its {plural} {numbers} {'hung' if alive else 'died'}"

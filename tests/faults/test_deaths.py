@@ -1,0 +1,118 @@
+"""Kill what serves, idle and busy: service comes back by itself, and nobody waits for nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from panotriton.errors import PanotritonError
+from tests.faults.conftest import Answer, Serving, group, stream
+
+Panoramas = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(serving: Serving, panoramas: Panoramas) -> list[int]:
+    kept = group(serving, panoramas)
+    assert kept
+    return kept
+
+
+def recovered(serving: Serving) -> float:
+    reloads = serving.count("panotriton_model_reloads_total")
+    return reloads + serving.count("panotriton_server_restarts_total")
+
+
+def mended(serving: Serving, before: float) -> None:
+    """Wait until the supervision has seen the death and a new request would be answered."""
+    serving.wait_until(
+        lambda: recovered(serving) > before and serving.probe("/ready")[0] == 200, "service again"
+    )
+
+
+@pytest.mark.parametrize("model", ["preprocess", "osediff", "osediff_unet", "panorama_stream"])
+def test_an_idle_models_process_is_replaced(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int], model: str
+) -> None:
+    before, server = recovered(serving), serving.server().pid
+    serving.kill_stubs(model)
+    mended(serving, before)
+    assert serving.server().pid == server, "the rest of the server was not disturbed"
+    assert group(serving, panoramas) == undisturbed
+    assert stream(serving, panoramas)[-1] == "Done"
+
+
+def test_readiness_tells_the_truth(serving: Serving, undisturbed: list[int]) -> None:
+    """tritonserver itself says ready of a model whose process is gone."""
+    before = recovered(serving)
+    for stub in serving.stubs("select"):
+        os.kill(stub.pid, signal.SIGKILL)
+    serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
+    mended(serving, before)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("osediff", marks=pytest.mark.thorough),
+        pytest.param("osediff_unet", marks=pytest.mark.thorough),
+        "panorama_stream",
+    ],
+)
+def test_callers_of_a_busy_process_get_an_answer(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int], model: str
+) -> None:
+    before = recovered(serving)
+    calls = [
+        Answer(lambda: group(serving, panoramas, prompt="slow")),
+        Answer(lambda: stream(serving, panoramas, prompt="slow")),
+    ]
+    calls[0].join(2)
+    assert not calls[0].ended()
+    serving.kill_stubs(model)
+    mended(serving, before)
+    for call in calls:
+        call.join(serving.patience_s)
+        assert call.ended(), f"a caller waits for nothing:\n{serving.text()}"
+        assert call.error is None or isinstance(call.error, PanotritonError)
+    assert any(call.error for call in calls)
+    assert group(serving, panoramas) == undisturbed
+
+
+def test_a_killed_server_is_started_again_at_the_same_address(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+) -> None:
+    before, server = recovered(serving), serving.server().pid
+    call = Answer(lambda: group(serving, panoramas, prompt="slow"))
+    call.join(1)
+    os.kill(server, signal.SIGKILL)
+    mended(serving, before)
+    call.join(serving.patience_s)
+    assert isinstance(call.error, PanotritonError)
+    assert serving.server().pid != server
+    assert "killed by SIGKILL" in serving.text()
+    assert group(serving, panoramas) == undisturbed
+
+
+@pytest.mark.thorough
+def test_a_stopped_process_is_replaced(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+) -> None:
+    before = recovered(serving)
+    for stub in serving.stubs("preprocess"):
+        os.kill(stub.pid, signal.SIGSTOP)
+    mended(serving, before)
+    assert group(serving, panoramas) == undisturbed
+
+
+@pytest.mark.thorough
+def test_a_stopped_server_is_replaced(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+) -> None:
+    before = recovered(serving)
+    os.kill(serving.server().pid, signal.SIGSTOP)
+    mended(serving, before)
+    assert group(serving, panoramas) == undisturbed
