@@ -9,7 +9,7 @@ from typing import Any
 
 from panotriton.errors import PanotritonError
 
-__all__ = ["ControlError", "ModelControl"]
+__all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
 
 KEY_HEADER = "panotriton-admin"
 _POLL_S = 0.1
