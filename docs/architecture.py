@@ -20,7 +20,7 @@ INTRO = """\
 
 One request to the `panorama` ensemble runs the whole pipeline. Every arrow below is a tensor that the server
 hands from one model to the next; none is a file. `panorama_encoded` puts `decode` before it, for callers
-who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
+who hold the bytes of image files. Inputs with a dashed arrow are optional.
 
 This page is written by `make docs` from the `config.pbtxt` files and `make check` fails when it is stale.
 
@@ -45,6 +45,26 @@ CALLS_TEXT = """\
 `osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
 that the tiles and images of all requests meet in the same batches and weights exist once.
 
+"""
+
+IMAGES_TEXT = """
+## What counts as an image
+
+Where a model takes pixels, an image is a uint8 tensor (…, H, W, 3), RGB in sRGB, and it is taken as it is. Where bytes of a
+file are taken, by `decode`, by the client, by the gateway and by the live page alike, they become such pixels by the same
+rules (`panotriton.pipeline.images`):
+
+| of the file | what is done |
+| --- | --- |
+| format | AVIF, BMP, TIFF, JPEG, PNG and WebP are read; others are refused by their name. The first picture of several |
+| orientation | that of EXIF or XMP is applied, all eight values |
+| colours | an ICC profile of RGB, grey or CMYK is converted to sRGB, perceptually as Pillow does by default. One that moves no colour by more than 1 of 255 is sRGB's own, and pixels stay as they are. One that is broken or of another kind than the pixels is left out |
+| depth | 16 bits a channel become 8 by round(v / 257); 32 bits, floats, 16-bit CMYK and Lab are refused |
+| transparency | dropped |
+| size | 64 px a side for a panorama, 8 px to super-resolve, 28 px to score or describe, there at most 200 times as long as wide; 134 megapixels. Checked before memory is taken for the pixels |
+
+PIL images that the client gets are turned and converted by the same rules, since they still carry what their file said;
+arrays and tensors are taken as they are. In folders, hidden files (`._a.jpg`) are never taken for images.
 """
 
 
@@ -131,6 +151,7 @@ def page():
         "\n",
         CALLS_TEXT,
         calls(models),
+        IMAGES_TEXT,
         "\n## Every model\n\n",
         tables,
     ]

@@ -28,6 +28,7 @@ from panotriton.cli.facts import facts
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.dataset import Dataset, Summary, find_panoramas
+from panotriton.pipeline.images import FORMATS
 
 _RETRIES = 8  # a busy server is waited for, for about two minutes
 
@@ -46,9 +47,7 @@ def add_parser(commands: Any) -> None:
         "  panotriton dataset panoramas/ --sample-n 100 -o out --report   with HTML pages\n"
         "  panotriton dataset panoramas/ --sample-n 2 -o out --local --json\n",
     )
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="JPEG, PNG, WebP files"
-    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"of {FORMATS} files")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--sample-n", type=int, metavar="N", help="stop after N groups")
     amount.add_argument("--target-n", type=int, metavar="N", help="stop after N kept intervals")

@@ -32,6 +32,7 @@ from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
+from panotriton.pipeline.images import FORMATS
 from panotriton.pipeline.results import Group, Health, StageTime
 
 _EXAMPLES = """\
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "group's folder: pairs, scores, descriptions and the sequences of the kept intervals.",
         _EXAMPLES,
     )
-    parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
+    parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help=FORMATS)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
     parser.add_argument("--report", action="store_true", help="write the group's report.html, too")
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     """Process one pair of panoramas and write its folder."""
     for path in options.panoramas:
         if not path.is_file():
-            raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
+            raise InvalidInput(f"{path} is not a file; expected a panorama ({FORMATS})")
     chosen = {"seed": options.seed, **asdict(pipeline_options(options))}
     check_seed("--seed", options.seed)
     console = console_for(options)

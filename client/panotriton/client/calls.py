@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,10 +22,12 @@ from panotriton.client.pixels import (
     pixels,
     same_size,
 )
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidImage, InvalidInput
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import (
     INTERVALS,
+    MAX_PIXELS,
+    MAX_QWEN_ASPECT,
     MAX_QWEN_IMAGES,
     MAX_SR_PIXELS,
     MIN_QWEN_SIDE_PX,
@@ -163,12 +167,29 @@ def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscal
     def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
         return [Upscaled(image, timings, "osediff") for image in tensors["IMAGES_SR"]]
 
-    def most(height: int, width: int) -> int:
-        # A small image is enlarged on the way: what the network sees has a short side of 512 or more.
-        scale = max(options.upscale, 512 / min(height, width))
-        return int(MAX_SR_PIXELS // max(height * width * scale**2, 1))
+    def read(name: str, image: Any) -> Any:
+        array = pixels(name, image, min_side_px=MIN_SR_SIDE_PX, cuda=cuda)
+        height, width = _network_size(array.shape[0], array.shape[1], options.upscale)
+        if height * width > MAX_PIXELS:
+            raise InvalidImage(
+                f"{name} would be super-resolved at {width}×{height} px; expected at most "
+                f"{MAX_PIXELS / 1e6:.0f} megapixels: send a smaller or less elongated image"
+            )
+        return array
 
-    return _plan(images, call, most, MIN_SR_SIDE_PX, cuda)
+    def most(height: int, width: int) -> int:
+        return MAX_SR_PIXELS // math.prod(_network_size(height, width, options.upscale))
+
+    return _plan(images, read, call, most)
+
+
+def _network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
+    """What super-resolution works at: a small image is enlarged first, to 512 px on its way to `upscale`."""
+    least = 512 // upscale
+    scale = max(1.0, least / min(height, width))
+    sides = (upscale * int(scale * side) for side in (height, width))
+    tall, wide = (side - side % 8 for side in sides)
+    return tall, wide
 
 
 def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
@@ -181,7 +202,7 @@ def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Sc
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
         return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
-    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
+    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
 
 
 def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
@@ -191,7 +212,11 @@ def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
         return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
 
-    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
+    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+
+
+def _qwen_reader(cuda: bool) -> Callable[[str, Any], Any]:
+    return partial(pixels, min_side_px=MIN_QWEN_SIDE_PX, max_aspect=MAX_QWEN_ASPECT, cuda=cuda)
 
 
 def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) -> Plan[Cropped]:
@@ -221,18 +246,14 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
 
 def _plan(
     images: Any,
+    read: Callable[[str, Any], Any],
     call: Callable[[Images], Call[list[T]]],
     most: Callable[[int, int], int],
-    min_side_px: int,
-    cuda: bool,
 ) -> Plan[T]:
     """One request a group of same-sized images, split where `most(height, width)` says."""
     single = not isinstance(images, (list, tuple))
     wanted = [images] if single else images
-    arrays = [
-        pixels("image" if single else f"images[{i}]", image, min_side_px=min_side_px, cuda=cuda)
-        for i, image in enumerate(wanted)
-    ]
+    arrays = [read("image" if single else f"images[{i}]", image) for i, image in enumerate(wanted)]
     places: list[tuple[int, ...]] = []
     for group in same_size(arrays):
         size = max(1, most(*arrays[group[0]].shape[:2]))

@@ -43,10 +43,9 @@ from panotriton.groups.folder import (
 )
 from panotriton.groups.report import write_index, write_report
 from panotriton.pipeline.contract import INTERVALS, Options
+from panotriton.pipeline.images import SUFFIXES, has_image_name
 
 __all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _Outcome:
 
 
 def find_panoramas(folders: Sequence[Path]) -> list[Path]:
-    """The JPEG, PNG and WebP files directly in `folders`, in the folders' order, then by name.
+    """The files of `images.SUFFIXES`, none hidden, directly in `folders`, in their order, then by name.
 
     Raises InvalidInput for a folder that is none, and where fewer than two are found.
     """
@@ -81,11 +80,11 @@ def find_panoramas(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InvalidInput(f"{folder} is not a folder; expected one that holds panoramas")
-        found += sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        found += sorted(path for path in folder.iterdir() if has_image_name(path))
     if len(found) < 2:
         raise InvalidInput(
-            f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more JPEG, "
-            "PNG or WebP files"
+            f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more "
+            f"files named {', '.join(SUFFIXES)}"
         )
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidImage, InvalidInput
 from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS
@@ -222,7 +222,7 @@ def _check_amount(count: int, plan: SizePlan) -> None:
     """Bound what a request makes the server allocate, before it does."""
     height, width = plan.network
     if height * width > MAX_PIXELS:
-        raise InvalidInput(
+        raise InvalidImage(
             f"IMAGES would be super-resolved at {width}×{height} px; expected at most "
             f"{MAX_PIXELS / 1e6:.0f} megapixels: send smaller or less elongated images"
         )

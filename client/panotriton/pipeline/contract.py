@@ -27,6 +27,7 @@ __all__ = [
     "MAX_INTERPOLATIONS",
     "MAX_NEW_TOKENS",
     "MAX_PIXELS",
+    "MAX_QWEN_ASPECT",
     "MAX_QWEN_IMAGES",
     "MAX_SEED",
     "MAX_SR_PIXELS",
@@ -67,6 +68,9 @@ MIN_SR_SIDE_PX = 8
 """Of an image to super-resolve: what the VAE makes one latent of."""
 MIN_QWEN_SIDE_PX = 28
 """Of an image to score or describe: one merged patch of Qwen2.5-VL."""
+
+MAX_QWEN_ASPECT = 200
+"""The longer side of such an image through the shorter one: what its processor takes."""
 
 MAX_QWEN_IMAGES = 64
 """Rows per request to `qwen`: its max_batch_size."""

@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.models import qwen_vllm
 from panotriton.models.requests import answers, attempt, required, strings
-from panotriton.pipeline.contract import MAX_NEW_TOKENS, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES
 
@@ -127,7 +127,7 @@ class _Vllm:
 def _read(request):
     """A request's images, and its question as values that can be compared."""
     images = required(request, "IMAGE")  # (N, H, W, 3)
-    check_images("IMAGE", images, min_side_px=MIN_QWEN_SIDE_PX)
+    check_images("IMAGE", images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     question = [set(required(request, name).flat) for name in _QUESTION]
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:

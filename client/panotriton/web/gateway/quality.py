@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from panotriton.errors import InvalidInput
-from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX
+from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.images import check_images
 from panotriton.web.gateway import stages
 from panotriton.web.gateway.batches import Failure, by_size
 from panotriton.web.gateway.connections import Connection
@@ -76,7 +77,7 @@ def router(context: Context) -> APIRouter:
 
 def _score_files(context: Context, client: Connection, request: EvaluateRequest) -> Any:
     paths = [pair.pair_image or pair.super_resolved or "" for pair in request.pairs_data]
-    images = read_images(context.roots, [path for path in paths if path])
+    images = read_images(context.roots, [path for path in paths if path], MAX_QWEN_ASPECT)
     found = iter(images)
     missing = InvalidInput("pair_image is missing; expected the path of a pair image")
     scores = by_size(
@@ -96,7 +97,7 @@ def _scored(pair: PairEntry, path: str, score: stages.Score | Failure) -> dict[s
 
 
 def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
-    images = read_images(context.roots, request.image_paths)
+    images = read_images(context.roots, request.image_paths, MAX_QWEN_ASPECT)
     descriptions = by_size(images, partial(stages.describe, client))
     now = time.time()
     pairs = zip(request.image_paths, descriptions, strict=True)
@@ -119,6 +120,7 @@ def _described(description: stages.Description | Failure) -> dict[str, str]:
 def _score_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
+    check_images("tensor", incoming.images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     scores = stages.score(client, incoming.images)
     return Reply({"success": True, "results": [_numbers(score) for score in scores]})
 
@@ -132,5 +134,6 @@ def _numbers(score: stages.Score) -> dict[str, Any]:
 def _describe_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
+    check_images("tensor", incoming.images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     found = stages.describe(client, incoming.images)
     return Reply({"success": True, "results": [_described(description) for description in found]})
