@@ -50,21 +50,23 @@ that the tiles and images of all requests meet in the same batches and weights e
 IMAGES_TEXT = """
 ## What counts as an image
 
-Where a model takes pixels, an image is a uint8 tensor (…, H, W, 3), RGB in sRGB, and it is taken as it is. Where bytes of a
-file are taken, by `decode`, by the client, by the gateway and by the live page alike, they become such pixels by the same
-rules (`panotriton.pipeline.images`):
+Where a model takes pixels, an image is a uint8 tensor (…, H, W, 3), RGB in sRGB, and it is taken as it is.
+Where bytes of a file are taken, by `decode`, the client, the gateway and the live page alike, they become such
+pixels by the same rules (`panotriton.pipeline.images`):
 
-| of the file | what is done |
-| --- | --- |
-| format | AVIF, BMP, TIFF, JPEG, PNG and WebP are read; others are refused by their name. The first picture of several |
-| orientation | that of EXIF or XMP is applied, all eight values |
-| colours | an ICC profile of RGB, grey or CMYK is converted to sRGB, perceptually as Pillow does by default. One that moves no colour by more than 1 of 255 is sRGB's own, and pixels stay as they are. One that is broken or of another kind than the pixels is left out |
-| depth | 16 bits a channel become 8 by round(v / 257); 32 bits, floats, 16-bit CMYK and Lab are refused |
-| transparency | dropped |
-| size | 64 px a side for a panorama, 8 px to super-resolve, 28 px to score or describe, there at most 200 times as long as wide; 134 megapixels. Checked before memory is taken for the pixels |
+- **Format**: AVIF, BMP, TIFF, JPEG, PNG and WebP are read; others are refused by their name. Of several pictures
+  in one file the first counts.
+- **Orientation**: that of EXIF or XMP is applied, all eight values.
+- **Colours**: an ICC profile of RGB, grey or CMYK is converted to sRGB, perceptually, as Pillow does by default.
+  Where one moves no colour by more than 1 of 255 it is sRGB's own, and pixels stay as they are. One that is
+  broken, or of another kind than the pixels, is left out.
+- **Depth**: 16 bits a channel become 8 by round(v / 257); 32 bits, floats, 16-bit CMYK and Lab are refused.
+- **Transparency** is dropped.
+- **Size**: a panorama has 64 px a side, an image to super-resolve 8, one to score or describe 28 and at most 200
+  times as much one way as the other; all at most 134 megapixels. Checked before memory is taken for the pixels.
 
-PIL images that the client gets are turned and converted by the same rules, since they still carry what their file said;
-arrays and tensors are taken as they are. In folders, hidden files (`._a.jpg`) are never taken for images.
+PIL images are turned and converted too, since they still carry what their file said; arrays and tensors are
+not. In folders, hidden files (`._a.jpg`) are never taken for images.
 """
 
 
