@@ -15,6 +15,8 @@ PanotritonError
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _ECHO = 80  # characters
 
 
@@ -67,11 +69,18 @@ def brief(value: object) -> str:
 
     Of a path the end says most. A message that holds all of a long value does not fit where gRPC sends it.
     """
-    text = str(value)
+    text = _text(str, value)
     return text if len(text) <= _ECHO else f"…{text[1 - _ECHO :]}"
 
 
 def quoted(value: object) -> str:
     """A value as errors quote it: its repr, the first 80 characters where it is longer."""
-    text = repr(value[: _ECHO + 1] if isinstance(value, (str, bytes)) else value)
+    text = _text(repr, value[: _ECHO + 1] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= _ECHO else f"{text[: _ECHO - 1]}…"
+
+
+def _text(write: Callable[[object], str], value: object) -> str:
+    try:
+        return write(value)
+    except ValueError:  # a whole number of so many digits that Python does not write it
+        return f"a {type(value).__name__} too long to write"

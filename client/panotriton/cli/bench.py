@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.connection import command
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 
 _FOLDER = Path(__file__).parents[3] / "tests" / "bench"
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         )
     for name in options.names:
         if name not in scripts:
-            raise InvalidInput(f"no bench {name!r}; expected some of {', '.join(scripts)}")
+            raise InvalidInput(f"no bench {quoted(name)}; expected some of {', '.join(scripts)}")
     arguments = [*options.names, *["--quick"] * options.quick]
     arguments += ["--write-docs"] * options.write_docs
     with subprocess.Popen([sys.executable, str(_FOLDER / "run.py"), *arguments]) as process:

@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.wire import Tls
+from panotriton.errors import quoted
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
@@ -141,5 +142,5 @@ def _without_nan(value: Any) -> Any:
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME:VALUE")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no NAME:VALUE")
     return name.strip(), value.strip()

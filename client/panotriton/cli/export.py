@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from panotriton.errors import ExportError
+from panotriton.errors import ExportError, quoted
 from panotriton.server.repository import copy_models
 
 _EXAMPLES = """\
@@ -140,7 +140,7 @@ def _size(text: str) -> tuple[int, int]:
     """1024x2048 → (1024, 2048): height and width in px."""
     height, by, width = text.partition("x")
     if not (by and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected HxW, as 1024x2048")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no size; expected HxW, as 1024x2048")
     return int(height), int(width)
 
 

@@ -22,7 +22,7 @@ from panotriton.cli.connection import (
     print_json,
     spinner,
 )
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 from panotriton.groups.agreement import Agreement, compare
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
 from panotriton.pipeline.contract import DEFAULTS, SR_OPTIONS
@@ -275,5 +275,5 @@ def _camera(text: str) -> Camera:
         return Camera.from_array([float(value) for value in text.split(",")])
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no camera ({error}); expected {','.join(CAMERA_FIELDS)}"
+            f"{quoted(text)} is no camera ({error}); expected {','.join(CAMERA_FIELDS)}"
         ) from error

@@ -22,7 +22,7 @@ from panotriton.client.pixels import (
     pixels,
     same_size,
 )
-from panotriton.errors import InvalidImage, InvalidInput
+from panotriton.errors import InvalidImage, InvalidInput, quoted
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import (
     INTERVALS,
@@ -195,7 +195,7 @@ def _network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
 def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
     """Quality of one pair image or a list."""
     if mode not in MODES:
-        raise InvalidInput(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        raise InvalidInput(f"mode is {quoted(mode)}; expected one of {', '.join(MODES)}")
     options: dict[str, Value] = {"MODE": np.array([mode.encode()], np.object_)}
 
     def call(batch: Images) -> Call[list[Score]]:

@@ -25,6 +25,7 @@ from panotriton.errors import (
     ModelUnavailable,
     ServerBusy,
     SharedMemoryError,
+    quoted,
 )
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
@@ -559,7 +560,7 @@ def check_kind(kind: str, views: bool, device: int) -> Callable[[int], Slot]:
     if kind == "system":
         return SystemSlot
     if kind != "cuda":
-        raise SharedMemoryError(f"kind is {kind!r}; expected 'system' or 'cuda'")
+        raise SharedMemoryError(f"kind is {quoted(kind)}; expected 'system' or 'cuda'")
     if views:
         raise SharedMemoryError("views are for kind='system'; CUDA results are copied, on the GPU")
     check_cuda(device)

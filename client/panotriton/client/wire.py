@@ -28,6 +28,7 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    quoted,
 )
 from panotriton.pipeline.results import Health, Model, StageTime, Timings
 
@@ -41,6 +42,9 @@ CONNECT_TIMEOUT_S = 10.0
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # Where a server's error is longer than the usual 8 KB, gRPC says that it has no resources left.
+    ("grpc.max_metadata_size", 1 << 20),
+    ("grpc.absolute_max_metadata_size", 1 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -108,9 +112,9 @@ class Address:
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
-            raise InvalidInput(f"protocol is {self.protocol!r}; expected 'grpc' or 'http'")
+            raise InvalidInput(f"protocol is {quoted(self.protocol)}; expected 'grpc' or 'http'")
         if "://" in self.url:
-            raise InvalidInput(f"url is {self.url!r}; expected host:port without a scheme")
+            raise InvalidInput(f"url is {quoted(self.url)}; expected host:port without a scheme")
 
     @property
     def is_grpc(self) -> bool:
@@ -298,7 +302,9 @@ def event_tensors(result: Any) -> dict[str, Any]:
 
 def not_served(model: str) -> ModelUnavailable:
     """For a model that is missing or not ready."""
-    return ModelUnavailable(f"the server does not serve {model!r}; `models()` lists what it serves")
+    return ModelUnavailable(
+        f"the server does not serve {quoted(model)}; `models()` lists what it serves"
+    )
 
 
 def stage_times(report: Any) -> dict[str, StageTime]:

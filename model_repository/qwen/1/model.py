@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
 from panotriton.models.requests import answers, attempt, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
@@ -136,7 +136,9 @@ def _read(request):
             )
     prompt, reading, stop_after, limit = (value for (value,) in question)
     if reading.decode() not in MODES.values():
-        raise InvalidInput(f"READING is {reading!r}; expected one of {', '.join(MODES.values())}")
+        raise InvalidInput(
+            f"READING is {quoted(reading)}; expected one of {', '.join(MODES.values())}"
+        )
     if not 1 <= limit <= MAX_NEW_TOKENS:
         raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {MAX_NEW_TOKENS}")
     return list(images), (

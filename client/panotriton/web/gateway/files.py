@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.errors import InvalidInput, PanotritonError, brief
 from panotriton.groups.folder import JPEG_QUALITY
 from panotriton.pipeline.contract import MAX_SR_PIXELS
 from panotriton.pipeline.images import SUFFIXES, decode_image
@@ -59,7 +59,7 @@ def read_images(
         pixels += 0 if isinstance(image, InvalidInput) else image.shape[0] * image.shape[1]
         if pixels > MAX_SR_PIXELS:
             raise InvalidInput(
-                f"the files up to {path} have {pixels / 1e6:.0f} megapixels; expected at most "
+                f"the files up to {brief(path)} have {pixels / 1e6:.0f} megapixels; expected at most "
                 f"{MAX_SR_PIXELS / 1e6:.0f} a request: send fewer at once"
             )
         images.append(image)
@@ -78,7 +78,7 @@ def _attempt(roots: Roots, path: str, max_aspect: float) -> U8 | InvalidInput:
 def check_name(path: Path) -> None:
     """Raise InvalidInput unless the file's name tells a format that can be written."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InvalidInput(f"{path} ends in no known format; expected {', '.join(SUFFIXES)}")
+        raise InvalidInput(f"{brief(path)} ends in no known format; expected {', '.join(SUFFIXES)}")
 
 
 def write_images(roots: Roots, images: Iterable[tuple[Path, U8]]) -> None:

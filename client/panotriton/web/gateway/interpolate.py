@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic import Field
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief, quoted
 from panotriton.pipeline.contract import (
     CROP_SIZES,
     DEFAULTS,
@@ -94,7 +94,7 @@ def _interpolate_files(context: Context, client: Connection, request: Interpolat
     bases = [Path(path).stem for path in paths]
     if bases[0] == bases[1]:
         raise InvalidInput(
-            f"both panoramas are called {bases[0]}; expected different names, since the entries' file "
+            f"both panoramas are called {brief(bases[0])}; expected different names, since the entries' file "
             "names tell which one they are of: rename or copy one"
         )
     splits, errors = _splits(context, request, bases)
@@ -132,8 +132,8 @@ def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Pa
     holders = [p for p, base in enumerate(bases) if stem.startswith(f"{base}_yaw")]
     if not holders:
         raise InvalidInput(
-            f"pair_image {entry.pair_image!r} is of neither panorama; expected a name that starts with "
-            f"{bases[0]}_yaw or {bases[1]}_yaw"
+            f"pair_image {quoted(entry.pair_image)} is of neither panorama; expected a name that starts with "
+            f"{brief(bases[0])}_yaw or {brief(bases[1])}_yaw"
         )
     group = _GROUP.match(entry.left_image)
     folder = context.roots.check(group[1]) / "interpolated" if group else folder
