@@ -118,10 +118,10 @@ class TritonPythonModel:
     @staticmethod
     def _work(request):
         means = required(request, "IMAGES").mean((1, 2, 3))
-        texts = [f"Mean level {mean:.1f}." for mean in means]
+        texts = [f"Mean level {mean:.1f}." if mean else "" for mean in means]  # none of black
         return {
             "DESCRIPTION": strings(texts),
-            "DESCRIPTION_ERROR": strings([""] * len(texts)),
+            "DESCRIPTION_ERROR": strings(["" if text else "it is dark" for text in texts]),
         }
 """
 # Hands back what it gets, and says how long it took over it.

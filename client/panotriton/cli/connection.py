@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.wire import Tls
-from panotriton.errors import quoted
+from panotriton.errors import ConnectError, InvalidInput, PanotritonError, quoted
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
@@ -114,10 +114,18 @@ def connected(options: argparse.Namespace, console: Console) -> Iterator[Client]
         yield client
 
 
+def exit_code(error: PanotritonError) -> int:
+    """What a command ends with for that error; the codes are in `panotriton --help`."""
+    if isinstance(error, InvalidInput):
+        return 2
+    return 3 if isinstance(error, ConnectError) else 1
+
+
 def console_for(options: argparse.Namespace) -> Console:
     """Where people read: silent with --json."""
     width = None if sys.stdout.isatty() else 200  # a file has no width to fit into
-    return Console(quiet=options.json, highlight=False, width=width)
+    # What is printed are names and values: nothing in them is markup.
+    return Console(quiet=options.json, highlight=False, width=width, markup=False, emoji=False)
 
 
 def spinner(console: Console) -> Progress:
@@ -128,14 +136,15 @@ def spinner(console: Console) -> Progress:
 
 def print_json(content: Any) -> None:
     """One JSON object on one line; numbers that are no number are null."""
-    print(json.dumps(_without_nan(content)))
+    print(json.dumps(without_nan(content)))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same for JSON, which has no NaN: null."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

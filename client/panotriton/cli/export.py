@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from panotriton.errors import ExportError, quoted
+from panotriton.cli.places import check_folder
+from panotriton.errors import ExportError, InvalidInput, quoted
 from panotriton.server.repository import copy_models
 
 _EXAMPLES = """\
@@ -146,7 +147,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
-        raise ExportError("nothing to export: give --preset small, or a part (see --help)")
+        raise InvalidInput("nothing to export: give --preset small, or a part (see --help)")
     presets = _export_code("presets")
     return _timed(options, lambda: presets.export_small(options.output, options.provider, _report))
 
@@ -154,7 +155,7 @@ def _run_preset(options: argparse.Namespace) -> int:
 def _run_osediff(options: argparse.Namespace) -> int:
     given = (options.base is not None, options.checkpoint is not None)
     if given != ((False, False) if options.preset else (True, True)):
-        raise ExportError("give --base and --checkpoint, or --preset full-random alone")
+        raise InvalidInput("give --base and --checkpoint, or --preset full-random alone")
     osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
@@ -181,7 +182,7 @@ def _open_tagger(options: argparse.Namespace) -> Any:
     if len(absent) == len(given):
         return None
     if absent:
-        raise ExportError(
+        raise InvalidInput(
             f"a tagger needs {', '.join(f'--{option}' for option in given)}; {', '.join(absent)} "
             "is missing"
         )
@@ -218,6 +219,7 @@ def _export_code(module: str) -> Any:
 
 def _timed(options: argparse.Namespace, work: Any) -> int:
     began = time.perf_counter()
+    check_folder(options.output)
     copy_models(options.output)
     work()
     print(f"exported to {options.output} in {time.perf_counter() - began:.0f} s")

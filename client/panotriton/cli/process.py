@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from panotriton.cli.connection import (
     add_pipeline_arguments,
@@ -27,9 +28,10 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.cli.facts import facts
+from panotriton.cli.places import check_folder
 from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.groups.folder import next_group_id, process_command, write_group
+from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
 from panotriton.pipeline.images import FORMATS
@@ -71,12 +73,13 @@ def run(options: argparse.Namespace) -> int:
             raise InvalidInput(f"{path} is not a file; expected a panorama ({FORMATS})")
     chosen = {"seed": options.seed, **asdict(pipeline_options(options))}
     check_seed("--seed", options.seed)
+    check_folder(options.output)
+    bases = (base_name(options.panoramas[0]), base_name(options.panoramas[1]))
     console = console_for(options)
     with connected(options, console) as client:
         health = client.health()
         group, stages = _process(client, options, chosen, console)
     group_id = next_group_id(options.output)
-    bases = (options.panoramas[0].stem, options.panoramas[1].stem)
     about = _about(options, chosen, group, stages, health)
     folder = write_group(group, options.output, group_id, bases, about)
     report = write_report(folder) if options.report else None
@@ -227,7 +230,7 @@ def _show(console: Console, group: Group, folder: Path, stages: list[StageTime])
         result = f"{len(group.kept)} of 8 intervals kept, {group.image_count} images in sequences of {per}"
     else:
         result = "no interval reached the threshold: nothing to interpolate"
-    console.print(f"[bold]{result}[/bold], {group.seconds:.1f} s → {folder}", highlight=False)
+    console.print(Text(result, "bold"), f", {group.seconds:.1f} s → {folder}", sep="")
 
 
 def _intervals(group: Group) -> Table:

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from panotriton.cli.places import check_file
 from panotriton.server.launch import Installation, LocalServer, find_installation
 from panotriton.server.repository import check_exported
 
@@ -65,6 +66,8 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; 1 when the server ends by itself."""
     check_exported(options.repository)
+    if options.log_file:
+        check_file(options.log_file)
     installation: Installation = find_installation(options.tritonserver)
     print(f"starting tritonserver with {options.repository} …", flush=True)
     server = LocalServer(

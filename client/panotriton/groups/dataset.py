@@ -35,6 +35,7 @@ import numpy as np
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.groups.folder import (
+    base_name,
     fill_group,
     group_folder,
     process_command,
@@ -43,7 +44,7 @@ from panotriton.groups.folder import (
 )
 from panotriton.groups.report import write_index, write_report
 from panotriton.pipeline.contract import INTERVALS, Options
-from panotriton.pipeline.images import SUFFIXES, has_image_name
+from panotriton.pipeline.images import SUFFIXES, images_in
 
 __all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
 
@@ -80,7 +81,7 @@ def find_panoramas(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InvalidInput(f"{folder} is not a folder; expected one that holds panoramas")
-        found += sorted(path for path in folder.iterdir() if has_image_name(path))
+        found += images_in(folder)
     if len(found) < 2:
         raise InvalidInput(
             f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more "
@@ -202,6 +203,7 @@ class Dataset:
         paths = [self.panoramas[place] for place in self._pairs[index]]
         seed = group_seed(self.seed, index)
         try:
+            bases = (base_name(paths[0]), base_name(paths[1]))
             group = await client.process(
                 *paths, seed=seed, intermediates=True, **dict(self.options)
             )
@@ -214,7 +216,6 @@ class Dataset:
             **await self.facts(client),
             "command": process_command(paths, {"seed": seed, **self.options}),
         }
-        bases = (paths[0].stem, paths[1].stem)
         part = self._waiting(index).with_suffix(".part")
 
         def write() -> _Outcome:

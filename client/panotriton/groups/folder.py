@@ -16,10 +16,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from panotriton.errors import InvalidInput, brief
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.results import Group, Interval, Pair
 
 __all__ = [
+    "base_name",
     "fill_group",
     "group_folder",
     "next_group_id",
@@ -33,12 +35,36 @@ JPEG_QUALITY = 95
 _RESULT = ("group_id", "kept", "scores", "intervals")
 _FOLDERS = ("pairs", "params", "osediff", "descriptions", "interpolated", "interpolated_sr")
 
+# Of 255, less what the longest name adds: number, view and, while it is written, dot and process.
+_MAX_BASE_BYTES = 255 - len("._1_yaw08_pair_left_interp_255.jpg.4194304")
+
 U8 = NDArray[np.uint8]
 
 
 def group_folder(root: Path, group_id: int) -> Path:
     """The folder of a group under the output root."""
     return root / f"group_{group_id:04d}"
+
+
+def base_name(panorama: Path) -> str:
+    """What the files of a panorama are named after.
+
+    Raises InvalidInput where they cannot be: a path that is no UTF-8, as which JSON and HTML hold
+    it, or a name that leaves no room for what is added.
+    """
+    try:
+        str(panorama).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"the name of {brief(panorama)} is no UTF-8, as which the group's files hold it: rename it"
+        ) from error
+    size = len(panorama.stem.encode())
+    if size > _MAX_BASE_BYTES:
+        raise InvalidInput(
+            f"the name of {brief(panorama)} has {size} bytes; expected at most {_MAX_BASE_BYTES}, since "
+            "the group's files add to it: rename it"
+        )
+    return panorama.stem
 
 
 def next_group_id(root: Path) -> int:
@@ -191,7 +217,9 @@ def _add_result(path: Path, result: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` by `content` as JSON, atomically."""
-    _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Of a name that is no UTF-8, Python's \udcff for the byte ff is JSON's escape as well.
+    _replace(path, text.encode(errors="backslashreplace"))
 
 
 def _write_jpeg(path: Path, image: U8) -> None:

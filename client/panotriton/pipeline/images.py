@@ -20,7 +20,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -41,7 +41,7 @@ __all__ = [
     "check_images",
     "check_panorama",
     "decode_image",
-    "has_image_name",
+    "images_in",
     "picture_pixels",
 ]
 
@@ -93,9 +93,13 @@ _FLIPS = {
 U8 = NDArray[np.uint8]
 
 
-def has_image_name(path: PurePath) -> bool:
-    """Whether a folder's entry is taken for an image: by its ending, and hidden files never are."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def images_in(folder: Path) -> list[Path]:
+    """The files directly in `folder` that are named like images, none of them hidden, by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def check_panorama(
