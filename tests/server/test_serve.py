@@ -18,8 +18,8 @@ import pytest
 
 from panotriton.client.client import Client
 from panotriton.errors import ServerStartError
+from panotriton.server import launch as launcher
 from panotriton.server.launch import LocalServer, find_installation
-from panotriton.server.launch import launch as launcher
 
 COMMAND = [sys.executable, "-m", "panotriton"]
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
@@ -123,6 +123,19 @@ def test_an_unexported_repository_is_refused_with_the_command_that_exports_it(
     assert result.returncode == 1
     assert "osediff_unet/1/model.onnx is missing" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_repository_may_lie_anywhere(
+    tmp_path: Path, standin_repository: Path, repository: Path
+) -> None:
+    folder = tmp_path / "a b" / "ré \"po's $(x);*"
+    shutil.copytree(standin_repository, folder)
+    graph = "osediff_text_encoder"  # one that the onnxruntime backend opens
+    shutil.copytree(repository / graph, folder / "graph" / graph)
+    with LocalServer(folder, load_models=["decode", "crop"]) as server:
+        assert Client(server.grpc_url).ready()
+    with LocalServer(folder / "graph") as server:
+        assert Client(server.grpc_url).ready()
 
 
 def test_a_broken_model_is_named(tmp_path: Path, repository: Path) -> None:
