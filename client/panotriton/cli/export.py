@@ -133,6 +133,12 @@ def _add_qwen(parts: Any) -> None:
         metavar="HxW",
         help="export the vision tower to ONNX, for images of this size alone (none)",
     )
+    parser.add_argument(
+        "--no-question",
+        dest="question",
+        action="store_false",
+        help="do not ask the model one question first, which takes its memory",
+    )
     _add_output(parser)
     parser.set_defaults(run=_run_qwen)
 
@@ -202,6 +208,7 @@ def _run_qwen(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             engine=options.engine,
             vision_size=options.export_vision,
+            question=options.question,
             report=_report,
         )
 
