@@ -74,9 +74,13 @@ class Upscaler:
         Options(upscale=upscale, align=align, prompt=prompt).check()
         source = pixels("image", image, min_side_px=MIN_SR_SIDE_PX)[None]  # (1, h, w, 3)
         call = in_process(self._session)
-        work = self._resolver.run(source, call, upscale=upscale, method=align, prompt=prompt)
+        warnings: list[str] = []
+        work = self._resolver.run(
+            source, call, upscale=upscale, method=align, prompt=prompt, warnings=warnings
+        )
         sharp = asyncio.run(work)[0]
-        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), "osediff")
+        timings = Timings((time.perf_counter() - began) * 1e3)
+        return Upscaled(sharp, timings, "osediff", "".join(warnings))
 
     def _session(self, model: str) -> Any:
         """The network's session, opened on first use."""

@@ -177,6 +177,7 @@ def _tokenizer() -> Tokenizer:
     """Reads one known word and pads to the 77 tokens of a prompt."""
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(77)
     tokenizer.enable_padding(length=77, pad_id=WORDS["[PAD]"], pad_token="[PAD]")
     return tokenizer
 

@@ -208,6 +208,22 @@ def test_a_long_value_is_echoed_short_and_keeps_its_kind(client: Any) -> None:
             assert str(caught.value).startswith(f"ALIGN is '{'x' * 78}…; expected one of adain")
 
 
+def test_a_prompt_that_is_cut_is_told_once_a_call(client: Any, standin: LocalServer) -> None:
+    prompt = "x " * 77 + "and what comes after"
+    said = (
+        f"PROMPT is read up to character 153 of {len(prompt)} and not from 'and what comes after' on: "
+        "the text encoder takes 77 tokens; shorten it, or put what matters first"
+    )
+    before = standin.log_text().count(said)
+    found = client.upscale([noise(8, 8), noise(8, 8)], prompt=prompt)
+    assert [image.warning for image in found] == [said, said]
+    assert standin.log_text().count(said) == before + 1
+    assert client.process(*FILES, **SMALL, prompt=prompt).warning == said
+    assert standin.log_text().count(said) >= before + 2
+    assert client.upscale(noise(8, 8), prompt="x " * 77).warning == ""
+    assert client.process(*FILES, **SMALL).warning == ""
+
+
 def test_an_error_leaves_the_memory_usable(plain_client: Client) -> None:
     with plain_client.shared_memory(4 << 20) as memory:
         for _ in range(5):

@@ -134,6 +134,12 @@ def spinner(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def warn(text: str) -> None:
+    """One line on stderr, where there is something to say."""
+    if text:
+        print(f"panotriton: warning: {text}", file=sys.stderr, flush=True)
+
+
 def print_json(content: Any) -> None:
     """One JSON object on one line; numbers that are no number are null."""
     print(json.dumps(without_nan(content)))

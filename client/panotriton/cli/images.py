@@ -23,6 +23,7 @@ from panotriton.cli.connection import (
     pipeline_options,
     print_json,
     spinner,
+    warn,
 )
 from panotriton.cli.many import Results, ask_each
 from panotriton.cli.places import check_folder
@@ -162,6 +163,7 @@ def _run_upscale(options: argparse.Namespace) -> int:
 
         def take(path: Path, result: Upscaled) -> None:
             results.add(*_write(targets[path], result))
+            warn(result.warning)
 
         ask_each(options, "super-resolving", targets, ask, take, results, at_once=_SR_AT_ONCE)
     return results.code

@@ -26,6 +26,7 @@ from panotriton.cli.connection import (
     pipeline_options,
     print_json,
     spinner,
+    warn,
 )
 from panotriton.cli.facts import facts
 from panotriton.cli.places import check_folder
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     group_id = next_group_id(options.output)
     about = _about(options, chosen, group, stages, health)
     folder = write_group(group, options.output, group_id, bases, about)
+    warn(group.warning)
     report = write_report(folder) if options.report else None
     if options.json:
         print_json(_summary(group, folder, stages, report))

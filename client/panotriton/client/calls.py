@@ -47,6 +47,7 @@ from panotriton.pipeline.results import (
     Upscaled,
     group_from_tensors,
     quality,
+    warning,
 )
 
 __all__ = ["Call", "Plan", "crop", "describe", "infer", "process", "score", "stream", "upscale"]
@@ -64,6 +65,7 @@ _RESULTS = (
     "DESCRIPTION",
     "DESCRIPTION_ERROR",
     "INTERPOLATED_CAMERAS",
+    "WARNING",
 )
 
 
@@ -161,11 +163,12 @@ def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscal
     tensors = options.check().tensors(*SR_OPTIONS)
 
     def call(batch: Images) -> Call[list[Upscaled]]:
-        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2}
+        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2, "WARNING": 0}
         return Call("osediff", {"IMAGES": batch, **tensors}, outputs, decode)
 
     def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
-        return [Upscaled(image, timings, "osediff") for image in tensors["IMAGES_SR"]]
+        told = warning(tensors)
+        return [Upscaled(image, timings, "osediff", told) for image in tensors["IMAGES_SR"]]
 
     def read(name: str, image: Any) -> Any:
         array = pixels(name, image, min_side_px=MIN_SR_SIDE_PX, cuda=cuda)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from panotriton.errors import InvalidImage, InvalidInput
+from panotriton.errors import InvalidImage, InvalidInput, quoted
 from panotriton.models.osediff import SizePlan, TileBlend, align, one_step, plan_size, windows
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS
@@ -78,10 +78,32 @@ class SuperResolver:
         self._tags = tags
         self._embeds: dict[str, F32] = {}  # prompt → (1, 77, D); the last 64
 
-    async def run(self, images: U8, call: Call, *, upscale: int, method: str, prompt: str) -> U8:
+    def warning(self, prompt: str) -> str:
+        """Where the text encoder stops reading a prompt, in words; empty where it reads it all."""
+        encoding = self._tokenizer.encode(prompt)
+        if not encoding.overflowing:
+            return ""
+        end = max(stop for _, stop in encoding.offsets)
+        return (
+            f"PROMPT is read up to character {end} of {len(prompt)} and not from "
+            f"{quoted(prompt[end:].strip())} on: the text encoder takes {len(encoding.ids)} tokens; "
+            "shorten it, or put what matters first"
+        )
+
+    async def run(
+        self,
+        images: U8,
+        call: Call,
+        *,
+        upscale: int,
+        method: str,
+        prompt: str,
+        warnings: list[str] | None = None,
+    ) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
-        method: one of `contract.ALIGNMENTS`. Raises InvalidInput for more pixels than a
+        method: one of `contract.ALIGNMENTS`. warnings: gets one where a prompt, tags included, is longer
+        than the text encoder reads; no more than one. Raises InvalidInput for more pixels than a
         request may make, before they are allocated; else whatever `call` raises.
         """
         plan = plan_size(images.shape[1], images.shape[2], upscale, self._settings["process_size"])
@@ -94,7 +116,10 @@ class SuperResolver:
         async def work(index: int) -> None:
             async with gate:
                 source = await asyncio.to_thread(plan.prepare, images[index])
-                embeds = await self._embed(await self._tagged(prompt, source, call), call)
+                whole = await self._tagged(prompt, source, call)
+                if warnings is not None and not warnings and (cut := self.warning(whole)):
+                    warnings.append(cut)
+                embeds = await self._embed(whole, call)
                 sharp = await _Networks(self._settings, self._limits, call, embeds).run(source)
                 results[index] = await asyncio.to_thread(_finish, plan, sharp, source, method)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import triton_python_backend_utils as pb_utils
 
-from panotriton.models.requests import calls_until, read_options, required, respond_async
+from panotriton.models.requests import calls_until, read_options, required, respond_async, strings
 from panotriton.models.super_resolution import Limits, SuperResolver
 from panotriton.models.tags import Tags
 from panotriton.pipeline.contract import MIN_SR_SIDE_PX
@@ -31,11 +31,15 @@ class TritonPythonModel:
         images = required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=MIN_SR_SIDE_PX)
         options = read_options(request)
+        warnings = []
         sharp = await self._resolver.run(
             images,
             calls_until(request.is_cancelled),
             upscale=options.upscale,
             method=options.align,
             prompt=options.prompt,
+            warnings=warnings,
         )
-        return {"IMAGES_SR": sharp}
+        for warning in warnings:
+            pb_utils.Logger.log_warn(f"osediff: {warning}")
+        return {"IMAGES_SR": sharp, "WARNING": strings(warnings or [""])}

@@ -67,6 +67,7 @@ class _Run:
         self._call = calls_until(sender.is_cancelled)
         self._gate = asyncio.Semaphore(images_in_flight)
         self._done, self._total = 0, 0
+        self._warnings, self._warned = [], False
 
     async def run(self):
         self._options = read_options(self._request)
@@ -167,7 +168,11 @@ class _Run:
                 upscale=self._options.upscale,
                 method=self._options.align,
                 prompt=self._options.prompt,
+                warnings=self._warnings,
             )
+        if self._warnings and not self._warned:
+            self._warned = True
+            pb_utils.Logger.log_warn(f"panorama_stream: {self._warnings[0]}")
         self._done += 1
         return sharp
 
