@@ -21,7 +21,7 @@ INTRO = """\
 
 One request to the `panorama` ensemble runs the whole pipeline. Every arrow below is a tensor that the server
 hands from one model to the next; none is a file. `panorama_encoded` puts `decode` before it, for callers
-who hold JPEG, PNG or WebP bytes. Inputs with a dashed arrow are optional.
+who hold the bytes of image files. Inputs with a dashed arrow are optional.
 
 This page is written by `make docs` from the `config.pbtxt` files and the models' code, and `make check` fails
 when it is stale. Dims and batch sizes of the networks are those of full-size weights on onnxruntime; an
@@ -92,6 +92,29 @@ To add one called `toysr`:
 Requests to the model `toysr`, and `Upscaler(network="toysr")`, then use it. For the pipeline to do so, name
 it in `panorama/config.pbtxt`, in the parameter `network` of `panorama_stream/config.pbtxt`, and in
 `panotriton.pipeline.networks.PIPELINE`. `tests/server/toysr.py` is such a network, of a few nodes.
+"""
+
+IMAGES_TEXT = """
+## What counts as an image
+
+Where a model takes pixels, an image is a uint8 tensor (…, H, W, 3), RGB in sRGB, and it is taken as it is.
+Where bytes of a file are taken, by `decode`, the client, the gateway and the live page alike, they become
+such pixels by the same rules (`panotriton.pipeline.images`):
+
+- **Format**: AVIF, BMP, TIFF, JPEG, PNG and WebP are read; others are refused by their name. Of several
+  pictures in one file the first counts.
+- **Orientation**: that of EXIF or XMP is applied, all eight values.
+- **Colours**: an ICC profile of RGB, grey or CMYK is converted to sRGB, perceptually, as Pillow does by
+  default. Where one moves no colour by more than 1 of 255 it is sRGB's own, and pixels stay as they are.
+  One that is broken, or of another kind than the pixels, is left out.
+- **Depth**: 16 bits a channel become 8 by round(v / 257); 32 bits, floats, 16-bit CMYK and Lab are refused.
+- **Transparency** is dropped.
+- **Size**: a panorama has 64 px a side, an image to super-resolve 8, one to score or describe 28 and at
+  most 200 times as much one way as the other; all at most 134 megapixels. Checked before memory is taken
+  for the pixels.
+
+PIL images are turned and converted too, since they still carry what their file said; arrays and tensors are
+not. In folders, hidden files (`._a.jpg`) are never taken for images.
 """
 
 
@@ -196,6 +219,7 @@ def page():
         "\n",
         ROOMS_TEXT,
         rooms(),
+        IMAGES_TEXT,
         "\n## Every model\n\n",
         tables,
     ]

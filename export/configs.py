@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from panotriton.errors import ExportError
+from panotriton.errors import ExportError, quoted
 from panotriton.server.engines import ENGINES, Engine
 
 __all__ = ["find_engine", "fit_config", "set_engine", "set_instances"]
@@ -16,11 +16,11 @@ __all__ = ["find_engine", "fit_config", "set_engine", "set_instances"]
 def find_engine(provider: str, precision: str | None = None) -> Engine:
     """The engine of that name; raises ExportError where there is none, or not in that precision."""
     if provider not in ENGINES:
-        raise ExportError(f"provider is {provider!r}; expected one of {', '.join(ENGINES)}")
+        raise ExportError(f"provider is {quoted(provider)}; expected one of {', '.join(ENGINES)}")
     engine = ENGINES[provider]
     if precision is not None and precision not in engine.precisions:
         expected = " or ".join(engine.precisions)
-        raise ExportError(f"precision is {precision!r}; expected {expected} for {provider}")
+        raise ExportError(f"precision is {quoted(precision)}; expected {expected} for {provider}")
     return engine
 
 

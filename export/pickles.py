@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from panotriton.errors import ExportError
+from panotriton_export.weights import check_weights
 
 __all__ = ["CheckpointError", "read_pickle"]
 
 
 class CheckpointError(ExportError):
     """A base folder or an osediff.pkl is broken, incomplete or made for another model."""
+
+
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 
 
 def read_pickle(path: Path, expected: str) -> dict[str, Any]:
@@ -25,14 +29,17 @@ def read_pickle(path: Path, expected: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} not found; expected {expected}")
-    if not zipfile.is_zipfile(path):
+    check_weights(path, CheckpointError)
+    legacy = _starts_as_before_zip(path)
+    if not (legacy or zipfile.is_zipfile(path)):
         raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or no torch checkpoint: torch.save "
             "writes a zip file and its end is missing; download it again"
         )
     try:
-        _refuse_code(path, expected)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not legacy:
+            _refuse_code(path, expected)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch meets in a damaged archive
@@ -42,6 +49,12 @@ def read_pickle(path: Path, expected: str) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}; expected a dict: {expected}"
         )
     return content
+
+
+def _starts_as_before_zip(path: Path) -> bool:
+    """Whether it is a file of torch before 1.6: pickles one after the other, the first a number."""
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
 
 
 def _refuse_code(path: Path, expected: str) -> None:

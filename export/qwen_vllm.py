@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from panotriton.errors import ExportError
+from panotriton.models.qwen import open_processor
 from panotriton.models.qwen_vllm import TOP_TOKENS
 
 __all__ = ["NAME", "engine_arguments", "export_vllm", "split_template"]
@@ -51,7 +52,7 @@ def export_vllm(
     model: Path, repository: Path, *, max_pixels: int | None, dtype: str
 ) -> dict[str, Any]:
     """Write qwen_vllm and return what `qwen` has to know: the chat around a prompt, the sampling."""
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    processor = open_processor(model)
     version = repository / NAME / "1"
     version.mkdir(parents=True, exist_ok=True)
     (version.parent / "config.pbtxt").write_text(_CONFIG)

@@ -16,6 +16,10 @@ PanotritonError
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+_ECHO = 80  # characters
+
 
 class PanotritonError(Exception):
     """Root of the tree: catch this to catch everything that the package raises on purpose."""
@@ -63,3 +67,25 @@ class EngineError(PanotritonError):
 
 class ServerStartError(PanotritonError):
     """The local server did not come up; the message carries the reason from its log."""
+
+
+def brief(value: object) -> str:
+    """A value's text as errors give it back: its last 80 characters where it is longer.
+
+    Of a path the end says most. A message that holds all of a long value does not fit where gRPC sends it.
+    """
+    text = _text(str, value)
+    return text if len(text) <= _ECHO else f"…{text[1 - _ECHO :]}"
+
+
+def quoted(value: object) -> str:
+    """A value as errors quote it: its repr, the first 80 characters where it is longer."""
+    text = _text(repr, value[: _ECHO + 1] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= _ECHO else f"{text[: _ECHO - 1]}…"
+
+
+def _text(write: Callable[[object], str], value: object) -> str:
+    try:
+        return write(value)
+    except ValueError:  # a whole number of so many digits that Python does not write it
+        return f"a {type(value).__name__} too long to write"

@@ -83,8 +83,10 @@ class Upscaler:
         options = Options(upscale=upscale, align=align, prompt=prompt).check(TENSORS)
         source = pixels("image", image, min_side_px=MIN_SR_SIDE_PX)[None]  # (1, h, w, 3)
         call = in_process(self._session)
-        sharp = asyncio.run(self._resolver.run(source, call, options))[0]
-        return Upscaled(sharp, Timings((time.perf_counter() - began) * 1e3), self._network)
+        warnings: list[str] = []
+        sharp = asyncio.run(self._resolver.run(source, call, options, warnings))[0]
+        timings = Timings((time.perf_counter() - began) * 1e3)
+        return Upscaled(sharp, timings, self._network, "".join(warnings))
 
     def _session(self, model: str) -> Any:
         """The network's session, opened on first use."""

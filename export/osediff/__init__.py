@@ -33,7 +33,7 @@ from panotriton_export.osediff.tokenizer import write_tokenizer
 from panotriton_export.osediff.unet import unet_component
 from panotriton_export.osediff.vae_decoder import vae_decoder_component
 from panotriton_export.osediff.vae_encoder import vae_encoder_component
-from panotriton_export.osediff.whole_image import psnr_db, run_graphs
+from panotriton_export.osediff.whole_image import check_distinct, psnr_db, run_graphs
 from panotriton_export.pickles import CheckpointError
 
 __all__ = ["CheckpointError", "ParityResult", "export_osediff"]
@@ -79,6 +79,7 @@ def export_osediff(
         results += compared
         del component  # before the next is read
     _write_front(source, repository, precision, latent_tile)
+    check_distinct(repository)
     report(_check_whole_image(source, repository, precision))
     return results
 

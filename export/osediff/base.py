@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from panotriton.errors import quoted
 from panotriton_export.pickles import CheckpointError
+from panotriton_export.weights import check_weights
 
 __all__ = ["PROMPT_TOKENS", "TIMESTEP", "Base", "open_base"]
 
@@ -31,8 +32,11 @@ _CONFIGS = {
     "scheduler": "scheduler_config.json",
 }
 _WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)"
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
+
+
+_HALF = ".fp16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,14 @@ class Base:
         return float(scheduler.alphas_cumprod[TIMESTEP])
 
     def load_unet(self) -> UNet2DConditionModel:
-        return self._load(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+        return self._load_network(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
 
     def load_vae(self) -> AutoencoderKL:
-        return self._load(AutoencoderKL, "vae", torch_dtype=torch.float32)
+        return self._load_network(AutoencoderKL, "vae", torch_dtype=torch.float32)
 
     def load_text_encoder(self) -> CLIPTextModel:
         with _no_progress_bar():
-            return self._load(CLIPTextModel, "text_encoder", dtype=torch.float32)
+            return self._load_network(CLIPTextModel, "text_encoder", dtype=torch.float32)
 
     def load_tokenizer(self) -> Any:
         return self._load(AutoTokenizer, "tokenizer")
@@ -91,7 +95,19 @@ class Base:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.folder / part} cannot be loaded: {error}") from error
-        return loaded.requires_grad_(False).eval() if isinstance(loaded, nn.Module) else loaded
+        return loaded
+
+    def _load_network(self, kind: Any, part: str, **options: Any) -> Any:
+        variant = _variant(self.folder / part)
+        network, loading = self._load(
+            kind, part, variant=variant, output_loading_info=True, **options
+        )
+        if missing := sorted(loading["missing_keys"]):  # which would be random numbers
+            raise CheckpointError(
+                f"{self.folder / part} lacks the weights of {missing[0]} and {len(missing) - 1} more; "
+                "expected all of the network's: download it again"
+            )
+        return network.requires_grad_(False).eval()
 
 
 def open_base(folder: Path) -> Base:
@@ -100,10 +116,11 @@ def open_base(folder: Path) -> Base:
     Raises CheckpointError for a folder that is not in diffusers layout, lacks a part or its
     weights, predicts v instead of noise, or whose parts do not fit each other.
     """
-    if not (folder / "model_index.json").is_file():
+    parts = [part for part in _CONFIGS if (folder / part).is_dir()]
+    if len(parts) < len(_CONFIGS) and not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"{folder} is not a diffusers folder: it has no model_index.json; expected the whole "
-            f"Stable Diffusion 2.1-base folder ({', '.join(_CONFIGS)}), not a single .ckpt file"
+            f"{folder} is not a diffusers folder: it has neither model_index.json nor all parts; expected "
+            f"the whole Stable Diffusion 2.1-base folder ({', '.join(_CONFIGS)}), not a single .ckpt file"
         )
     configs = {part: _read_config(folder / part, name) for part, name in _CONFIGS.items()}
     for part in ("unet", "vae", "text_encoder"):
@@ -112,6 +129,8 @@ def open_base(folder: Path) -> Base:
                 f"{folder / part} has no weights: expected *.safetensors or *.bin"
             )
     base = Base(folder, configs)
+    for path in base.source_files():
+        check_weights(path, CheckpointError)
     _check_scheduler(base)
     _check_parts(base)
     return base
@@ -139,10 +158,19 @@ def _read_config(part: Path, name: str) -> dict[str, Any]:
 
 
 def _weight_files(part: Path) -> Iterator[Path]:
-    """Files that from_pretrained reads: no fp16 or EMA variants, .bin only without safetensors."""
+    """Files that from_pretrained reads, no EMA variants: the first there are of these kinds."""
     files = sorted(path for path in part.iterdir() if _WEIGHTS.fullmatch(path.name))
-    safe = [path for path in files if path.suffix == ".safetensors"]
-    yield from safe or files
+    for suffix in (".safetensors", ".bin"):
+        for half in (False, True):
+            found = [f for f in files if f.suffix == suffix and (_HALF in f.suffixes) == half]
+            if found:
+                yield from found
+                return
+
+
+def _variant(part: Path) -> str | None:
+    """fp16 where only such weights are there; they are read as fp32 like the others."""
+    return "fp16" if any(_HALF in path.suffixes for path in _weight_files(part)) else None
 
 
 def _sources(part: Path) -> Iterator[Path]:
@@ -155,7 +183,7 @@ def _check_scheduler(base: Base) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise CheckpointError(
-            f"{path} says prediction_type {prediction!r}; OSEDiff needs 'epsilon'. This looks like "
+            f"{path} says prediction_type {quoted(prediction)}; OSEDiff needs 'epsilon'. This looks like "
             "Stable Diffusion 2.1 (768 px): use stable-diffusion-2-1-base (512 px)"
         )
     steps = config.get("num_train_timesteps", 1000)

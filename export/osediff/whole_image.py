@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from panotriton.errors import ExportError
 from panotriton.local import in_process, open_network
 from panotriton.models.super_resolution import Limits, SuperResolver
 from panotriton.pipeline.contract import Options
 
-__all__ = ["psnr_db", "run_graphs"]
+__all__ = ["check_distinct", "psnr_db", "run_graphs"]
+
+_PROMPTS = ("a red house under trees", "seven boats at sea, fog")
+_OUTPUTS = {
+    "text_encoder": "PROMPT_EMBEDS",
+    "vae_encoder": "LATENT",
+    "unet": "NOISE",
+    "vae_decoder": "IMAGE",
+}
 
 U8 = NDArray[np.uint8]
 
@@ -25,6 +36,37 @@ def run_graphs(repository: Path, image: U8, *, upscale: int = 2, prompt: str = "
     work = resolver.run(image[None], call, options)
     result: U8 = asyncio.run(work)[0]
     return result
+
+
+def check_distinct(repository: Path) -> None:
+    """Raise ExportError for a network that answers two inputs alike, or with what is no number.
+
+    Of such weights the graphs equal PyTorch, too.
+    """
+    rng = np.random.default_rng(0)
+    tokenizer = Tokenizer.from_file(str(repository / "osediff" / "1" / "tokenizer.json"))
+    ids = [np.array([tokenizer.encode(text).ids], np.int64) for text in _PROMPTS]
+    images = [rng.integers(0, 256, (1, 256, 256, 3), np.uint8) for _ in range(2)]
+    embeds = _distinct(repository, "text_encoder", [{"INPUT_IDS": i} for i in ids])
+    latents = _distinct(repository, "vae_encoder", [{"IMAGE": i} for i in images])
+    conditioned = [{"LATENT": one, "PROMPT_EMBEDS": embeds[0]} for one in latents]
+    _distinct(repository, "unet", conditioned)
+    _distinct(repository, "vae_decoder", [{"LATENT": one} for one in latents])
+
+
+def _distinct(repository: Path, part: str, inputs: list[dict[str, Any]]) -> list[NDArray[Any]]:
+    """The network's answer to each of two inputs."""
+    name = f"osediff_{part}"
+    network = open_network(repository / name)
+    answers = [np.asarray(network.run([_OUTPUTS[part]], one)[0]) for one in inputs]
+    if not all(np.isfinite(answer).all() for answer in answers):
+        raise ExportError(f"{name} answers with what is no number: its weights are damaged")
+    if np.allclose(*answers, rtol=1e-4, atol=1e-6):
+        raise ExportError(
+            f"{name} answers two different inputs alike; expected different answers: its weights, or the "
+            "tokenizer's vocabulary, are not those of a trained model"
+        )
+    return answers
 
 
 def psnr_db(image: U8, reference: U8) -> float:

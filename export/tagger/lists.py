@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from panotriton.errors import quoted
 from panotriton.models.tags import Tags
 from panotriton_export.pickles import CheckpointError
 
@@ -46,5 +47,7 @@ def _threshold(text: str, path: Path, line: int) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise CheckpointError(f"{path}, line {line} is {text!r}; expected a number from 0 to 1")
+        raise CheckpointError(
+            f"{path}, line {line} is {quoted(text)}; expected a number from 0 to 1"
+        )
     return value

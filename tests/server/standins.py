@@ -118,10 +118,10 @@ class TritonPythonModel:
     @staticmethod
     def _work(request):
         means = required(request, "IMAGES").mean((1, 2, 3))
-        texts = [f"Mean level {mean:.1f}." for mean in means]
+        texts = [f"Mean level {mean:.1f}." if mean else "" for mean in means]  # none of black
         return {
             "DESCRIPTION": strings(texts),
-            "DESCRIPTION_ERROR": strings([""] * len(texts)),
+            "DESCRIPTION_ERROR": strings(["" if text else "it is dark" for text in texts]),
         }
 """
 # Hands back what it gets, and says how long it took over it.
@@ -177,6 +177,7 @@ def _tokenizer() -> Tokenizer:
     """Reads one known word and pads to the 77 tokens of a prompt."""
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(77)
     tokenizer.enable_padding(length=77, pad_id=WORDS["[PAD]"], pad_token="[PAD]")
     return tokenizer
 

@@ -199,6 +199,31 @@ def test_errors_keep_their_kind_and_cause(client: Any) -> None:
         client.upscale(noise(8, 8), prompt="fail")
 
 
+def test_a_long_value_is_echoed_short_and_keeps_its_kind(client: Any) -> None:
+    for name in ("ALIGN", "A" * 20_000):  # the second is told by the server itself
+        tensors = {"IMAGES": noise(64, 64)[None], name: np.array([b"x" * 20_000], np.object_)}
+        with pytest.raises(InvalidInput) as caught:
+            client.infer("osediff", tensors, ["IMAGES_SR"])
+        if name == "ALIGN":
+            assert str(caught.value).startswith(f"ALIGN is '{'x' * 78}…; expected one of adain")
+
+
+def test_a_prompt_that_is_cut_is_told_once_a_call(client: Any, standin: LocalServer) -> None:
+    prompt = "x " * 77 + "and what comes after"
+    said = (
+        f"PROMPT is read up to character 153 of {len(prompt)} and not from 'and what comes after' on: "
+        "the text encoder takes 77 tokens; shorten it, or put what matters first"
+    )
+    before = standin.log_text().count(said)
+    found = client.upscale([noise(8, 8), noise(8, 8)], prompt=prompt)
+    assert [image.warning for image in found] == [said, said]
+    assert standin.log_text().count(said) == before + 1
+    assert client.process(*FILES, **SMALL, prompt=prompt).warning == said
+    assert standin.log_text().count(said) >= before + 2
+    assert client.upscale(noise(8, 8), prompt="x " * 77).warning == ""
+    assert client.process(*FILES, **SMALL).warning == ""
+
+
 def test_an_error_leaves_the_memory_usable(plain_client: Client) -> None:
     with plain_client.shared_memory(4 << 20) as memory:
         for _ in range(5):

@@ -125,6 +125,19 @@ def test_an_unexported_repository_is_refused_with_the_command_that_exports_it(
     assert "Traceback" not in result.stderr
 
 
+def test_a_repository_may_lie_anywhere(
+    tmp_path: Path, standin_repository: Path, repository: Path
+) -> None:
+    folder = tmp_path / "a b" / "ré \"po's $(x);*"
+    shutil.copytree(standin_repository, folder)
+    graph = "osediff_text_encoder"  # one that the onnxruntime backend opens
+    shutil.copytree(repository / graph, folder / "graph" / graph)
+    with LocalServer(folder, load_models=["decode", "crop"]) as server:
+        assert Client(server.grpc_url).ready()
+    with LocalServer(folder / "graph") as server:
+        assert Client(server.grpc_url).ready()
+
+
 def test_a_broken_model_is_named(tmp_path: Path, repository: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(repository, copy)

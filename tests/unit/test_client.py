@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 import panotriton
 from panotriton.client import calls
 from panotriton.client.client import Client
-from panotriton.client.pixels import Images
+from panotriton.client.pixels import Images, pixels
 from panotriton.errors import ConnectError, InvalidImage, InvalidInput, PanotritonError
 from panotriton.groups.folder import next_group_id, write_group
 from panotriton.pipeline.camera import sample_cameras
@@ -21,6 +21,7 @@ from panotriton.pipeline.contract import Options
 from panotriton.pipeline.group import interpolate_cameras
 from panotriton.pipeline.images import decode_image
 from panotriton.pipeline.results import Group, Timings, group_from_tensors
+from tests.pictures import exif
 
 RNG = np.random.default_rng(0)
 PROTOCOLS = ("grpc", "http")
@@ -190,10 +191,17 @@ def test_decoding(extension: str) -> None:
         decode_image("X", data[: len(data) // 2])
 
 
-def test_16_bit_images_are_refused() -> None:
-    data = cv2.imencode(".png", np.zeros((64, 64), np.uint16))[1].tobytes()
-    with pytest.raises(InvalidImage, match="expected 8 bits per channel"):
-        decode_image("X", data)
+def test_pil_images_are_turned_and_arrays_taken_as_they_are(tmp_path: Path) -> None:
+    stored = RNG.integers(0, 256, (96, 160, 3), np.uint8)
+    PILImage.fromarray(stored).save(tmp_path / "a.png", exif=exif(6))
+    upright = np.rot90(stored, -1)
+    for image, expected in (
+        (tmp_path / "a.png", upright),
+        (PILImage.open(tmp_path / "a.png"), upright),
+        (PILImage.fromarray(stored), stored),
+        (stored, stored),
+    ):
+        np.testing.assert_array_equal(pixels("X", image), expected)
 
 
 def example_group(kept: list[int], count: int = 2) -> Group:

@@ -33,6 +33,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
 )
+from panotriton.models.osediff import plan_size
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Done, Scored, View, event_from_tensors
@@ -325,6 +326,25 @@ def test_events_are_read() -> None:
         event_from_tensors({"EVENT": event("refused", message="SEED is wrong")})
     with pytest.raises(InferenceFailed, match="no memory"):
         event_from_tensors({"EVENT": event("failed", message="no memory")})
+
+
+def test_what_only_a_network_would_refuse_is_refused_at_the_door_by_name() -> None:
+    fine, thin = image(28, 56), image(28, 5880)
+    for ask in (calls.score, calls.describe):
+        with pytest.raises(InvalidImage, match=r"images\[1\] is 5880×28 px; expected one side at"):
+            ask([fine, thin])
+    calls.score(image(28, 5600))
+    with pytest.raises(
+        InvalidImage, match=r"images\[1\] would be super-resolved at 1280000×512 px"
+    ):
+        calls.upscale([fine, image(8, 20_000)], **SR)
+
+
+def test_the_door_knows_the_size_that_super_resolution_works_at() -> None:
+    for height, width in np.random.default_rng(1).integers(8, 3000, (200, 2)).tolist():
+        for upscale in range(1, 5):
+            planned = plan_size(height, width, upscale).network
+            assert calls.network_size(height, width, upscale) == planned
 
 
 def test_a_grey_picture_is_refused() -> None:

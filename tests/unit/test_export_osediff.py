@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 from google.protobuf import text_format
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -41,6 +43,7 @@ from panotriton_export.osediff.checkpoint import (
 from panotriton_export.osediff.random_sd import write_random
 from panotriton_export.osediff.reference import Pipeline, super_resolve
 from panotriton_export.osediff.text_encoder import text_encoder_component
+from panotriton_export.osediff.whole_image import check_distinct
 
 RNG = np.random.default_rng(0)
 COMPONENTS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
@@ -121,8 +124,32 @@ def forget(content: dict[str, Any]) -> None:
     content["state_dict_vae"].popitem()
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
 REFUSED = {
-    "single file": (unlink("model_index.json"), "is not a diffusers folder"),
+    "single file": (
+        lambda b: [unlink("model_index.json")(b), drop("vae")(b)],
+        "is not a diffusers folder",
+    ),
+    "half a vae": (
+        lambda b: os.truncate(b / "vae/diffusion_pytorch_model.safetensors", 9_000),
+        "vae/diffusion_pytorch_model.safetensors is truncated.*has 9,000 bytes",
+    ),
+    "half a text encoder": (
+        lambda b: os.truncate(b / "text_encoder/model.safetensors", 4),
+        "text_encoder/model.safetensors is truncated",
+    ),
+    "pointer": (
+        lambda b: (b / "unet/diffusion_pytorch_model.safetensors").write_text(POINTER),
+        "unet/diffusion_pytorch_model.safetensors is a Git-LFS pointer.*git lfs pull",
+    ),
+    "pickle of a pointer": (lambda b: (b / "osediff.pkl").write_text(POINTER), "git lfs pull"),
+    "old code": (
+        lambda b: torch.save(
+            {"x": Code()}, b / "osediff.pkl", _use_new_zipfile_serialization=False
+        ),
+        "osediff.pkl is damaged.*|wants to run code",
+    ),
     "no vae": (drop("vae"), "lacks the subfolder vae"),
     "no weights": (unlink("unet/diffusion_pytorch_model.safetensors"), "has no weights"),
     "broken config": (lambda b: (b / "vae/config.json").write_text("{"), "cannot be read"),
@@ -154,6 +181,58 @@ def test_what_does_not_fit_is_refused_before_any_network_is_read(
     spoil(copy)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(copy, copy / "osediff.pkl")
+
+
+def test_folders_are_taken_as_people_have_them(base: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    (copy / "model_index.json").unlink()
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (copy / part).glob("*.safetensors")
+        half = {name: value.half() for name, value in load_file(path).items()}
+        save_file(half, path.with_suffix(".fp16.safetensors"))
+        path.unlink()
+    content = torch.load(base / "osediff.pkl", weights_only=True)
+    torch.save(content, copy / "osediff.pkl", _use_new_zipfile_serialization=False)
+    taken, given = (open_checkpoint(f, f / "osediff.pkl") for f in (copy, base))
+    for load in ("load_unet", "load_vae"):
+        pairs = zip(
+            getattr(taken, load)().parameters(), getattr(given, load)().parameters(), strict=True
+        )
+        for one, other in pairs:
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
+    taken.base.load_text_encoder()
+    assert any(path.name.endswith(".fp16.safetensors") for path in taken.base.source_files())
+
+
+def test_missing_weights_are_not_made_up(base: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    path = copy / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    del weights[max(weights)]
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match="text_encoder lacks the weights of"):
+        open_checkpoint(copy, copy / "osediff.pkl").base.load_text_encoder()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(0.0, "answers two different inputs alike"), (float("nan"), "answers with what is no number")],
+)
+def test_a_useless_component_is_found(
+    exported: tuple[Path, list[ParityResult], list[str]], tmp_path: Path, value: float, says: str
+) -> None:
+    repository = Path(shutil.copytree(exported[0], tmp_path / "repository"))
+    check_distinct(repository)
+    path = repository / "osediff_vae_encoder" / "1" / "model.onnx"
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 4:
+            array = np.full(tuple(tensor.dims), value, np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=f"osediff_vae_encoder {says}"):
+        check_distinct(repository)
 
 
 def test_unknown_provider_is_refused(base: Path, tmp_path: Path) -> None:

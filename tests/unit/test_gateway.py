@@ -20,12 +20,15 @@ import safetensors.numpy
 import schemathesis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
 from panotriton.errors import ConnectError, InferenceFailed, InvalidInput, PanotritonError
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
+from panotriton.pipeline.images import SUFFIXES, decode_image
 from panotriton.web.gateway import Settings, create_apps
+from tests.pictures import exif
 
 RNG = np.random.default_rng(0)
 CROP = 64
@@ -301,7 +304,7 @@ def test_a_batch_is_one_request_a_size_and_a_bad_image_fails_alone(gateway: Gate
     broken = gateway.data / "broken.jpg"
     broken.write_bytes(good[0].read_bytes()[:200])
     twin = gateway.image("sub/0.png")
-    unknown = gateway.data / "0.tiff"
+    unknown = gateway.data / "0.gif"
     unknown.write_bytes(good[0].read_bytes())
     none = gateway.data / "none.png"
     paths = [good[0], broken, other, good[1], refused, twin, unknown, none, good[2]]
@@ -336,6 +339,38 @@ def test_a_batch_is_one_request_a_size_and_a_bad_image_fails_alone(gateway: Gate
     ]
     expected = read(good[1]).repeat(2, axis=0).repeat(2, axis=1)
     np.testing.assert_array_equal(read(reply["results"][3]["output_path"]), expected)
+
+
+def test_files_of_every_format_are_read_and_written(gateway: Gateway) -> None:
+    source = read(gateway.image("a.png"))
+    paths = []
+    for suffix in SUFFIXES:
+        paths.append(gateway.data / f"in{suffix}")
+        PILImage.fromarray(source).save(paths[-1], exif=b"" if suffix == ".bmp" else exif(6))
+    results = gateway.post("/super_resolution_batch", {"input_paths": list(map(str, paths))})
+    for path, entry in zip(paths, results["results"], strict=True):
+        assert entry["output_path"] == str(gateway.out / "osediff" / path.name)
+        upright = source if path.suffix == ".bmp" else np.rot90(source, -1)
+        sharp = decode_image("X", Path(entry["output_path"]).read_bytes())
+        expected = upright.repeat(2, axis=0).repeat(2, axis=1).astype(int)
+        lossy = path.suffix in (".jpg", ".jpeg", ".webp", ".avif")
+        assert np.abs(sharp - expected).mean() < (4 if lossy else 1e-9)
+
+
+def test_a_picture_too_thin_for_the_scorer_fails_alone(gateway: Gateway) -> None:
+    good, thin = gateway.image("a.png"), gateway.image("thin.png", 64, 12_801)
+    pairs = [{"pair_image": str(path)} for path in (thin, good)]
+    bad, scored = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert "thin.png is 12801×64 px; expected one side at most 200 times" in bad["error"]
+    assert scored["final_score"] == "0.8"
+    described = gateway.post("/generate_descriptions", {"image_paths": [str(thin), str(good)]})
+    assert "thin.png is 12801×64 px" in described["results"][0]["error"]
+    assert described["results"][1]["description"]
+    for endpoint in ("/evaluate_pairs_tensor", "/generate_descriptions_tensor"):
+        sent = encode(np.zeros((28, 5880, 3), np.uint8), "npy", layout="HWC")
+        reply = gateway.client(endpoint).post(endpoint, **sent)
+        assert reply.status_code == 400
+        assert "tensor is 5880×28 px" in reply.json()["error"]
 
 
 def test_without_output_dir_results_go_to_the_gateways_folder(gateway: Gateway) -> None:

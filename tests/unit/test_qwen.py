@@ -1,6 +1,7 @@
 """The Qwen engine without a server: the small trained model, and untrained ones of its sister classes."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from qwen_vl_utils import process_vision_info
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     Qwen2VLConfig,
@@ -28,7 +30,7 @@ from panotriton.models.qwen import FixedVision, QwenVL, choose_attention, choose
 from panotriton.pipeline.quality import LEVELS, parse_reply
 from panotriton.server.engines import CPU
 from panotriton.server.repository import copy_model
-from panotriton_export.qwen import check_folder, export_qwen
+from panotriton_export.qwen import check_folder, export_qwen, read_prompt
 from panotriton_export.qwen_vision import FixedGridTower, export_vision, grid_of, load_tower
 from panotriton_export.train_small.vision_language.degrade import Scores
 from panotriton_export.train_small.vision_language.replies import level, number
@@ -384,6 +386,126 @@ def test_an_incomplete_folder_is_refused_with_what_it_lacks(folder: Path, spoil,
     spoil(folder)
     with pytest.raises(ExportError, match=says):
         check_folder(folder)
+
+
+def changed(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def template_to(folder: Path, name: str, wrap=lambda text: text) -> None:
+    """Move the chat template into that file's `chat_template`."""
+    path = folder / "chat_template.jinja"
+    if not (folder / name).exists():
+        (folder / name).write_text("{}")
+    changed(folder / name, chat_template=wrap(path.read_text()))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda f: template_to(f, "tokenizer_config.json"),
+        lambda f: template_to(
+            f, "tokenizer_config.json", lambda text: [{"name": "default", "template": text}]
+        ),
+        lambda f: template_to(f, "processor_config.json"),
+        lambda f: template_to(f, "chat_template.json"),
+    ],
+)
+def test_a_chat_template_is_found_where_folders_have_it(
+    folder: Path, images: list[np.ndarray], qwen: QwenVL, spread
+) -> None:
+    spread(folder)
+    check_folder(folder)
+    assert engine(folder).reply(images[:1], PROMPT, 8) == qwen.reply(images[:1], PROMPT, 8)
+
+
+def split(folder: Path) -> None:
+    """The weights as two shards, without their index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for i in range(2):
+        part = {name: weights[name] for name in sorted(weights)[i::2]}
+        save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors")
+
+
+def kept(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda f: template_to(f, "tokenizer_config.json", lambda _: None), "no chat template"),
+        (lambda f: (f / "model.safetensors").write_text(POINTER), "git lfs pull"),
+        (lambda f: (f / "tokenizer.json").write_text(POINTER), "tokenizer.json is a Git-LFS"),
+        (
+            lambda f: os.truncate(f / "model.safetensors", 1_000_000),
+            "truncated .*has 1,000,000 bytes, and its header is for 2,575,080",
+        ),
+        (split, "2 files of weights .*no model.safetensors.index.json"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "adapters .*merge_and_unload"),
+        (
+            lambda f: changed(f / "config.json", quantization_config={"quant_method": "awq"}),
+            r"quantized \(awq\).*--engine vllm",
+        ),
+        # What loads, and only a question finds out.
+        (lambda f: (f / "tokenizer.json").unlink(), "does not answer a question"),
+        (lambda f: (f / "chat_template.jinja").write_text("Hello."), "leaves the system turn out"),
+        (lambda f: kept(f, lambda w: w.pop("visual.patch_embed.proj.weight")), "lacks the weights"),
+        (lambda f: kept(f, lambda w: w["visual.merger.ln_q.weight"].fill_(torch.nan)), "finite"),
+    ],
+)
+def test_what_could_not_answer_is_refused_at_the_export(folder: Path, spoil, says: str) -> None:
+    spoil(folder)
+    repository = folder / "repository"
+    with pytest.raises(ExportError, match=says) as caught:
+        export_qwen(folder, repository, report=lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert not repository.exists()
+
+
+def test_quantized_weights_are_for_vllm(folder: Path) -> None:
+    changed(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    check_folder(folder, "vllm")
+
+
+def test_a_folder_of_another_alphabet_is_linked(folder: Path, tmp_path: Path) -> None:
+    moved = folder.rename(tmp_path.parent / f"{tmp_path.name} Qwén")
+    repository = tmp_path.parent / f"{tmp_path.name}_repository"
+    for _ in range(2):
+        (repository / "qwen" / "1").mkdir(parents=True, exist_ok=True)
+        export_qwen(moved, repository, question=False, report=lambda line: None)
+    assert json.loads((repository / "qwen" / "1" / "qwen.json").read_text())["weights"] == "weights"
+    assert (repository / "qwen" / "1" / "weights").resolve() == moved
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"Judge.", "Judge."),
+        (b"\xef\xbb\xbfJudge \xc3\xbc.", "Judge ü."),
+        (None, "cannot be read: No such file"),
+        ("Judge.".encode("utf-16"), "is UTF-16, as PowerShell's > writes it"),
+        (b"caf\xe9", r"is no UTF-8 \(byte 3\)"),
+        (b" \n", "is empty"),
+    ],
+)
+def test_a_prompt_file_is_text(tmp_path: Path, data: bytes | None, text: str) -> None:
+    path = tmp_path / "prompt.txt"
+    if data is not None:
+        path.write_bytes(data)
+    if text.startswith("Judge"):
+        assert read_prompt(path) == text
+        return
+    with pytest.raises(InvalidInput, match=text):
+        export_qwen(SMALL, tmp_path / "repository", prompt_file=path)
+    assert not (tmp_path / "repository").exists()
 
 
 def test_the_engine_is_not_imported_by_the_client() -> None:

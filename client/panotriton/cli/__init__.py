@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,17 +24,22 @@ from panotriton.cli import (
     report,
     serve,
 )
-from panotriton.errors import ConnectError, InvalidInput, PanotritonError
+from panotriton.cli.connection import exit_code
+from panotriton.errors import PanotritonError
 
 _EXIT_CODES = """\
 exit codes:
   0  done               2  wrong arguments or input    130  interrupted
   1  the work failed    3  no server answers          4    serve: starting again did not help
+of several images each is worked on, and the first that failed gives the code
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is no UTF-8 prints as \udcff
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that they clean up exactly as Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -45,17 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except PanotritonError as error:
         print(f"panotriton: {error}", file=sys.stderr)
-        return _exit_code(error)
+        return exit_code(error)
+    except OSError as error:  # a disk that is full, a folder that went away
+        print(f"panotriton: {error}", file=sys.stderr)
+        return 1
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _exit_code(error: PanotritonError) -> int:
-    if isinstance(error, InvalidInput):
-        return 2
-    return 3 if isinstance(error, ConnectError) else 1
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.connection import command
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 
 _SUITE = Path(__file__).parents[3] / "tests" / "bench" / "suite.json"
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     suite = json.loads(_SUITE.read_text())
     for name in options.names:
         if name not in suite:
-            raise InvalidInput(f"no bench {name!r}; expected some of {', '.join(suite)}")
+            raise InvalidInput(f"no bench {quoted(name)}; expected some of {', '.join(suite)}")
     arguments = [*options.names, *["--quick"] * options.quick]
     arguments += ["--write-docs"] * options.write_docs
     with subprocess.Popen([sys.executable, str(_SUITE.with_name("run.py")), *arguments]) as process:

@@ -17,6 +17,7 @@ from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.tls import Tls
 from panotriton.client.transports import TRANSPORTS
+from panotriton.errors import ConnectError, InvalidInput, PanotritonError, quoted
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.server.launch import LocalServer
@@ -114,10 +115,18 @@ def connected(options: argparse.Namespace, console: Console) -> Iterator[Client]
         yield client
 
 
+def exit_code(error: PanotritonError) -> int:
+    """What a command ends with for that error; the codes are in `panotriton --help`."""
+    if isinstance(error, InvalidInput):
+        return 2
+    return 3 if isinstance(error, ConnectError) else 1
+
+
 def console_for(options: argparse.Namespace) -> Console:
     """Where people read: silent with --json."""
     width = None if sys.stdout.isatty() else 200  # a file has no width to fit into
-    return Console(quiet=options.json, highlight=False, width=width)
+    # What is printed are names and values: nothing in them is markup.
+    return Console(quiet=options.json, highlight=False, width=width, markup=False, emoji=False)
 
 
 def spinner(console: Console) -> Progress:
@@ -126,21 +135,28 @@ def spinner(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def warn(text: str) -> None:
+    """One line on stderr, where there is something to say."""
+    if text:
+        print(f"panotriton: warning: {text}", file=sys.stderr, flush=True)
+
+
 def print_json(content: Any) -> None:
     """One JSON object on one line; numbers that are no number are null."""
-    print(json.dumps(_without_nan(content)))
+    print(json.dumps(without_nan(content)))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same for JSON, which has no NaN: null."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return finite_or_none(value) if isinstance(value, float) else value
 
 
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME:VALUE")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no NAME:VALUE")
     return name.strip(), value.strip()

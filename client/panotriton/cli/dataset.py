@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from panotriton.cli.connection import (
     add_pipeline_arguments,
@@ -25,9 +26,11 @@ from panotriton.cli.connection import (
     print_json,
 )
 from panotriton.cli.facts import facts
+from panotriton.cli.places import check_folder
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.dataset import Dataset, Summary, find_panoramas
+from panotriton.pipeline.images import FORMATS
 
 _RETRIES = 8  # a busy server is waited for, for about two minutes
 
@@ -46,9 +49,7 @@ def add_parser(commands: Any) -> None:
         "  panotriton dataset panoramas/ --sample-n 100 -o out --report   with HTML pages\n"
         "  panotriton dataset panoramas/ --sample-n 2 -o out --local --json\n",
     )
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="JPEG, PNG, WebP files"
-    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=f"of {FORMATS} files")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--sample-n", type=int, metavar="N", help="stop after N groups")
     amount.add_argument("--target-n", type=int, metavar="N", help="stop after N kept intervals")
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Make the data set; 1 where the pairs ran out before the number asked for was reached."""
     console = console_for(options)
     dataset = _dataset(options)
+    check_folder(options.output)
     with address(options, console) as place, _reported(dataset, console):
         try:
             summary = asyncio.run(_run(dataset, *place, client_options(options)))
@@ -82,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"output": str(options.output), **asdict(summary)})
     else:
-        console.print(_result(summary, options.output))
+        console.print(*_result(summary, options.output), sep="")
         if options.report and summary.groups:
             console.print(str(options.output / "index.html"), soft_wrap=True)
     return 0 if summary.complete else 1
@@ -123,7 +125,7 @@ def _reported(dataset: Dataset, console: Console) -> Iterator[None]:
         task = bar.add_task(unit, total=dataset.sample_n or dataset.target_n)
 
         def report(summary: Summary, line: str) -> None:
-            console.print(line, markup=False)
+            console.print(line)
             bar.update(
                 task, completed=summary.groups if dataset.sample_n else summary.intervals_kept
             )
@@ -132,10 +134,10 @@ def _reported(dataset: Dataset, console: Console) -> Iterator[None]:
         yield
 
 
-def _result(summary: Summary, output: Path) -> str:
+def _result(summary: Summary, output: Path) -> tuple[Text, str]:
     counts = (
         f"{summary.groups} groups: {summary.intervals_kept} intervals kept, "
         f"{summary.intervals_dropped} dropped; {summary.failed} pairs failed"
     )
     short = "" if summary.complete else "; there are no more pairs"
-    return f"[bold]{counts}[/bold]{short} → {output}"
+    return Text(counts, "bold"), f"{short} → {output}"

@@ -12,8 +12,8 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from panotriton.cli.connection import command, console_for, print_json
 from panotriton.client.client import Client
@@ -23,7 +23,7 @@ from panotriton.errors import PanotritonError, ServerStartError
 from panotriton.server.launch import find_installation
 from panotriton.server.leftovers import dead_folders, orphaned_stubs
 
-_MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "bad": "[red]bad[/red]"}
+_COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 _MIN_SHM_BYTES = 1 << 30
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         table = Table("check", "", "", box=None, show_header=False)
         for finding in findings:
-            table.add_row(finding.check, _MARKS[finding.state], escape(finding.detail))
+            mark = Text(finding.state, _COLOURS[finding.state])
+            table.add_row(finding.check, mark, finding.detail)
         console_for(options).print(table)
     return 1 if any(finding.state == "bad" for finding in findings) else 0
 

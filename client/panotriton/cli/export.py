@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from panotriton.errors import ExportError
+from panotriton.cli.places import check_folder
+from panotriton.errors import ExportError, InvalidInput, quoted
 from panotriton.server.engines import ENGINES
 from panotriton.server.repository import copy_models
 
@@ -135,6 +136,12 @@ def _add_qwen(parts: Any) -> None:
         metavar="HxW",
         help="export the vision tower to ONNX, for images of this size alone (none)",
     )
+    parser.add_argument(
+        "--no-question",
+        dest="question",
+        action="store_false",
+        help="do not ask the model one question first, which takes its memory",
+    )
     _add_output(parser)
     parser.set_defaults(run=_run_qwen)
 
@@ -143,13 +150,13 @@ def _size(text: str) -> tuple[int, int]:
     """1024x2048 → (1024, 2048): height and width in px."""
     height, by, width = text.partition("x")
     if not (by and height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected HxW, as 1024x2048")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no size; expected HxW, as 1024x2048")
     return int(height), int(width)
 
 
 def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
-        raise ExportError("nothing to export: give --preset small, or a part (see --help)")
+        raise InvalidInput("nothing to export: give --preset small, or a part (see --help)")
     presets = _export_code("presets")
     return _timed(options, lambda: presets.export_small(options.output, options.provider, _report))
 
@@ -157,7 +164,7 @@ def _run_preset(options: argparse.Namespace) -> int:
 def _run_osediff(options: argparse.Namespace) -> int:
     given = (options.base is not None, options.checkpoint is not None)
     if given != ((False, False) if options.preset else (True, True)):
-        raise ExportError("give --base and --checkpoint, or --preset full-random alone")
+        raise InvalidInput("give --base and --checkpoint, or --preset full-random alone")
     osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
@@ -184,7 +191,7 @@ def _open_tagger(options: argparse.Namespace) -> Any:
     if len(absent) == len(given):
         return None
     if absent:
-        raise ExportError(
+        raise InvalidInput(
             f"a tagger needs {', '.join(f'--{option}' for option in given)}; {', '.join(absent)} "
             "is missing"
         )
@@ -204,6 +211,7 @@ def _run_qwen(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             engine=options.engine,
             vision_size=options.export_vision,
+            question=options.question,
             report=_report,
         )
 
@@ -221,6 +229,7 @@ def _export_code(module: str) -> Any:
 
 def _timed(options: argparse.Namespace, work: Any) -> int:
     began = time.perf_counter()
+    check_folder(options.output)
     copy_models(options.output)
     work()
     print(f"exported to {options.output} in {time.perf_counter() - began:.0f} s")

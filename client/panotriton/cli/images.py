@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from panotriton.cli.connection import (
     add_server_arguments,
@@ -21,15 +23,20 @@ from panotriton.cli.connection import (
     pipeline_options,
     print_json,
     spinner,
+    warn,
 )
-from panotriton.errors import InvalidInput
+from panotriton.cli.many import Results, ask_each
+from panotriton.cli.places import check_folder
+from panotriton.client.aio import AsyncClient
+from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.groups.agreement import Agreement, compare
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
 from panotriton.pipeline.contract import DEFAULTS, SR_OPTIONS
+from panotriton.pipeline.images import FORMATS, SUFFIXES, images_in
 from panotriton.pipeline.quality import MODES
-from panotriton.pipeline.results import Score, Timings
+from panotriton.pipeline.results import Cropped, Description, Score, Timings, Upscaled
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_SR_AT_ONCE, _QWEN_AT_ONCE = 4, 16
 _SCORES = ("final", "correlation", "balance", "richness", "clarity", "coherence")
 
 
@@ -70,7 +77,7 @@ def _add_score(commands: Any) -> None:
         "  panotriton score out/*/osediff --compare --threshold 0.7\n",
     )
     parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, or a folder of them"
+        "images", nargs="+", type=Path, metavar="IMAGE", help=f"{FORMATS}, or a folder of them"
     )
     parser.add_argument(
         "--mode",
@@ -116,7 +123,7 @@ def _add_crop(commands: Any) -> None:
         "  panotriton crop a.jpg --camera 30,-10,0,90,0.4 -o views\n"
         "  panotriton crop a.jpg --camera=-90,0,0,60,0 --camera 90,0,0,60,0 -o views --size 1024\n",
     )
-    parser.add_argument("panorama", type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
+    parser.add_argument("panorama", type=Path, metavar="PANORAMA", help=FORMATS)
     parser.add_argument(
         "--camera",
         action="append",
@@ -134,7 +141,7 @@ def _add_crop(commands: Any) -> None:
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=FORMATS)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -144,19 +151,39 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_upscale(options: argparse.Namespace) -> int:
-    paths = _targets(options.output, [path.stem for path in options.images])
+    targets = dict(zip(options.images, _targets(options.output, _stems(options)), strict=True))
+    check_folder(options.output)
     chosen = asdict(pipeline_options(options))
     arguments = {name: chosen[name] for name in SR_OPTIONS}
-    results = _ask(options, "super-resolving", "upscale", options.images, **arguments)
-    _write(options, paths, results)
-    return 0
+
+    def ask(client: AsyncClient, path: Path) -> Awaitable[Any]:
+        return client.upscale(path, **arguments)
+
+    with Results(options) as results:
+
+        def take(path: Path, result: Upscaled) -> None:
+            results.add(*_write(targets[path], result))
+            warn(result.warning)
+
+        ask_each(options, "super-resolving", targets, ask, take, results, at_once=_SR_AT_ONCE)
+    return results.code
+
+
+def _stems(options: argparse.Namespace) -> list[str]:
+    return [path.stem for path in options.images]
 
 
 def _run_crop(options: argparse.Namespace) -> int:
     stems = [f"{options.panorama.stem}_{i:02d}" for i in range(1, len(options.camera) + 1)]
     paths = _targets(options.output, stems)
-    results = _ask(options, "cropping", "crop", options.panorama, options.camera, size=options.size)
-    _write(options, paths, results)
+    check_folder(options.output)
+    console = console_for(options)
+    with connected(options, console) as client, spinner(console) as progress:
+        progress.add_task("cropping")
+        views = client.crop(options.panorama, options.camera, size=options.size)
+    with Results(options) as results:
+        for path, view in zip(paths, views, strict=True):
+            results.add(*_write(path, view))
     return 0
 
 
@@ -164,20 +191,39 @@ def _run_score(options: argparse.Namespace) -> int:
     paths = [path for given in options.images for path in _images_in(given)]
     if options.compare:
         return _run_compare(options, paths)
-    results = _ask(options, "scoring", "score", paths, mode=options.mode)
-    if options.json:
-        print_json([_entry(*pair) for pair in zip(paths, results, strict=True)])
-        return 0
-    table = Table("image", *_SCORES, box=None, header_style="bold")
-    for path, score in zip(paths, results, strict=True):
-        table.add_row(str(path), *(_number(getattr(score, name)) for name in _SCORES))
-    console_for(options).print(table)
-    return 0
+    width = max(len(str(path)) for path in paths)
+
+    def take(path: Path, score: Score) -> None:
+        numbers = [_number(getattr(score, name)) for name in _SCORES]
+        results.add(_row(str(path), width, numbers), _entry(path, score))
+
+    with Results(options) as results:
+        results.console.print(Text(_row("image", width, _SCORES), "bold"), soft_wrap=True)
+        _score_each(options, paths, options.mode, take, results)
+    return results.code
+
+
+def _row(name: str, width: int, cells: Sequence[str]) -> str:
+    columns = (f"{cell:<{len(title)}}" for title, cell in zip(_SCORES, cells, strict=True))
+    return f" {name:<{width}}  {'  '.join(columns)}".rstrip()
+
+
+def _score_each(
+    options: argparse.Namespace,
+    paths: Iterable[Path],
+    mode: str,
+    take: Callable[[Path, Score], None],
+    results: Results,
+) -> None:
+    def ask(client: AsyncClient, path: Path) -> Awaitable[Any]:
+        return client.score(path, mode=mode)
+
+    ask_each(options, "scoring", paths, ask, take, results, at_once=_QWEN_AT_ONCE)
 
 
 def _run_compare(options: argparse.Namespace, paths: list[Path]) -> int:
     pipeline_options(options)
-    scores = _in_every_mode(options, paths)
+    scores, code = _in_every_mode(options, paths)
     finals = {mode: np.array([s.final for s in found]) for mode, found in scores.items()}
     found = {
         (one, other): compare(finals[one], finals[other], options.threshold)
@@ -185,20 +231,26 @@ def _run_compare(options: argparse.Namespace, paths: list[Path]) -> int:
     }
     if options.json:
         print_json([{"first": a, "second": b} | asdict(found[a, b]) for a, b in found])
-        return 0
+        return code
     columns = ("both pass", "both fail", "only first", "only second", "Spearman", "best threshold")
     table = Table("first", "second", *columns, box=None, header_style="bold")
     for modes, agreement in found.items():
         table.add_row(*modes, *_agreement_cells(agreement))
-    console_for(options).print(f"{len(paths)} pairs at a threshold of {options.threshold:g}", table)
-    return 0
+    count = len(finals["generate"])
+    console_for(options).print(f"{count} pairs at a threshold of {options.threshold:g}", table)
+    return code
 
 
-def _in_every_mode(options: argparse.Namespace, paths: list[Path]) -> dict[str, list[Score]]:
-    console = console_for(options)
-    with connected(options, console) as client, spinner(console) as progress:
-        progress.add_task("scoring in every mode")
-        return {mode: client.score(paths, mode=mode) for mode in MODES}
+def _in_every_mode(
+    options: argparse.Namespace, paths: list[Path]
+) -> tuple[dict[str, list[Score]], int]:
+    """The scores of the pairs that all modes could score, and the exit code."""
+    found: dict[str, dict[Path, Score]] = {mode: {} for mode in MODES}
+    results = Results(argparse.Namespace(json=False))
+    for mode, scores in found.items():
+        _score_each(options, paths, mode, scores.__setitem__, results)
+    scored = [path for path in paths if all(path in scores for scores in found.values())]
+    return {mode: [scores[path] for path in scored] for mode, scores in found.items()}, results.code
 
 
 def _agreement_cells(agreement: Agreement) -> list[str]:
@@ -216,9 +268,9 @@ def _images_in(path: Path) -> list[Path]:
     """The file itself, or a folder's images by name."""
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+    found = images_in(path)
     if not found:
-        raise InvalidInput(f"{path} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+        raise InvalidInput(f"{path} holds no image ({', '.join(SUFFIXES)})")
     return found
 
 
@@ -227,31 +279,25 @@ def _number(value: float) -> str:
 
 
 def _run_describe(options: argparse.Namespace) -> int:
-    results = _ask(options, "describing", "describe", options.images)
-    if options.json:
-        print_json([_entry(*pair) for pair in zip(options.images, results, strict=True)])
-        return 0
-    for path, result in zip(options.images, results, strict=True):
-        print(f"{path}: {result.text or 'failed: ' + result.error}")
-    return 0
+    def ask(client: AsyncClient, path: Path) -> Awaitable[Any]:
+        return client.describe(path)
+
+    def take(path: Path, result: Description) -> None:
+        if result.error:
+            raise InferenceFailed(result.error)
+        results.add(f"{path}: {result.text}", _entry(path, result))
+
+    with Results(options) as results:
+        ask_each(options, "describing", options.images, ask, take, results, at_once=_QWEN_AT_ONCE)
+    return results.code
 
 
-def _ask(options: argparse.Namespace, doing: str, method: str, *arguments: Any, **more: Any) -> Any:
-    console = console_for(options)
-    with connected(options, console) as client, spinner(console) as progress:
-        progress.add_task(doing)
-        return getattr(client, method)(*arguments, **more)
-
-
-def _write(options: argparse.Namespace, paths: list[Path], results: Any) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    for path, result in zip(paths, results, strict=True):
-        result.image.save(path)
-        if not options.json:
-            print(f"{path}  {result.image.width}×{result.image.height}")
-    if options.json:
-        sizes = [result.image.size for result in results]
-        print_json([{"path": str(p), "size": s} for p, s in zip(paths, sizes, strict=True)])
+def _write(path: Path, result: Upscaled | Cropped) -> tuple[str, dict[str, Any]]:
+    """Save the picture; what is printed of it, as a line and as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.image.save(path)
+    width, height = result.image.size
+    return f"{path}  {width}×{height}", {"path": str(path), "size": [width, height]}
 
 
 def _targets(folder: Path, stems: list[str]) -> list[Path]:
@@ -275,5 +321,5 @@ def _camera(text: str) -> Camera:
         return Camera.from_array([float(value) for value in text.split(",")])
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no camera ({error}); expected {','.join(CAMERA_FIELDS)}"
+            f"{quoted(text)} is no camera ({error}); expected {','.join(CAMERA_FIELDS)}"
         ) from error

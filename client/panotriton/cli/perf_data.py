@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from panotriton.cli.connection import add_option, command
+from panotriton.cli.places import check_file
 from panotriton.client import calls
 from panotriton.client.pixels import Images, file_bytes, pixels
 from panotriton.errors import InvalidInput
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     count = options.count or len(options.images)
     if count < 1:
         raise InvalidInput(f"--count is {count}; expected 1 or more")
+    check_file(options.output, makes_folder=True)
     make = _REQUESTS[options.model]
     data = [_entry(make(options.images, i, options.crop_size)) for i in range(count)]
     options.output.parent.mkdir(parents=True, exist_ok=True)

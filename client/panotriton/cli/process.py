@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from panotriton import __version__
 from panotriton.cli.connection import (
@@ -25,13 +26,16 @@ from panotriton.cli.connection import (
     pipeline_options,
     print_json,
     spinner,
+    warn,
 )
 from panotriton.cli.facts import facts
+from panotriton.cli.places import check_folder
 from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.groups.folder import next_group_id, process_command, write_group
+from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
+from panotriton.pipeline.images import FORMATS
 from panotriton.pipeline.networks import NETWORKS, PIPELINE
 from panotriton.pipeline.results import Group, Health, StageTime
 from panotriton.pipeline.stages import ORDER, is_part
@@ -56,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "group's folder: pairs, scores, descriptions and the sequences of the kept intervals.",
         _EXAMPLES,
     )
-    parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help="JPEG, PNG, WebP")
+    parser.add_argument("panoramas", nargs=2, type=Path, metavar="PANORAMA", help=FORMATS)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
     parser.add_argument("--report", action="store_true", help="write the group's report.html, too")
@@ -69,17 +73,19 @@ def run(options: argparse.Namespace) -> int:
     """Process one pair of panoramas and write its folder."""
     for path in options.panoramas:
         if not path.is_file():
-            raise InvalidInput(f"{path} is not a file; expected a panorama (JPEG, PNG, WebP)")
+            raise InvalidInput(f"{path} is not a file; expected a panorama ({FORMATS})")
     chosen = {"seed": options.seed, **asdict(pipeline_options(options))}
     check_seed("--seed", options.seed)
+    check_folder(options.output)
+    bases = (base_name(options.panoramas[0]), base_name(options.panoramas[1]))
     console = console_for(options)
     with connected(options, console) as client:
         health = client.health()
         group, stages = _process(client, options, chosen, console)
     group_id = next_group_id(options.output)
-    bases = (options.panoramas[0].stem, options.panoramas[1].stem)
     about = _about(options, chosen, group, stages, health)
     folder = write_group(group, options.output, group_id, bases, about)
+    warn(group.warning)
     report = write_report(folder) if options.report else None
     if options.json:
         print_json(_summary(group, folder, stages, report))
@@ -202,7 +208,7 @@ def _show(console: Console, group: Group, folder: Path, stages: list[StageTime])
         result = f"{len(group.kept)} of 8 intervals kept, {group.image_count} images in sequences of {per}"
     else:
         result = "no interval reached the threshold: nothing to interpolate"
-    console.print(f"[bold]{result}[/bold], {group.seconds:.1f} s → {folder}", highlight=False)
+    console.print(Text(result, "bold"), f", {group.seconds:.1f} s → {folder}", sep="")
 
 
 def _intervals(group: Group) -> Table:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from panotriton.cli.places import check_file
 from panotriton.groups import layout
 from panotriton.groups.report import write_index, write_report
 
@@ -38,6 +39,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page of a group, or those of all groups and their index."""
+    if options.output:
+        check_file(options.output)
     if layout.is_group(options.folder):
         _show(write_report(options.folder, options.output))
         return 0

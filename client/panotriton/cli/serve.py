@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from panotriton.cli.places import check_file
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
@@ -93,6 +94,8 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
     check_exported(options.repository)
+    if options.log_file:
+        check_file(options.log_file)
     installation: Installation = find_installation(options.tritonserver)
     if not is_local(options.host) and "--allow-client-shm" not in installation.flags:
         _say(

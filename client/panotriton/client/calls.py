@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,10 +22,12 @@ from panotriton.client.pixels import (
     pixels,
     same_size,
 )
-from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.errors import InferenceFailed, InvalidImage, InvalidInput, quoted
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import (
     INTERVALS,
+    MAX_PIXELS,
+    MAX_QWEN_ASPECT,
     MAX_QWEN_IMAGES,
     MAX_SR_PIXELS,
     MIN_QWEN_SIDE_PX,
@@ -43,6 +47,7 @@ from panotriton.pipeline.results import (
     Upscaled,
     group_from_tensors,
     quality,
+    warning,
 )
 
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "crop",
     "describe",
     "infer",
+    "network_size",
     "process",
     "score",
     "stream",
@@ -75,6 +81,7 @@ _RESULTS = (
     "DESCRIPTION",
     "DESCRIPTION_ERROR",
     "INTERPOLATED_CAMERAS",
+    "WARNING",
 )
 
 
@@ -190,31 +197,49 @@ def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscal
     tensors = options.check().tensors(*SR_OPTIONS)
 
     def call(batch: Images) -> Call[list[Upscaled]]:
-        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2}
+        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2, "WARNING": 0}
         return Call("osediff", {"IMAGES": batch, **tensors}, outputs, decode)
 
     def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
-        return [Upscaled(image, timings, "osediff") for image in tensors["IMAGES_SR"]]
+        told = warning(tensors)
+        return [Upscaled(image, timings, "osediff", told) for image in tensors["IMAGES_SR"]]
+
+    def read(name: str, image: Any) -> Any:
+        array = pixels(name, image, min_side_px=MIN_SR_SIDE_PX, cuda=cuda)
+        height, width = network_size(array.shape[0], array.shape[1], options.upscale)
+        if height * width > MAX_PIXELS:
+            raise InvalidImage(
+                f"{name} would be super-resolved at {width}×{height} px; expected at most "
+                f"{MAX_PIXELS / 1e6:.0f} megapixels: send a smaller or less elongated image"
+            )
+        return array
 
     def most(height: int, width: int) -> int:
-        # A small image is enlarged on the way: what the network sees has a short side of 512 or more.
-        scale = max(options.upscale, 512 / min(height, width))
-        return int(MAX_SR_PIXELS // max(height * width * scale**2, 1))
+        return MAX_SR_PIXELS // math.prod(network_size(height, width, options.upscale))
 
-    return _plan(images, call, most, MIN_SR_SIDE_PX, cuda)
+    return _plan(images, read, call, most)
+
+
+def network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
+    """What super-resolution works at: a small image is enlarged first, to 512 px on its way to `upscale`."""
+    least = 512 // upscale
+    scale = max(1.0, least / min(height, width))
+    sides = (upscale * int(scale * side) for side in (height, width))
+    tall, wide = (side - side % 8 for side in sides)
+    return tall, wide
 
 
 def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
     """Quality of one pair image, a list, or `Images`, see `upscale`."""
     if mode not in MODES:
-        raise InvalidInput(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        raise InvalidInput(f"mode is {quoted(mode)}; expected one of {', '.join(MODES)}")
     options: dict[str, Value] = {"MODE": np.array([mode.encode()], np.object_)}
 
     def call(batch: Images) -> Call[list[Score]]:
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
         return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
-    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
+    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
 
 
 def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
@@ -224,7 +249,11 @@ def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
         return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
 
-    return _plan(images, call, lambda height, width: MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX, cuda)
+    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+
+
+def _qwen_reader(cuda: bool) -> Callable[[str, Any], Any]:
+    return partial(pixels, min_side_px=MIN_QWEN_SIDE_PX, max_aspect=MAX_QWEN_ASPECT, cuda=cuda)
 
 
 def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) -> Plan[Cropped]:
@@ -254,20 +283,16 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
 
 def _plan(
     images: Any,
+    read: Callable[[str, Any], Any],
     call: Callable[[Images], Call[list[T]]],
     most: Callable[[int, int], int],
-    min_side_px: int,
-    cuda: bool,
 ) -> Plan[T]:
     """One request per group of same-sized images, split where `most(height, width)` says."""
     if isinstance(images, Images):
         return Plan((call(images),), (tuple(range(images.shape[0])),), single=False)
     single = not isinstance(images, (list, tuple))
     wanted = [images] if single else images
-    arrays = [
-        pixels("image" if single else f"images[{i}]", image, min_side_px=min_side_px, cuda=cuda)
-        for i, image in enumerate(wanted)
-    ]
+    arrays = [read("image" if single else f"images[{i}]", image) for i, image in enumerate(wanted)]
     places: list[tuple[int, ...]] = []
     for group in same_size(arrays):
         size = max(1, most(*arrays[group[0]].shape[:2]))

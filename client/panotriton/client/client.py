@@ -101,7 +101,7 @@ class Client(Conversation):
     ) -> Group:
         """Run the whole pipeline on two panoramas as one request.
 
-        A panorama is the path of a JPEG, PNG or WebP file (two paths are sent as they are and decoded
+        A panorama is the path of an image file (two paths are sent as they are and decoded
         by the server), a PIL image, a (H, W, 3) uint8 RGB array, or a (3, H, W) float torch tensor
         in [0, 1]; 64 px a side to 134 megapixels. Give `seed` (≥ 0) or `cameras` (2, 8, 2, 5), see
         `sample_cameras`; with neither, the seed is 0. crop_size: 64 to 2048 px. upscale: 1 to 4.

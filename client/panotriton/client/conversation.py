@@ -24,6 +24,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
     SharedMemoryError,
+    quoted,
 )
 from panotriton.pipeline.events import Event
 from panotriton.pipeline.results import Health, Model, StageTime, Timings
@@ -229,7 +230,7 @@ def _slot_maker(kind: str, views: bool, device: int) -> Callable[[int], Slot]:
     if kind == "system":
         return SystemSlot
     if kind != "cuda":
-        raise SharedMemoryError(f"kind is {kind!r}; expected 'system' or 'cuda'")
+        raise SharedMemoryError(f"kind is {quoted(kind)}; expected 'system' or 'cuda'")
     if views:
         raise SharedMemoryError("views are for kind='system'; CUDA results are copied, on the GPU")
     check_cuda(device)

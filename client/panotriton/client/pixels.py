@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,12 @@ from PIL import Image as PILImage
 
 from panotriton.errors import InvalidImage
 from panotriton.pipeline.contract import MAX_FILE_BYTES, MIN_SIDE_PX
-from panotriton.pipeline.images import check_encoded, check_panorama, decode_image
+from panotriton.pipeline.images import (
+    check_encoded,
+    check_panorama,
+    decode_image,
+    picture_pixels,
+)
 
 __all__ = [
     "ImageLike",
@@ -35,7 +41,7 @@ class TorchTensor(Protocol):
 
 
 ImageLike = str | Path | PILImage.Image | NDArray[np.uint8] | TorchTensor
-"""Path of a JPEG, PNG or WebP file | PIL image of mode RGB | (H, W, 3) uint8 array | torch tensor."""
+"""Path of an image file | PIL image of mode RGB | (H, W, 3) uint8 array | torch tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,23 +98,31 @@ def encoded_panorama(path: Any) -> NDArray[np.object_]:
 
 
 def pixels(
-    name: str, image: ImageLike, *, min_side_px: int = MIN_SIDE_PX, cuda: bool = False
+    name: str,
+    image: ImageLike,
+    *,
+    min_side_px: int = MIN_SIDE_PX,
+    max_aspect: float = math.inf,
+    cuda: bool = False,
 ) -> Any:
     """`image` as (H, W, 3) uint8: an array, or with `cuda` a CUDA tensor where it is one already.
+
+    Files and PIL images are turned upright and converted to sRGB by what they say of themselves; arrays
+    and tensors are taken as they are.
 
     Raises InvalidImage, naming `name`, for every other kind, layout, dtype, range or size.
     """
     if isinstance(image, (str, Path)):
-        return decode_image(str(image), file_bytes(image).item(), min_side_px)
+        return decode_image(str(image), file_bytes(image).item(), min_side_px, max_aspect)
     if isinstance(image, PILImage.Image):
         if image.mode != "RGB":
             raise InvalidImage(f"{name} is a {image.mode} picture; expected RGB: .convert('RGB')")
-        image = np.asarray(image)
+        image = picture_pixels(image)
     if isinstance(image, np.ndarray):
-        check_panorama(name, image, min_side_px)
+        check_panorama(name, image, min_side_px, max_aspect)
         return image
     if _is_torch(image):
-        return _torch_pixels(name, image, min_side_px, cuda)
+        return _torch_pixels(name, image, min_side_px, max_aspect, cuda)
     raise InvalidImage(
         f"{name} is a {type(image).__name__}; expected a path, a PIL image, a (H, W, 3) uint8 array or a "
         "(3, H, W) float torch tensor in [0, 1]"
@@ -128,7 +142,7 @@ def _is_torch(image: object) -> bool:
     return torch is not None and isinstance(image, torch.Tensor)
 
 
-def _torch_pixels(name: str, tensor: Any, min_side_px: int, cuda: bool) -> Any:
+def _torch_pixels(name: str, tensor: Any, min_side_px: int, max_aspect: float, cuda: bool) -> Any:
     if not tensor.is_floating_point():
         raise InvalidImage(
             f"{name} is a torch tensor of {tensor.dtype}; expected floats in [0, 1], (3, H, W): send uint8 "
@@ -146,7 +160,8 @@ def _torch_pixels(name: str, tensor: Any, min_side_px: int, cuda: bool) -> Any:
     if not (cuda and image.is_cuda):
         image = image.cpu().numpy()
     # The shape alone is checked here: a stand-in of no memory spares a copy from the GPU.
-    check_panorama(name, np.broadcast_to(np.uint8(0), tuple(image.shape)), min_side_px)
+    shape = np.broadcast_to(np.uint8(0), tuple(image.shape))
+    check_panorama(name, shape, min_side_px, max_aspect)
     return image
 
 

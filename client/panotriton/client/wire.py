@@ -11,7 +11,7 @@ from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 from panotriton.client.calls import Value
 from panotriton.client.pixels import Images
 from panotriton.client.shared_memory import Layout, Slot
-from panotriton.errors import ModelUnavailable
+from panotriton.errors import ModelUnavailable, quoted
 from panotriton.pipeline.results import Health, Model, StageTime, Timings
 
 __all__ = [
@@ -82,7 +82,9 @@ def _shape_and_dtype(output: Any) -> tuple[tuple[int, ...], Any]:
 
 def not_served(model: str) -> ModelUnavailable:
     """For a model that is missing or not ready."""
-    return ModelUnavailable(f"the server does not serve {model!r}; `models()` lists what it serves")
+    return ModelUnavailable(
+        f"the server does not serve {quoted(model)}; `models()` lists what it serves"
+    )
 
 
 def stage_times(report: Any) -> dict[str, StageTime]:

@@ -35,13 +35,12 @@ from panotriton import __version__
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.groups import layout
-from panotriton.groups.folder import fill_group, process_command, read_result, write_json
+from panotriton.groups.folder import base_name, fill_group, process_command, read_result, write_json
 from panotriton.groups.report import write_index, write_report
 from panotriton.pipeline.contract import INTERVALS, Options
+from panotriton.pipeline.images import SUFFIXES, images_in
 
 __all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class _Outcome:
 
 
 def find_panoramas(folders: Sequence[Path]) -> list[Path]:
-    """The JPEG, PNG and WebP files directly in `folders`, in the folders' order, then by name.
+    """The files of `images.SUFFIXES`, none hidden, directly in `folders`, in their order, then by name.
 
     Raises InvalidInput for a folder that is none, and where fewer than two are found.
     """
@@ -76,11 +75,11 @@ def find_panoramas(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InvalidInput(f"{folder} is not a folder; expected one that holds panoramas")
-        found += sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        found += images_in(folder)
     if len(found) < 2:
         raise InvalidInput(
-            f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more JPEG, "
-            "PNG or WebP files"
+            f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more "
+            f"files named {', '.join(SUFFIXES)}"
         )
     return found
 
@@ -197,6 +196,7 @@ class Dataset:
         paths = [self.panoramas[place] for place in self._pairs[index]]
         seed = group_seed(self.seed, index)
         try:
+            bases = (base_name(paths[0]), base_name(paths[1]))
             group = await client.process(
                 *paths, seed=seed, intermediates=True, **dict(self.options)
             )
@@ -209,7 +209,6 @@ class Dataset:
             **await self.facts(client),
             "command": process_command(paths, {"seed": seed, **self.options}),
         }
-        bases = (paths[0].stem, paths[1].stem)
         part = self._waiting(index).with_suffix(".part")
 
         def write() -> _Outcome:

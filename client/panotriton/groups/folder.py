@@ -16,13 +16,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from panotriton.errors import InvalidInput, brief
 from panotriton.groups import layout
-from panotriton.pipeline.contract import INTERVALS
+from panotriton.pipeline.contract import INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence
 
 __all__ = [
     "JPEG_QUALITY",
+    "base_name",
     "fill_group",
     "next_group_id",
     "process_command",
@@ -35,7 +37,32 @@ __all__ = [
 JPEG_QUALITY = 95
 _RESULT = ("group_id", "kept", "scores", "intervals")
 
+# Of 255, less what the longest name adds: number, view and, while it is written, dot and process.
+_LONGEST = layout.between_view("_1", INTERVALS, MAX_INTERPOLATIONS, sharp=True).rpartition("/")[2]
+_MAX_BASE_BYTES = 255 - len(f".{_LONGEST}.4194304")
+
 U8 = NDArray[np.uint8]
+
+
+def base_name(panorama: Path) -> str:
+    """What the files of a panorama are named after.
+
+    Raises InvalidInput where they cannot be: a path that is no UTF-8, as which JSON and HTML hold
+    it, or a name that leaves no room for what is added.
+    """
+    try:
+        str(panorama).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"the name of {brief(panorama)} is no UTF-8, as which the group's files hold it: rename it"
+        ) from error
+    size = len(panorama.stem.encode())
+    if size > _MAX_BASE_BYTES:
+        raise InvalidInput(
+            f"the name of {brief(panorama)} has {size} bytes; expected at most {_MAX_BASE_BYTES}, since "
+            "the group's files add to it: rename it"
+        )
+    return panorama.stem
 
 
 def next_group_id(root: Path) -> int:
@@ -191,7 +218,9 @@ def _add_result(root: Path, result: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` by `content` as JSON, atomically."""
-    _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Of a name that is no UTF-8, Python's \udcff for the byte ff is JSON's escape as well.
+    _replace(path, text.encode(errors="backslashreplace"))
 
 
 def _write_jpeg(path: Path, image: U8) -> None:

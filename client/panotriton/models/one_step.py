@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from panotriton.errors import ServerStartError
+from panotriton.errors import ServerStartError, quoted
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.networks import NETWORKS, Roles
 
@@ -110,7 +110,7 @@ def _network_class(name: str) -> type[OneStepNetwork]:
             raise
     if kind is None:
         raise ServerStartError(
-            f"no super-resolution network is called {name!r}; expected a class Network in {module}"
+            f"no super-resolution network is called {quoted(name)}; expected a class Network in {module}"
         )
     found: type[OneStepNetwork] = kind
     return found

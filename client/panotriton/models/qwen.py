@@ -50,9 +50,10 @@ from panotriton.pipeline.quality import (
     through_line,
 )
 
-__all__ = ["FixedVision", "QwenVL", "choose_attention", "choose_dtype"]
+__all__ = ["FixedVision", "QwenVL", "choose_attention", "choose_dtype", "open_processor"]
 
 _PREFIXES = 4
+_TRIAL_TOKENS = 4
 _PREFIX_TOKENS = 2048  # a longer system turn is computed each time
 
 Image = NDArray[np.uint8]
@@ -93,7 +94,7 @@ class QwenVL:
         self.device = device
         self.max_batch = max_batch
         self.vision = vision
-        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        self.processor = open_processor(folder)
         self.processor.tokenizer.padding_side = "left"
         size = self.processor.image_processor.size
         if max_pixels is not None:
@@ -102,17 +103,39 @@ class QwenVL:
         dtype = choose_dtype(dtype, on_gpu and torch.cuda.is_bf16_supported(), on_gpu)
         attention = choose_attention(dtype, on_gpu and is_flash_attn_2_available())
         _check_memory(folder, dtype, device, max_batch, size["longest_edge"])
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        if missing := sorted(loading["missing_keys"]):  # which would be random numbers
+            raise InvalidInput(
+                f"{folder} lacks the weights of {missing[0]} and {len(missing) - 1} more; expected all "
+                "of the model's: copy the whole folder"
+            )
         self.model = model.to(device).eval()
         # Flash attention packs rows by their padding, which has only been tried at one end of a row.
         self.prefix_cache = prefix_cache and attention == "sdpa"
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def try_out(self, prompt: str) -> str:
+        """The first words about a small picture. Raises InvalidInput where no real answer comes out."""
+        image = np.linspace(0, 255, 3 * 56 * 56).astype(np.uint8).reshape(56, 56, 3)
+        if prompt.strip() not in self._chat(prompt):
+            raise InvalidInput(
+                "the chat template leaves the system turn out; expected one through which the prompt "
+                "arrives"
+            )
+        logits = self._skeleton_logits([image], prompt, NUMBER_SKELETON, keep=1)
+        if not bool(logits.isfinite().all()):
+            raise InvalidInput(
+                f"what it computes in {self.model.dtype} is no number; expected finite logits: damaged "
+                "weights, or another --dtype"
+            )
+        return self.reply([image], prompt, _TRIAL_TOKENS)[0]
 
     def reply(
         self, images: Sequence[Image], prompt: str, max_new_tokens: int, stop_after: str = ""
@@ -139,11 +162,7 @@ class QwenVL:
         reply: how the replies begin. Pixels stay tensors all the way: the processor resizes them as
         qwen-vl-utils' process_vision_info does to PIL images, to within one grey level.
         """
-        turns = [
-            {"role": "system", "content": prompt},
-            {"role": "user", "content": [{"type": "image"}]},
-        ]
-        chat = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        chat = self._chat(prompt)
         pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]  # (3, H, W)
         inputs = self.processor(
             images=pixels, text=[chat + reply] * len(images), padding=True, return_tensors="pt"
@@ -201,6 +220,17 @@ class QwenVL:
         inputs = self._after_prefix(inputs, *cached) if cached else inputs | {"use_cache": False}
         logits: Tensor = self.model(**inputs, logits_to_keep=keep).logits
         return logits.float()
+
+    def _chat(self, prompt: str) -> str:
+        """The conversation up to where the reply begins."""
+        turns = [
+            {"role": "system", "content": prompt},
+            {"role": "user", "content": [{"type": "image"}]},
+        ]
+        chat: str = self.processor.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return chat
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace the pixels by image tokens where the fixed tower sees any of the images."""
@@ -272,6 +302,15 @@ class QwenVL:
                 "the reading 'text' or 'number'"
             )
         return tokens
+
+
+def open_processor(folder: Path) -> Any:
+    """The folder's processor; where it has no chat template, with the tokenizer's."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if not processor.chat_template:
+        found = processor.tokenizer.chat_template
+        processor.chat_template = found.get("default") if isinstance(found, dict) else found
+    return processor
 
 
 def choose_dtype(dtype: str, bf16_supported: bool, on_gpu: bool) -> str:

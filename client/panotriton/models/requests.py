@@ -49,6 +49,8 @@ __all__ = [
     "strings",
 ]
 
+_MESSAGE = 1000  # characters
+
 Tensors = dict[str, NDArray[Any]]
 _GONE = re.compile(
     r"Stub process '\w+' is not healthy|Model '\w+' is not ready|has no available versions"
@@ -106,6 +108,10 @@ def _answer(result: Tensors | BaseException) -> Any:
 
 
 def _failure(message: str, code: Any) -> Any:
+    # gRPC sends it in 16 KB of headers, up to 12 bytes a character; more arrives as another error.
+    if len(message) > _MESSAGE:
+        pb_utils.Logger.log_error(message)
+        message = f"{message[:_MESSAGE]}… (the server's log has the rest)"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidImage, InvalidInput, quoted
 from panotriton.models.colours import align_colours
 from panotriton.models.one_step import OneStepNetwork, SizePlan, read_network
 from panotriton.models.tags import Tags, tagger_input
@@ -92,10 +92,29 @@ class SuperResolver:
         """Whether the network could have a tagger, and none was exported."""
         return self._network.roles.tagger is not None and self._tags is None
 
-    async def run(self, images: U8, call: CallNetwork, options: Options) -> U8:
+    def warning(self, prompt: str) -> str:
+        """Where the text encoder stops reading a prompt, in words; empty where it reads it all."""
+        encoding = self._tokenizer.encode(prompt)
+        if not encoding.overflowing:
+            return ""
+        end = max(stop for _, stop in encoding.offsets)
+        return (
+            f"PROMPT is read up to character {end} of {len(prompt)} and not from "
+            f"{quoted(prompt[end:].strip())} on: the text encoder takes {len(encoding.ids)} tokens; "
+            "shorten it, or put what matters first"
+        )
+
+    async def run(
+        self,
+        images: U8,
+        call: CallNetwork,
+        options: Options,
+        warnings: list[str] | None = None,
+    ) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
-        Of the options: upscale, align and prompt. Raises InvalidInput for more pixels than a
+        Of the options: upscale, align and prompt. warnings: gets one where a prompt, tags included, is
+        longer than the text encoder reads; no more than one. Raises InvalidInput for more pixels than a
         request may make, before they are allocated; else whatever `call` raises.
         """
         plan = self._network.plan(images.shape[1], images.shape[2], options.upscale)
@@ -108,7 +127,10 @@ class SuperResolver:
         async def work(index: int) -> None:
             async with gate:
                 source = await asyncio.to_thread(plan.prepare, images[index])
-                embeds = await self._embed(await self._tagged(options.prompt, source, call), call)
+                prompt = await self._tagged(options.prompt, source, call)
+                if warnings is not None and not warnings and (cut := self.warning(prompt)):
+                    warnings.append(cut)
+                embeds = await self._embed(prompt, call)
                 sharp = await _OneImage(self._network, self.limits, call, embeds).run(source)
                 results[index] = await asyncio.to_thread(
                     _finish, plan, sharp, source, options.align
@@ -244,7 +266,7 @@ def _check_amount(count: int, plan: SizePlan) -> None:
     """Bound what a request makes the server allocate, before it does."""
     height, width = plan.network
     if height * width > MAX_PIXELS:
-        raise InvalidInput(
+        raise InvalidImage(
             f"IMAGES would be super-resolved at {width}×{height} px; expected at most "
             f"{MAX_PIXELS / 1e6:.0f} megapixels: send smaller or less elongated images"
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief, quoted
 
 __all__ = [
     "ALIGNMENTS",
@@ -27,6 +27,7 @@ __all__ = [
     "MAX_INTERPOLATIONS",
     "MAX_NEW_TOKENS",
     "MAX_PIXELS",
+    "MAX_QWEN_ASPECT",
     "MAX_QWEN_IMAGES",
     "MAX_SEED",
     "MAX_SR_PIXELS",
@@ -67,6 +68,9 @@ MIN_SR_SIDE_PX = 8
 """Of an image to super-resolve: what the VAE makes one latent of."""
 MIN_QWEN_SIDE_PX = 28
 """Of an image to score or describe: one merged patch of Qwen2.5-VL."""
+
+MAX_QWEN_ASPECT = 200
+"""The longer side of such an image through the shorter one: what its processor takes."""
 
 MAX_QWEN_IMAGES = 64
 """Rows per request to `qwen`: its max_batch_size."""
@@ -125,7 +129,9 @@ class Options:
                 _check_range(name, value, *_RANGES[field.name])
         if self.align not in ALIGNMENTS:
             name = (names or {}).get("align", "align")
-            raise InvalidInput(f"{name} is {self.align!r}; expected one of {', '.join(ALIGNMENTS)}")
+            raise InvalidInput(
+                f"{name} is {quoted(self.align)}; expected one of {', '.join(ALIGNMENTS)}"
+            )
         return self
 
     def tensors(self, *only: str) -> dict[str, NDArray[Any]]:
@@ -146,7 +152,7 @@ DEFAULTS = Options()
 def check_seed(name: str, seed: int) -> None:
     """Raise InvalidInput unless 0 ≤ seed < 2⁶³."""
     if not 0 <= seed <= MAX_SEED:
-        raise InvalidInput(f"{name} is {seed}; expected 0 or more, below 2⁶³")
+        raise InvalidInput(f"{name} is {brief(seed)}; expected 0 or more, below 2⁶³")
 
 
 def _check_type(name: str, value: Any, kind: str) -> None:
@@ -157,9 +163,9 @@ def _check_type(name: str, value: Any, kind: str) -> None:
     }
     if not fits[kind]:
         wanted = {"int": "a whole number", "float": "a number", "str": "text"}[kind]
-        raise InvalidInput(f"{name} is {value!r}; expected {wanted}")
+        raise InvalidInput(f"{name} is {quoted(value)}; expected {wanted}")
 
 
 def _check_range(name: str, value: float, low: float, high: float, unit: str) -> None:
     if not low <= value <= high:  # also for NaN
-        raise InvalidInput(f"{name} is {value}; expected {low:g} to {high:g}{unit}")
+        raise InvalidInput(f"{name} is {brief(value)}; expected {low:g} to {high:g}{unit}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera, Sphere, lerp_arrays
 from panotriton.pipeline.contract import CROP_SIZES, DEFAULTS, INTERVALS, TENSORS, Options
 from panotriton.pipeline.images import check_panorama
@@ -91,7 +91,9 @@ def interpolate_cameras(
     """The in-between cameras, (K, 2, N, 5): kept interval, panorama, weight i/(N+1) for i = 1…N."""
     Options(interpolations=interpolations).check(TENSORS)
     if len(kept) and not (kept.min() >= 1 and kept.max() <= INTERVALS):
-        raise InvalidInput(f"KEPT is {kept.tolist()}; expected interval ids from 1 to {INTERVALS}")
+        raise InvalidInput(
+            f"KEPT is {quoted(kept.tolist())}; expected interval ids from 1 to {INTERVALS}"
+        )
     ends = cameras[:, kept - 1].transpose(1, 0, 2, 3)[:, :, :, None]  # (K, 2, left|right, 1, 5)
     w = (np.arange(1, interpolations + 1) / (interpolations + 1))[:, None]  # (N, 1)
     return lerp_arrays(ends[:, :, 0], ends[:, :, 1], w)

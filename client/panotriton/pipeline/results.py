@@ -29,6 +29,7 @@ __all__ = [
     "Upscaled",
     "group_from_tensors",
     "quality",
+    "warning",
 ]
 
 U8 = NDArray[np.uint8]
@@ -80,7 +81,9 @@ class _Picture:
 
 @dataclass(frozen=True, eq=False)
 class Upscaled(_Picture):
-    """A super-resolved image."""
+    """A super-resolved image. `warning` says what of the prompt was too long to be read, if any was."""
+
+    warning: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,12 +201,16 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All that came of one group. `intervals` is empty where none reached the threshold."""
+    """All that came of one group. `intervals` is empty where none reached the threshold.
+
+    `warning` says what of the prompt was too long to be read, if any was.
+    """
 
     pairs: tuple[Pair, ...]
     intervals: tuple[Interval, ...]
     timings: Timings
     model: str
+    warning: str = ""
 
     @property
     def seconds(self) -> float:
@@ -227,7 +234,12 @@ def group_from_tensors(
     """Assemble the ensemble's outputs; PAIRS and INTERPOLATED may be absent. Images are views."""
     pairs = tuple(_pair(tensors, index) for index in range(2 * INTERVALS))
     intervals = tuple(_interval(tensors, pairs, k) for k in range(len(tensors["KEPT"])))
-    return Group(pairs, intervals, timings, model)
+    return Group(pairs, intervals, timings, model, warning(tensors))
+
+
+def warning(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """What WARNING (1,) says, empty where it is absent."""
+    return str(tensors["WARNING"].item().decode()) if "WARNING" in tensors else ""
 
 
 def _pair(tensors: Mapping[str, NDArray[Any]], index: int) -> Pair:

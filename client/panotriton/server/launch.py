@@ -57,6 +57,7 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
 }
 _DOCKER_WAY = "run it in a container instead: see docker/ in the project"
+_PLAIN_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _TRACEBACK = r"\n\nAt:"
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.+?)\"?$")
 
@@ -273,7 +274,9 @@ class LocalServer:
                 time.sleep(0.1)
 
     def __enter__(self) -> LocalServer:
-        self._work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX)
+        plain = _PLAIN_PATH.fullmatch(tempfile.gettempdir())
+        place = None if plain else "/tmp"  # noqa: S108
+        self._work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=place)
         self._lock = lock_folder(Path(self._work.name))
         try:
             self.start()
@@ -346,7 +349,7 @@ class LocalServer:
 
     def _command(self, installation: Installation, work: Path) -> list[str]:
         flags = {
-            "--model-repository": str(self.model_repository),
+            "--model-repository": str(_shell_word(self.model_repository, work)),
             "--http-address": self.host,
             "--http-port": str(self.http_port),
             "--grpc-address": self.host,
@@ -440,6 +443,19 @@ def die_with_parent() -> list[str]:
     """A prefix that has the kernel end the server when the thread that started it is killed."""
     setpriv = shutil.which("setpriv")  # util-linux; where it is missing only a hard kill leaks
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+
+
+def _shell_word(repository: Path, work: Path) -> Path:
+    """The repository, by a link in `work` where the path has spaces, quotes or letters beyond ASCII.
+
+    The Python backend starts each model by a shell, which would take such a path apart, and in a Python
+    that opens ASCII names alone, whatever the locale.
+    """
+    if _PLAIN_PATH.fullmatch(str(repository)):
+        return repository
+    link = work / "repository"
+    link.symlink_to(repository)
+    return link
 
 
 def _build_backends(installation: Installation, work: Path) -> Path:

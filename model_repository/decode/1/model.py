@@ -1,4 +1,4 @@
-"""decode: one or two encoded images (JPEG, PNG, WebP) → RGB uint8 (H, W, 3) each."""
+"""decode: one or two encoded images → RGB uint8 (H, W, 3) each."""
 
 from concurrent.futures import ThreadPoolExecutor
 

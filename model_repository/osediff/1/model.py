@@ -3,7 +3,7 @@
 import cv2
 import triton_python_backend_utils as pb_utils
 
-from panotriton.models.requests import calls_until, read_options, required, respond_async
+from panotriton.models.requests import calls_until, read_options, required, respond_async, strings
 from panotriton.models.super_resolution import SuperResolver
 from panotriton.pipeline.contract import MIN_SR_SIDE_PX
 from panotriton.pipeline.images import check_images
@@ -12,12 +12,12 @@ from panotriton.pipeline.images import check_images
 class TritonPythonModel:
     def initialize(self, args):
         cv2.setNumThreads(1)
+        self._name = args["model_name"]
         self._resolver = SuperResolver.of_model(args)
         if self._resolver.lacks_tagger and args["model_instance_name"].endswith("_0"):  # said once
-            name = args["model_name"]
             pb_utils.Logger.log_info(
-                f"{name}: no tagger was exported, so prompts are the callers' alone; "
-                f"`panotriton export {name} --tagger` adds one"
+                f"{self._name}: no tagger was exported, so prompts are the callers' alone; "
+                f"`panotriton export {self._name} --tagger` adds one"
             )
 
     async def execute(self, requests):
@@ -26,6 +26,8 @@ class TritonPythonModel:
     async def _super_resolve(self, request):
         images = required(request, "IMAGES")
         check_images("IMAGES", images, min_side_px=MIN_SR_SIDE_PX)
-        call = calls_until(request.is_cancelled)
-        sharp = await self._resolver.run(images, call, read_options(request))
-        return {"IMAGES_SR": sharp}
+        call, warnings = calls_until(request.is_cancelled), []
+        sharp = await self._resolver.run(images, call, read_options(request), warnings)
+        for warning in warnings:
+            pb_utils.Logger.log_warn(f"{self._name}: {warning}")
+        return {"IMAGES_SR": sharp, "WARNING": strings(warnings or [""])}

@@ -62,6 +62,7 @@ class _Run:
         self._call = calls_until(sender.is_cancelled)
         self._gate = asyncio.Semaphore(resolver.limits.images_in_flight)
         self._done, self._total = 0, 0
+        self._warnings, self._warned = [], False
 
     async def run(self):
         self._options = read_options(self._request)
@@ -156,7 +157,10 @@ class _Run:
     async def _sharpen(self, image):
         """(h, w, 3) → (1, H, W, 3)."""
         async with self._gate:
-            sharp = await self._resolver.run(image[None], self._call, self._options)
+            sharp = await self._resolver.run(image[None], self._call, self._options, self._warnings)
+        if self._warnings and not self._warned:
+            self._warned = True
+            pb_utils.Logger.log_warn(f"panorama_stream: {self._warnings[0]}")
         self._done += 1
         return sharp
 

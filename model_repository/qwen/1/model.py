@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
 from panotriton.models.requests import answers, attempt, failed, required, strings
-from panotriton.pipeline.contract import MAX_NEW_TOKENS, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES
@@ -128,7 +128,7 @@ class _Vllm:
 def _read(request):
     """A request's images, and its question as values that can be compared."""
     images = required(request, "IMAGE")  # (N, H, W, 3)
-    check_images("IMAGE", images, min_side_px=MIN_QWEN_SIDE_PX)
+    check_images("IMAGE", images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     question = [set(required(request, name).flat) for name in _QUESTION]
     for name, values in zip(_QUESTION, question, strict=True):
         if len(values) != 1:
@@ -137,7 +137,9 @@ def _read(request):
             )
     prompt, reading, stop_after, limit = (value for (value,) in question)
     if reading.decode() not in MODES.values():
-        raise InvalidInput(f"READING is {reading!r}; expected one of {', '.join(MODES.values())}")
+        raise InvalidInput(
+            f"READING is {quoted(reading)}; expected one of {', '.join(MODES.values())}"
+        )
     if not 1 <= limit <= MAX_NEW_TOKENS:
         raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {MAX_NEW_TOKENS}")
     return list(images), (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from panotriton.errors import InferenceFailed
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
-from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import PROMPT
 from panotriton.pipeline.images import check_images
 
@@ -20,7 +20,7 @@ class TritonPythonModel:
 
     async def _describe(self, request):
         images = required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=MIN_QWEN_SIDE_PX)
+        check_images("IMAGES", images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
         try:
             replies, _ = await ask_qwen(images, self._prompt, max_new_tokens=DESCRIPTION_TOKENS)
             texts, error = [reply.strip() for reply in replies], ""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 from panotriton.models.requests import ask_qwen, required, respond_async, string, strings
-from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX, SCORE_TOKENS
+from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX, SCORE_TOKENS
 from panotriton.pipeline.files import PROMPT
 from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES, parse_reply
@@ -22,10 +22,10 @@ class TritonPythonModel:
 
     async def _score(self, request):
         images = required(request, "IMAGES")
-        check_images("IMAGES", images, min_side_px=MIN_QWEN_SIDE_PX)
+        check_images("IMAGES", images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
         mode = string(request, "MODE", "generate")
         if mode not in MODES:
-            raise InvalidInput(f"MODE is {mode!r}; expected one of {', '.join(MODES)}")
+            raise InvalidInput(f"MODE is {quoted(mode)}; expected one of {', '.join(MODES)}")
         replies, values = await ask_qwen(
             images,
             self._prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from panotriton.client.transports.base import Transport
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 
 __all__ = ["TRANSPORTS", "Transport", "transport"]
 
@@ -20,7 +20,7 @@ def transport(protocol: str, *, asynchronous: bool) -> type[Transport]:
     """What a client speaks through; raises InvalidInput for a protocol that there is not."""
     if protocol not in TRANSPORTS:
         known = " or ".join(map(repr, TRANSPORTS))
-        raise InvalidInput(f"protocol is {protocol!r}; expected {known}")
+        raise InvalidInput(f"protocol is {quoted(protocol)}; expected {known}")
     module = import_module(TRANSPORTS[protocol])
     found: type[Transport] = module.Asynchronous if asynchronous else module.Blocking
     return found

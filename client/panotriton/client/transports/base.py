@@ -19,6 +19,7 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    quoted,
 )
 from panotriton.pipeline.events import Event
 
@@ -50,7 +51,7 @@ class Transport:
         self, url: str, timeout_s: float, tls: bool | Tls, headers: Mapping[str, str] | None
     ) -> None:
         if "://" in url:
-            raise InvalidInput(f"url is {url!r}; expected host:port without a scheme")
+            raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
         self.url = url
         self.timeout_s = timeout_s
         self.tls = tls if isinstance(tls, Tls) else Tls() if tls else None

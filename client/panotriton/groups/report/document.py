@@ -101,6 +101,6 @@ def save(page: str, path: Path) -> Path:
             f"{path.parent} is not a folder; expected one for {path.name}: create it first"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
     return path

@@ -19,6 +19,7 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    brief,
 )
 
 __all__ = ["ForbiddenPath", "Reply", "answer_failures", "describe", "failure", "status_of"]
@@ -74,7 +75,9 @@ async def _http(request: Request, error: HTTPException) -> Reply:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Reply:
-    return failure(f"{type(error).__name__}: {error} (the gateway's log has the details)", 500)
+    return failure(
+        f"{type(error).__name__}: {brief(error)} (the gateway's log has the details)", 500
+    )
 
 
 def failure(message: str, status: int) -> Reply:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic import Field
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief, quoted
 from panotriton.groups import layout
 from panotriton.pipeline.contract import (
     CROP_SIZES,
@@ -91,7 +91,7 @@ def _interpolate_files(context: Context, client: Connection, request: Interpolat
     bases = [Path(path).stem for path in paths]
     if bases[0] == bases[1]:
         raise InvalidInput(
-            f"both panoramas are called {bases[0]}; expected different names, since the entries' file "
+            f"both panoramas are called {brief(bases[0])}; expected different names, since the entries' file "
             "names tell which one they are of: rename or copy one"
         )
     splits, errors = _splits(context, request, bases)
@@ -129,8 +129,8 @@ def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Pa
     holders = [p for p, base in enumerate(bases) if stem.startswith(layout.base_prefix(base))]
     if not holders:
         raise InvalidInput(
-            f"pair_image {entry.pair_image!r} is of neither panorama; expected a name that starts with "
-            f"{' or '.join(map(layout.base_prefix, bases))}"
+            f"pair_image {quoted(entry.pair_image)} is of neither panorama; expected a name that starts with "
+            f"{' or '.join(brief(layout.base_prefix(base)) for base in bases)}"
         )
     # As the file-path services found it: in the path of the split image.
     group = layout.enclosing_group(entry.left_image)

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.errors import InvalidInput, PanotritonError, brief, quoted
 from panotriton.pipeline.contract import MAX_FILE_BYTES
 from panotriton.web.gateway.failures import ForbiddenPath
 
@@ -102,11 +102,11 @@ class Roots:
         try:
             real = Path(os.path.realpath(path))
         except (ValueError, OSError) as error:  # a NUL, or what no file name can hold
-            raise InvalidInput(f"{path!r} is no path: {error}") from error
+            raise InvalidInput(f"{quoted(path)} is no path: {error}") from error
         holders = [root for root in self._open if real.is_relative_to(root)]
         if not holders:
             raise ForbiddenPath(
-                f"{path} is outside the folders that this gateway may open; move it below one of "
+                f"{brief(path)} is outside the folders that this gateway may open; move it below one of "
                 "them, or start the gateway with another --root"
             )
         return real, max(holders, key=lambda root: len(root.parts))
@@ -142,9 +142,9 @@ def _open(path: str, part: str, folder: int, flags: int) -> int:
     except OSError as error:
         if _is_link(part, folder):  # resolved before: it has just taken the place of what was there
             raise ForbiddenPath(
-                f"{path} leads through a link that is not safe to follow"
+                f"{brief(path)} leads through a link that is not safe to follow"
             ) from error
-        raise InvalidInput(f"cannot open {path}: {error.strerror}") from error
+        raise InvalidInput(f"cannot open {brief(path)}: {error.strerror}") from error
 
 
 def _is_link(part: str, folder: int) -> bool:
@@ -159,13 +159,15 @@ def _read_all(path: str, file: int, max_bytes: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise _no_file(path)
     if status.st_size > max_bytes:
-        raise InvalidInput(f"{path} has {status.st_size} bytes; expected at most {max_bytes}")
+        raise InvalidInput(
+            f"{brief(path)} has {status.st_size} bytes; expected at most {max_bytes}"
+        )
     with open(file, "rb", closefd=False) as content:
         return content.read(max_bytes)
 
 
 def _no_file(path: str) -> InvalidInput:
-    return InvalidInput(f"{path} is not a regular file; expected the path of one")
+    return InvalidInput(f"{brief(path)} is not a regular file; expected the path of one")
 
 
 def _replace(path: Path, folder: int, data: bytes) -> None:
@@ -183,4 +185,4 @@ def _replace(path: Path, folder: int, data: bytes) -> None:
 
 def _unwritable(path: str, error: OSError) -> PanotritonError:
     kind = InvalidInput if error.errno in _NAME_AT_FAULT else PanotritonError
-    return kind(f"cannot write {path}: {error.strerror}")
+    return kind(f"cannot write {brief(path)}: {error.strerror}")

@@ -11,7 +11,8 @@ from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
-from panotriton.pipeline.contract import MIN_QWEN_SIDE_PX
+from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import triton
@@ -77,7 +78,7 @@ def router(context: Context) -> APIRouter:
 
 def _score_files(context: Context, client: Connection, request: EvaluateRequest) -> Any:
     paths = [pair.pair_image or pair.super_resolved or "" for pair in request.pairs_data]
-    images = read_images(context.roots, [path for path in paths if path])
+    images = read_images(context.roots, [path for path in paths if path], MAX_QWEN_ASPECT)
     found = iter(images)
     missing = InvalidInput("pair_image is missing; expected the path of a pair image")
     scores = triton.each(client, [next(found) if path else missing for path in paths], calls.score)
@@ -95,7 +96,7 @@ def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any
 
 
 def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
-    images = read_images(context.roots, request.image_paths)
+    images = read_images(context.roots, request.image_paths, MAX_QWEN_ASPECT)
     descriptions = triton.each(client, images, calls.describe)
     now = time.time()
     pairs = zip(request.image_paths, descriptions, strict=True)
@@ -118,6 +119,7 @@ def _described(description: Description | Failure) -> dict[str, str]:
 def _score_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
+    check_images("tensor", incoming.images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     scores = triton.together(client, calls.score(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_numbers(score) for score in scores]})
 
@@ -131,5 +133,6 @@ def _numbers(score: Score) -> dict[str, Any]:
 def _describe_tensor(
     context: Context, client: Connection, incoming: Incoming[ScoreOptions]
 ) -> Response:
+    check_images("tensor", incoming.images, MIN_QWEN_SIDE_PX, MAX_QWEN_ASPECT)
     found = triton.together(client, calls.describe(Images((incoming.images,), alone=True)))
     return Reply({"success": True, "results": [_described(description) for description in found]})

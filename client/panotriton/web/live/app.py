@@ -19,6 +19,7 @@ from panotriton.groups.report.document import TEMPLATES, render, template
 from panotriton.groups.report.page import SLIDER
 from panotriton.pipeline.camera import interval_bounds
 from panotriton.pipeline.contract import DEFAULTS, INTERVALS, MAX_INTERPOLATIONS
+from panotriton.pipeline.images import SUFFIXES
 from panotriton.web.live.runs import Runs
 from panotriton.web.live.settings import Settings
 
@@ -81,6 +82,7 @@ def _page(settings: Settings) -> str:
         defaults=DEFAULTS,
         max_interpolations=MAX_INTERPOLATIONS,
         max_bytes=settings.max_upload_bytes,
+        suffixes=",".join(SUFFIXES),
         intervals=[(number, interval_bounds(number)) for number in range(1, INTERVALS + 1)],
     )
 

@@ -1,0 +1,48 @@
+"""Whether what a command is to write can be written: asked before any work, without leaving anything."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from panotriton.errors import InvalidInput
+
+__all__ = ["check_file", "check_folder"]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InvalidInput unless `folder` is one that can be written to, or can be made."""
+    there = _nearest(folder)
+    if not there.is_dir():
+        raise InvalidInput(f"{there} is a file; expected a folder for the results: name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"nothing can be written to {there} ({error.strerror}); expected a folder for the results: "
+            "name another"
+        ) from error
+
+
+def check_file(path: Path, *, makes_folder: bool = False) -> None:
+    """Raise InvalidInput unless a file `path` can be written, in a folder that exists or is made."""
+    if _nearest(path) == path.absolute() and (path.is_dir() or not os.access(path, os.W_OK)):
+        raise InvalidInput(
+            f"{path} is a folder or cannot be written; expected a file: name another"
+        )
+    if not (makes_folder or path.parent.is_dir()):
+        raise InvalidInput(
+            f"{path.parent} is not a folder; expected one for {path.name}: create it first"
+        )
+    check_folder(path.parent)
+
+
+def _nearest(path: Path) -> Path:
+    """The innermost part of the path that exists."""
+    try:
+        whole = path.absolute()
+        return next(part for part in (whole, *whole.parents) if part.exists())
+    except OSError as error:  # no permission to look, or a name that no file can have
+        raise InvalidInput(f"{path} cannot be used ({error.strerror}): name another") from error
