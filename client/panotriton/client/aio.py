@@ -20,8 +20,10 @@ from panotriton.client.shared_memory import AsyncSharedMemory, Slot, layout
 from panotriton.client.wire import Tls
 from panotriton.errors import (
     ConnectError,
+    InferenceFailed,
     InvalidInput,
     ModelUnavailable,
+    PanotritonError,
     ServerBusy,
     SharedMemoryError,
 )
@@ -185,8 +187,21 @@ class AsyncClient:
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[False] = False,
         via: AsyncSharedMemory | None = None,
     ) -> list[Upscaled]: ...
+
+    @overload
+    async def upscale(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Upscaled | PanotritonError]: ...
 
     async def upscale(
         self,
@@ -195,6 +210,7 @@ class AsyncClient:
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: bool = False,
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.upscale`."""
@@ -202,6 +218,7 @@ class AsyncClient:
             images,
             options=Options(upscale=upscale, align=align, prompt=prompt),
             cuda=_is_cuda(via),
+            return_exceptions=return_exceptions,
         )
         return await self._send_all(plan, via)
 
@@ -216,14 +233,33 @@ class AsyncClient:
         images: list[Any] | tuple[Any, ...],
         *,
         mode: str = "generate",
+        return_exceptions: Literal[False] = False,
         via: AsyncSharedMemory | None = None,
     ) -> list[Score]: ...
 
+    @overload
     async def score(
-        self, images: Any, *, mode: str = "generate", via: AsyncSharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        mode: str = "generate",
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Score | PanotritonError]: ...
+
+    async def score(
+        self,
+        images: Any,
+        *,
+        mode: str = "generate",
+        return_exceptions: bool = False,
+        via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.score`."""
-        return await self._send_all(calls.score(images, mode=mode, cuda=_is_cuda(via)), via)
+        return await self._send_all(
+            calls.score(images, mode=mode, cuda=_is_cuda(via), return_exceptions=return_exceptions),
+            via,
+        )
 
     @overload
     async def describe(
@@ -232,12 +268,33 @@ class AsyncClient:
 
     @overload
     async def describe(
-        self, images: list[Any] | tuple[Any, ...], *, via: AsyncSharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[False] = False,
+        via: AsyncSharedMemory | None = None,
     ) -> list[Description]: ...
 
-    async def describe(self, images: Any, *, via: AsyncSharedMemory | None = None) -> Any:
+    @overload
+    async def describe(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Description | PanotritonError]: ...
+
+    async def describe(
+        self,
+        images: Any,
+        *,
+        return_exceptions: bool = False,
+        via: AsyncSharedMemory | None = None,
+    ) -> Any:
         """`Client.describe`."""
-        return await self._send_all(calls.describe(images, cuda=_is_cuda(via)), via)
+        return await self._send_all(
+            calls.describe(images, cuda=_is_cuda(via), return_exceptions=return_exceptions), via
+        )
 
     @overload
     async def crop(
@@ -316,7 +373,13 @@ class AsyncClient:
         return options | ({"ssl": True, "ssl_context": where.tls.context()} if where.tls else {})
 
     async def _send_all(self, plan: Plan[Any], via: AsyncSharedMemory | None) -> Any:
-        return plan.merge([await self._send(call, via) for call in plan.calls])
+        return plan.merge([await self._part(plan, index, via) for index in range(len(plan.calls))])
+
+    async def _part(self, plan: Plan[Any], index: int, via: AsyncSharedMemory | None) -> Any:
+        try:
+            return await self._send(plan.calls[index], via)
+        except (InvalidInput, InferenceFailed) as error:
+            return plan.failed(index, error)
 
     async def _send(self, call: Call[T], via: AsyncSharedMemory | None) -> T:
         await self._reach()

@@ -91,10 +91,17 @@ class Plan(Generic[T]):
     calls: tuple[Call[list[T]], ...]
     places: tuple[tuple[int, ...], ...]  # of each call's results in the caller's list
     single: bool
+    refused: Mapping[int, Exception] | None = None  # by place, where failures are to be returned
+
+    def failed(self, index: int, error: Exception) -> list[Any]:
+        """In place of what call `index` would have answered; raises the error unless it is returned."""
+        if self.refused is None:
+            raise error
+        return [error] * len(self.places[index])
 
     def merge(self, answers: Sequence[list[T]]) -> Any:
         """The calls' results in the caller's order; for a single image its own."""
-        found = {
+        found = dict(self.refused or {}) | {
             place: result
             for places, results in zip(self.places, answers, strict=True)
             for place, result in zip(places, results, strict=True)
@@ -158,7 +165,9 @@ def stream(
     return images | tensors
 
 
-def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscaled]:
+def upscale(
+    images: Any, *, options: Options, cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Upscaled]:
     """Super-resolution of one image or a list."""
     tensors = options.check().tensors(*SR_OPTIONS)
 
@@ -183,7 +192,7 @@ def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscal
     def most(height: int, width: int) -> int:
         return MAX_SR_PIXELS // math.prod(_network_size(height, width, options.upscale))
 
-    return _plan(images, read, call, most)
+    return _plan(images, read, call, most, return_exceptions)
 
 
 def _network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
@@ -195,7 +204,9 @@ def _network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
     return tall, wide
 
 
-def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
+def score(
+    images: Any, *, mode: str = "generate", cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Score]:
     """Quality of one pair image or a list."""
     if mode not in MODES:
         raise InvalidInput(f"mode is {quoted(mode)}; expected one of {', '.join(MODES)}")
@@ -205,17 +216,23 @@ def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Sc
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
         return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
-    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+    return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
 
 
-def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
+def describe(
+    images: Any, *, cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Description]:
     """Descriptions of one image or a list."""
 
     def call(batch: Images) -> Call[list[Description]]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
         return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
 
-    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+    return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
+
+
+def _qwen_most(height: int, width: int) -> int:
+    return MAX_QWEN_IMAGES
 
 
 def _qwen_reader(cuda: bool) -> Callable[[str, Any], Any]:
@@ -252,17 +269,29 @@ def _plan(
     read: Callable[[str, Any], Any],
     call: Callable[[Images], Call[list[T]]],
     most: Callable[[int, int], int],
+    return_exceptions: bool,
 ) -> Plan[T]:
     """One request a group of same-sized images, split where `most(height, width)` says."""
-    single = not isinstance(images, (list, tuple))
-    wanted = [images] if single else images
-    arrays = [read("image" if single else f"images[{i}]", image) for i, image in enumerate(wanted)]
+    if not isinstance(images, (list, tuple)):
+        one = Images((read("image", images),))
+        return Plan((call(one),), ((0,),), single=True)
+    arrays: dict[int, Any] = {}
+    refused: dict[int, Exception] = {}
+    for index, image in enumerate(images):
+        try:
+            arrays[index] = read(f"images[{index}]", image)
+        except InvalidInput as error:
+            if not return_exceptions:
+                raise
+            refused[index] = error
     places: list[tuple[int, ...]] = []
-    for group in same_size(arrays):
-        size = max(1, most(*arrays[group[0]].shape[:2]))
-        places += [tuple(group[i : i + size]) for i in range(0, len(group), size)]
+    read_ones = list(arrays)
+    for group in same_size(list(arrays.values())):
+        size = max(1, most(*arrays[read_ones[group[0]]].shape[:2]))
+        members = [read_ones[i] for i in group]
+        places += [tuple(members[i : i + size]) for i in range(0, len(members), size)]
     calls = tuple(call(Images(tuple(arrays[i] for i in part))) for part in places)
-    return Plan(calls, tuple(places), single)
+    return Plan(calls, tuple(places), False, refused if return_exceptions else None)
 
 
 def _scores(tensors: Tensors, timings: Timings) -> list[Score]:
