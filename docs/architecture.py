@@ -115,6 +115,12 @@ such pixels by the same rules (`panotriton.pipeline.images`):
 
 PIL images are turned and converted too, since they still carry what their file said; arrays and tensors are
 not. In folders, hidden files (`._a.jpg`) are never taken for images.
+
+**Names.** A group's files are named after its panoramas and hold their paths, as UTF-8. A panorama whose
+path is no UTF-8, or whose name leaves no room for what the files add, is refused by `process` before
+anything is sent; a run of `dataset` records it in failed.json and goes on. Where such a name is only told,
+on the terminal or in JSON, a byte like ff is written as `\\udcff`, which Python and JSON read as the same
+name.
 """
 
 

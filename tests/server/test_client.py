@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import signal
 import socket
@@ -24,11 +25,13 @@ from panotriton import AsyncClient, Camera, Client, Tls, crop
 from panotriton.errors import (
     ConnectError,
     InferenceFailed,
+    InvalidImage,
     InvalidInput,
     ModelUnavailable,
     RequestTimeout,
     ServerBusy,
 )
+from panotriton.pipeline.results import Timings
 from panotriton.server.launch import LocalServer
 
 RNG = np.random.default_rng(0)
@@ -206,6 +209,25 @@ def test_a_long_value_is_echoed_short_and_keeps_its_kind(client: Any) -> None:
             client.infer("osediff", tensors, ["IMAGES_SR"])
         if name == "ALIGN":
             assert str(caught.value).startswith(f"ALIGN is '{'x' * 78}…; expected one of adain")
+
+
+def test_in_a_list_a_bad_image_fails_alone(client: Any, tmp_path: Path) -> None:
+    images = [noise(28, 5880), noise(28, 56), tmp_path / "none.png", noise(40, 64), noise(28, 56)]
+    for ask in (client.score, client.describe):
+        bad, one, missing, two, three = ask(images, return_exceptions=True)
+        assert isinstance(bad, InvalidImage)
+        assert str(bad).startswith("images[0] is 5880×28 px")
+        assert isinstance(missing, InvalidImage)
+        alone = [timeless(ask(images[i])) for i in (1, 3, 4)]
+        assert [timeless(result) for result in (one, two, three)] == alone
+        with pytest.raises(InvalidImage, match=r"images\[0\] is 5880"):
+            ask(images)
+    failed, _ = client.upscale([noise(8, 8), "none.png"], prompt="fail", return_exceptions=True)
+    assert isinstance(failed, InferenceFailed)  # the server's, not at the door
+
+
+def timeless(result: Any) -> Any:
+    return dataclasses.replace(result, timings=Timings(0))
 
 
 def test_a_prompt_that_is_cut_is_told_once_a_call(client: Any, standin: LocalServer) -> None:

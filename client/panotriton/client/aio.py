@@ -13,6 +13,7 @@ from panotriton.client import calls
 from panotriton.client.conversation import Conversation
 from panotriton.client.pixels import ImageLike
 from panotriton.client.shared_memory import AsyncSharedMemory, on_gpu
+from panotriton.errors import PanotritonError
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Event
@@ -142,8 +143,21 @@ class AsyncClient(Conversation):
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[False] = False,
         via: AsyncSharedMemory | None = None,
     ) -> list[Upscaled]: ...
+
+    @overload
+    async def upscale(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Upscaled | PanotritonError]: ...
 
     async def upscale(
         self,
@@ -152,6 +166,7 @@ class AsyncClient(Conversation):
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: bool = False,
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.upscale`."""
@@ -159,6 +174,7 @@ class AsyncClient(Conversation):
             images,
             options=Options(upscale=upscale, align=align, prompt=prompt),
             cuda=on_gpu(via),
+            return_exceptions=return_exceptions,
         )
         return await self._send_all(plan, via)
 
@@ -173,14 +189,33 @@ class AsyncClient(Conversation):
         images: list[Any] | tuple[Any, ...],
         *,
         mode: str = "generate",
+        return_exceptions: Literal[False] = False,
         via: AsyncSharedMemory | None = None,
     ) -> list[Score]: ...
 
+    @overload
     async def score(
-        self, images: Any, *, mode: str = "generate", via: AsyncSharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        mode: str = "generate",
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Score | PanotritonError]: ...
+
+    async def score(
+        self,
+        images: Any,
+        *,
+        mode: str = "generate",
+        return_exceptions: bool = False,
+        via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.score`."""
-        return await self._send_all(calls.score(images, mode=mode, cuda=on_gpu(via)), via)
+        return await self._send_all(
+            calls.score(images, mode=mode, cuda=on_gpu(via), return_exceptions=return_exceptions),
+            via,
+        )
 
     @overload
     async def describe(
@@ -189,12 +224,33 @@ class AsyncClient(Conversation):
 
     @overload
     async def describe(
-        self, images: list[Any] | tuple[Any, ...], *, via: AsyncSharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[False] = False,
+        via: AsyncSharedMemory | None = None,
     ) -> list[Description]: ...
 
-    async def describe(self, images: Any, *, via: AsyncSharedMemory | None = None) -> Any:
+    @overload
+    async def describe(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[True],
+        via: AsyncSharedMemory | None = None,
+    ) -> list[Description | PanotritonError]: ...
+
+    async def describe(
+        self,
+        images: Any,
+        *,
+        return_exceptions: bool = False,
+        via: AsyncSharedMemory | None = None,
+    ) -> Any:
         """`Client.describe`."""
-        return await self._send_all(calls.describe(images, cuda=on_gpu(via)), via)
+        return await self._send_all(
+            calls.describe(images, cuda=on_gpu(via), return_exceptions=return_exceptions), via
+        )
 
     @overload
     async def crop(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -107,6 +107,13 @@ class Plan(Generic[T]):
     calls: tuple[Call[list[T]], ...]
     places: tuple[tuple[int, ...], ...]  # of each call's results in the caller's list
     single: bool
+    refused: Mapping[int, Exception] | None = None  # by place, where failures are to be returned
+
+    def failed(self, index: int, error: Exception) -> list[Any]:
+        """In place of what call `index` would have answered; raises the error unless it is returned."""
+        if self.refused is None:
+            raise error
+        return [error] * len(self.places[index])
 
     def merge(self, answers: Sequence[list[T]]) -> Any:
         """The calls' results in the caller's order; for a single image its own."""
@@ -118,18 +125,18 @@ class Plan(Generic[T]):
 
         What concerns the server and not the images (it is busy, unreachable) is raised.
         """
+        lenient = replace(self, refused=self.refused or {})
 
-        def attempt(call: Call[list[T]], count: int) -> Sequence[T | Failure]:
+        def attempt(index: int, call: Call[list[T]]) -> list[Any]:
             try:
                 return send(call)
             except (InvalidInput, InferenceFailed) as error:
-                return [error] * count
+                return lenient.failed(index, error)
 
-        parts = zip(self.calls, self.places, strict=True)
-        return self._ordered([attempt(call, len(places)) for call, places in parts])
+        return lenient._ordered([attempt(*numbered) for numbered in enumerate(self.calls)])
 
-    def _ordered(self, answers: Sequence[Sequence[R]]) -> list[R]:
-        found = {
+    def _ordered(self, answers: Sequence[Sequence[Any]]) -> list[Any]:
+        found: dict[int, Any] = dict(self.refused or {}) | {
             place: result
             for places, results in zip(self.places, answers, strict=True)
             for place, result in zip(places, results, strict=True)
@@ -192,7 +199,9 @@ def stream(
     return images | tensors
 
 
-def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscaled]:
+def upscale(
+    images: Any, *, options: Options, cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Upscaled]:
     """Super-resolution of one image, a list, or `Images` that make one request as they are."""
     tensors = options.check().tensors(*SR_OPTIONS)
 
@@ -217,7 +226,7 @@ def upscale(images: Any, *, options: Options, cuda: bool = False) -> Plan[Upscal
     def most(height: int, width: int) -> int:
         return MAX_SR_PIXELS // math.prod(network_size(height, width, options.upscale))
 
-    return _plan(images, read, call, most)
+    return _plan(images, read, call, most, return_exceptions)
 
 
 def network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
@@ -229,7 +238,9 @@ def network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
     return tall, wide
 
 
-def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Score]:
+def score(
+    images: Any, *, mode: str = "generate", cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Score]:
     """Quality of one pair image, a list, or `Images`, see `upscale`."""
     if mode not in MODES:
         raise InvalidInput(f"mode is {quoted(mode)}; expected one of {', '.join(MODES)}")
@@ -239,17 +250,23 @@ def score(images: Any, *, mode: str = "generate", cuda: bool = False) -> Plan[Sc
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
         return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
 
-    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+    return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
 
 
-def describe(images: Any, *, cuda: bool = False) -> Plan[Description]:
+def describe(
+    images: Any, *, cuda: bool = False, return_exceptions: bool = False
+) -> Plan[Description]:
     """Descriptions of one image, a list, or `Images`, see `upscale`."""
 
     def call(batch: Images) -> Call[list[Description]]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
         return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
 
-    return _plan(images, _qwen_reader(cuda), call, lambda height, width: MAX_QWEN_IMAGES)
+    return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
+
+
+def _qwen_most(height: int, width: int) -> int:
+    return min(MAX_QWEN_IMAGES, MAX_SR_PIXELS // (height * width))  # rows, and bytes of a message
 
 
 def _qwen_reader(cuda: bool) -> Callable[[str, Any], Any]:
@@ -286,19 +303,31 @@ def _plan(
     read: Callable[[str, Any], Any],
     call: Callable[[Images], Call[list[T]]],
     most: Callable[[int, int], int],
+    return_exceptions: bool,
 ) -> Plan[T]:
     """One request per group of same-sized images, split where `most(height, width)` says."""
     if isinstance(images, Images):
         return Plan((call(images),), (tuple(range(images.shape[0])),), single=False)
-    single = not isinstance(images, (list, tuple))
-    wanted = [images] if single else images
-    arrays = [read("image" if single else f"images[{i}]", image) for i, image in enumerate(wanted)]
+    if not isinstance(images, (list, tuple)):
+        one = Images((read("image", images),))
+        return Plan((call(one),), ((0,),), single=True)
+    arrays: dict[int, Any] = {}
+    refused: dict[int, Exception] = {}
+    for index, image in enumerate(images):
+        try:
+            arrays[index] = read(f"images[{index}]", image)
+        except InvalidInput as error:
+            if not return_exceptions:
+                raise
+            refused[index] = error
     places: list[tuple[int, ...]] = []
-    for group in same_size(arrays):
-        size = max(1, most(*arrays[group[0]].shape[:2]))
-        places += [tuple(group[i : i + size]) for i in range(0, len(group), size)]
+    read_ones = list(arrays)
+    for group in same_size(list(arrays.values())):
+        size = max(1, most(*arrays[read_ones[group[0]]].shape[:2]))
+        members = [read_ones[i] for i in group]
+        places += [tuple(members[i : i + size]) for i in range(0, len(members), size)]
     calls = tuple(call(Images(tuple(arrays[i] for i in part))) for part in places)
-    return Plan(calls, tuple(places), single)
+    return Plan(calls, tuple(places), False, refused if return_exceptions else None)
 
 
 def _scores(tensors: Tensors, timings: Timings) -> list[Score]:

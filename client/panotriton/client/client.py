@@ -15,6 +15,7 @@ from panotriton.client.pixels import ImageLike
 from panotriton.client.shared_memory import SharedMemory, on_gpu
 from panotriton.client.tls import Tls
 from panotriton.client.twins import iterate, run
+from panotriton.errors import PanotritonError
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Event
@@ -167,8 +168,21 @@ class Client(Conversation):
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[False] = False,
         via: SharedMemory | None = None,
     ) -> list[Upscaled]: ...
+
+    @overload
+    def upscale(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        upscale: int = DEFAULTS.upscale,
+        align: str = DEFAULTS.align,
+        prompt: str = DEFAULTS.prompt,
+        return_exceptions: Literal[True],
+        via: SharedMemory | None = None,
+    ) -> list[Upscaled | PanotritonError]: ...
 
     def upscale(
         self,
@@ -177,9 +191,14 @@ class Client(Conversation):
         upscale: int = DEFAULTS.upscale,
         align: str = DEFAULTS.align,
         prompt: str = DEFAULTS.prompt,
+        return_exceptions: bool = False,
         via: SharedMemory | None = None,
     ) -> Any:
         """Super-resolve one image (h, w, 3) to (upscale·h, upscale·w, 3), or a list of any sizes.
+
+        With return_exceptions, as asyncio.gather has it, an image of a list that fails has its error
+        in its place and the others their results; without, the first error is raised, for a bad image
+        before anything is sent. `score` and `describe` do the same.
 
         Sides are rounded down to multiples of 8 px; 8 px a side at least. upscale: 1 to 4. align,
         what the colours are taken from the input by: adain, wavelet or nofix.
@@ -188,6 +207,7 @@ class Client(Conversation):
             images,
             options=Options(upscale=upscale, align=align, prompt=prompt),
             cuda=on_gpu(via),
+            return_exceptions=return_exceptions,
         )
         return run(self._send_all(plan, via))
 
@@ -202,29 +222,72 @@ class Client(Conversation):
         images: list[Any] | tuple[Any, ...],
         *,
         mode: str = "generate",
+        return_exceptions: Literal[False] = False,
         via: SharedMemory | None = None,
     ) -> list[Score]: ...
 
-    def score(self, images: Any, *, mode: str = "generate", via: SharedMemory | None = None) -> Any:
-        """Score one pair image (H, 2H, 3), left | right, or a list; 28 px a side at least.
+    @overload
+    def score(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        mode: str = "generate",
+        return_exceptions: Literal[True],
+        via: SharedMemory | None = None,
+    ) -> list[Score | PanotritonError]: ...
+
+    def score(
+        self,
+        images: Any,
+        *,
+        mode: str = "generate",
+        return_exceptions: bool = False,
+        via: SharedMemory | None = None,
+    ) -> Any:
+        """Score one pair image (H, 2H, 3), left | right, or a list; 28 px a side at least,
+        and one side at most 200 times the other.
 
         mode: "generate" has the model write its reply; "expected" and "levels" read the final score in
         one pass, many times faster, with no sub-scores and no reply. They are other scores: a
         threshold has to be chosen anew, see SCORING.md.
         """
-        return run(self._send_all(calls.score(images, mode=mode, cuda=on_gpu(via)), via))
+        return self._send_all(
+            calls.score(images, mode=mode, cuda=on_gpu(via), return_exceptions=return_exceptions),
+            via,
+        )
 
     @overload
     def describe(self, images: ImageLike, *, via: SharedMemory | None = None) -> Description: ...
 
     @overload
     def describe(
-        self, images: list[Any] | tuple[Any, ...], *, via: SharedMemory | None = None
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[False] = False,
+        via: SharedMemory | None = None,
     ) -> list[Description]: ...
 
-    def describe(self, images: Any, *, via: SharedMemory | None = None) -> Any:
+    @overload
+    def describe(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        return_exceptions: Literal[True],
+        via: SharedMemory | None = None,
+    ) -> list[Description | PanotritonError]: ...
+
+    def describe(
+        self,
+        images: Any,
+        *,
+        return_exceptions: bool = False,
+        via: SharedMemory | None = None,
+    ) -> Any:
         """Describe one image (H, W, 3) in two or three sentences, or a list; 28 px a side at least."""
-        return run(self._send_all(calls.describe(images, cuda=on_gpu(via)), via))
+        return self._send_all(
+            calls.describe(images, cuda=on_gpu(via), return_exceptions=return_exceptions), via
+        )
 
     @overload
     def crop(

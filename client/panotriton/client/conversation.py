@@ -18,6 +18,7 @@ from panotriton.client.transports import transport
 from panotriton.client.twins import resolved
 from panotriton.errors import (
     ConnectError,
+    InferenceFailed,
     InvalidInput,
     ModelUnavailable,
     PanotritonError,
@@ -79,7 +80,13 @@ class Conversation:
         return wire.stage_times(report)
 
     async def _send_all(self, plan: Plan[Any], via: Pool | None) -> Any:
-        return plan.merge([await self._send(call, via) for call in plan.calls])
+        return plan.merge([await self._part(plan, index, via) for index in range(len(plan.calls))])
+
+    async def _part(self, plan: Plan[Any], index: int, via: Pool | None) -> Any:
+        try:
+            return await self._send(plan.calls[index], via)
+        except (InvalidInput, InferenceFailed) as error:
+            return plan.failed(index, error)
 
     async def _send(self, call: Call[T], via: Pool | None) -> T:
         await self._reach()

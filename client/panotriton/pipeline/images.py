@@ -76,7 +76,10 @@ _OTHERS = (
 
 # A profile's colour space → the mode that holds it.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-_GREYS = ("1", "L", "LA", "La")
+_GREYS = ("1", "L", "LA")
+# Modes that Pillow turns into RGB by way of another: of a palette it would look for a colour that stands
+# for the transparent ones, and of colours that are multiplied by alpha it knows no other way.
+_FIRST = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 _WHITE_IS_ZERO = 262  # TIFF's PhotometricInterpretation, 0 where it is so
 _PNG_COLOUR_AT, _PNG_GREY_ALPHA = 25, 4
 # Orientation → steps along rows and columns, after the axes of those from 5 on have been swapped.
@@ -308,7 +311,8 @@ def _bare_png(data: bytes) -> bytes:
 
 def _in_srgb(image: PILImage.Image, profile: bytes | None) -> PILImage.Image:
     """Mode RGB, its colours by the profile, sRGB where there is none that can be used."""
-    plain = image if image.mode == "RGB" else _rgb(image)
+    image = image.convert(_FIRST[image.mode]) if image.mode in _FIRST else image
+    plain = image if image.mode == "RGB" else image.convert("RGB")
     if not profile:
         return plain
     try:
@@ -323,11 +327,6 @@ def _in_srgb(image: PILImage.Image, profile: bytes | None) -> PILImage.Image:
         return transform.apply(source) if moved.max() > 1 else plain
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError):
         return plain
-
-
-def _rgb(image: PILImage.Image) -> PILImage.Image:
-    # Not at once: Pillow would look for a colour that stands for the palette's transparent ones.
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
 
 
 def _probe(mode: str) -> PILImage.Image:
