@@ -147,7 +147,10 @@ def _probes(supervisor: Supervisor, options: argparse.Namespace) -> Iterator[int
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(
+        OSError
+    ):  # a terminal that hung up: what is said matters less than the drain
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _stream_log(server: LocalServer) -> None:
