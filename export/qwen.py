@@ -105,9 +105,11 @@ def _ask(
 ) -> None:
     """One real question: what loads and cannot answer is found here and not by a server."""
     import torch  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
 
     from panotriton.models.qwen import QwenVL  # noqa: PLC0415
 
+    logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "device": device, "max_batch": 1, "max_pixels": max_pixels}
     try:
