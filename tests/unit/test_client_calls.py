@@ -22,6 +22,7 @@ from panotriton.client.conversation import finished, waits
 from panotriton.client.pixels import Images
 from panotriton.client.shared_memory import layout
 from panotriton.client.transports import TRANSPORTS, Transport, transport
+from panotriton.client.transports.base import Witness
 from panotriton.client.twins import iterate, resolved, run
 from panotriton.errors import (
     ConnectError,
@@ -194,7 +195,7 @@ def test_timings_are_exact_or_none() -> None:
 
 def speaking(protocol: str, *, asynchronous: bool = False) -> Transport:
     speaks = transport(protocol, asynchronous=asynchronous)
-    return speaks("host:1", 2.5, False, {"Authorization": "Bearer x"})
+    return speaks("host:1", False, {"Authorization": "Bearer x"})
 
 
 def answered(status: str) -> InferenceServerException:
@@ -237,7 +238,8 @@ class RpcError(grpc.RpcError):
 def test_errors_follow_the_status_code(
     protocol: str, error: Exception, live: bool, kind: type[PanotritonError]
 ) -> None:
-    assert type(speaking(protocol).mapped(error, live)) is kind
+    seen = Witness(live, live, known=False, waited_s=2.5)
+    assert type(speaking(protocol).mapped(error, seen)) is kind
     assert isinstance(error, speaking(protocol).failures)
 
 
@@ -251,7 +253,7 @@ def test_memory_is_used_again_only_when_the_server_has_answered() -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_headers_and_time_limits_reach_both_protocols(protocol: str, asynchronous: bool) -> None:
     speaks = speaking(protocol, asynchronous=asynchronous)
-    options = speaks.call_options()
+    options = speaks.call_options(2.5)
     assert options["headers"] == {"authorization": "Bearer x"}  # gRPC takes lower case only
     assert options["timeout"] == 2_500_000  # µs
     assert ("client_timeout" in options) == (protocol == "grpc")
