@@ -171,6 +171,6 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_no_server_ends_the_run_with_its_own_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panotriton.cli.dataset._RETRIES", 0)
+    monkeypatch.setattr("panotriton.cli.dataset._CONTACT_S", 0.0)
     assert main(arguments(tmp_path / "out", "127.0.0.1:1")) == 3
     assert "goes on from here" in capsys.readouterr().err

@@ -23,12 +23,13 @@ from panotriton.cli import (
     report,
     serve,
 )
-from panotriton.errors import ConnectError, InvalidInput, PanotritonError
+from panotriton.errors import ConnectError, InvalidInput, OutOfPatience, PanotritonError
 
 _EXIT_CODES = """\
 exit codes:
   0  done               2  wrong arguments or input    130  interrupted
   1  the work failed    3  no server answers
+  5  dataset: no healthy server for --patience-s
 """
 
 
@@ -53,6 +54,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def _exit_code(error: PanotritonError) -> int:
     if isinstance(error, InvalidInput):
         return 2
+    if isinstance(error, OutOfPatience):
+        return 5
     return 3 if isinstance(error, ConnectError) else 1
 
 

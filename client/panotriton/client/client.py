@@ -54,7 +54,8 @@ class Client(Conversation):
 
     Every method raises InvalidInput or InvalidImage for its arguments before anything is sent, and
     ConnectError (ServerUnavailable, where a server has answered before), RequestTimeout, ServerBusy,
-    ModelUnavailable, InvalidInput or InferenceFailed for what the server says or does. `via` sends a call's images through shared memory, see `shared_memory`.
+    ModelUnavailable, InvalidInput or InferenceFailed for what the server says or does. `via` sends
+    a call's images through shared memory, see `shared_memory`.
     """
 
     _asynchronous = False

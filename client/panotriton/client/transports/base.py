@@ -42,8 +42,8 @@ def in_trouble(message: str) -> bool:
 class Pending(Protocol):
     """A request that is out.
 
-    wait: whether the answer has come within so many seconds; of an asynchronous one to be awaited. result: the
-    answer, or raises why there is none. cancel: nobody wants it any more.
+    wait: whether the answer has come within so many seconds; an asynchronous one's is awaited. result:
+    the answer, or raises why there is none. cancel: nobody wants it any more.
     """
 
     def wait(self, seconds: float) -> Any: ...
