@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -59,3 +63,66 @@ class Victim:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._server.pid, signal.SIGKILL)
         self._server.stop()
+
+
+HARMS = ("kill", "freeze", "kill a stub")
+_MODELS = ("osediff", "osediff_unet", "preprocess", "qwen_scorer", "interpolate")
+
+
+def made(output: Path) -> int:
+    """Groups of a run that are complete on disk."""
+    return len(
+        [path for path in output.glob("**/group_*/group_info.json") if ".part" not in str(path)]
+    )
+
+
+@contextlib.contextmanager
+def harmed(
+    victim: Victim, output: Path, seed: int, harms: tuple[str, ...] = HARMS, frozen_s: float = 6.0
+) -> Iterator[list[str]]:
+    """Does each harm once, in seeded order, at seeded moments, while a run writes to `output`.
+
+    Two groups are made between one harm and the next, so that with two in flight no pair meets two. Gives
+    what was done, so far.
+    """
+    rng = random.Random(seed)
+    order = rng.sample(harms, len(harms))
+    moments = [rng.uniform(0, 1.5) for _ in harms]
+    models = [rng.choice(_MODELS) for _ in harms]
+    ended = threading.Event()
+    done: list[str] = []
+
+    def work() -> None:
+        for number, (harm, moment, model) in enumerate(zip(order, moments, models, strict=True)):
+            begin = made(output) + 2 if number else 0
+            while made(output) < begin or not output.exists():
+                if ended.wait(0.02):
+                    return
+            if ended.wait(moment):
+                return
+            done.append(f"{harm}: {model}" if "stub" in harm else harm)
+            _do(victim, harm, model, frozen_s)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield done
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _do(victim: Victim, harm: str, model: str, frozen_s: float) -> None:
+    if harm == "freeze":
+        victim.stop()
+        time.sleep(frozen_s)
+        victim.go_on()
+        return
+    if harm == "kill":
+        victim.kill()
+    else:
+        victim.kill_stub(model)
+        if harm.endswith("for good"):
+            return
+        time.sleep(3)  # requests fail; then somebody starts the server again
+    victim.restart()
