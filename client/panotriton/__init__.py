@@ -16,6 +16,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
     ServerStartError,
+    ServerUnavailable,
     SharedMemoryError,
 )
 from panotriton.pipeline import events
@@ -59,6 +60,7 @@ __all__ = [
     "Sequence",
     "ServerBusy",
     "ServerStartError",
+    "ServerUnavailable",
     "SharedMemory",
     "SharedMemoryError",
     "StageTime",

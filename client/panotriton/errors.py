@@ -2,6 +2,8 @@
 
 PanotritonError
 ├── ConnectError          no server answers at that address
+│   └── ServerUnavailable the server went, froze, stops or lost a model's process before it answered
+│       └── OutOfPatience a data-set run has waited long enough for a healthy server
 ├── RequestTimeout        the server did not answer in time
 ├── ServerBusy            the server refused the request because its queues are full
 ├── InvalidInput          a request or an argument is wrong; the message says what to send instead
@@ -27,6 +29,22 @@ class PanotritonError(Exception):
 
 class ConnectError(PanotritonError):
     """No server answers at that address."""
+
+
+class ServerUnavailable(ConnectError):
+    """The server that was there went, froze, stops, or lost a model's process before it answered.
+
+    Nothing is wrong with the request. lost: whether the connection went while the request was out, so
+    that the request itself may have ended the server.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+class OutOfPatience(ServerUnavailable):
+    """No healthy server answered for as long as a data-set run was told to wait for one."""
 
 
 class RequestTimeout(PanotritonError):

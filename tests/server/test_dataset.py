@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from panotriton.cli import main
+from panotriton.client import conversation
 from panotriton.errors import InvalidInput
 from panotriton.groups.dataset import Dataset
 from panotriton.server.launch import LocalServer
+from tests.server.harm import Victim, harmed
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 GROUPS = 6
@@ -171,6 +174,76 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_no_server_ends_the_run_with_its_own_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panotriton.cli.dataset._RETRIES", 0)
+    monkeypatch.setattr("panotriton.cli.dataset._CONTACT_S", 0.0)
     assert main(arguments(tmp_path / "out", "127.0.0.1:1")) == 3
     assert "goes on from here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def victim(standin_repository: Path, tmp_path: Path) -> Iterator[Victim]:
+    victim = Victim(standin_repository, tmp_path / "server.log")
+    yield victim
+    victim.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "WATCH_EVERY_S", 1.0)
+    monkeypatch.setattr(conversation, "SILENT_S", 2.0)
+
+
+def test_a_run_outlasts_its_server(
+    victim: Victim,
+    tmp_path: Path,
+    undisturbed: Path,
+    impatient: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Killed and started again, frozen and let go, and started again after a model's process was killed.
+
+    `make fault-check` does it with more seeds.
+    """
+    output = tmp_path / "out"
+    with harmed(victim, output, seed=1) as done:
+        assert main(arguments(output, victim.grpc_url)) == 0
+    assert done
+    assert "paused" in capsys.readouterr().err
+    assert content(output) == content(undisturbed)
+
+
+def test_patience_ends_with_its_own_code_and_the_run_goes_on_later(
+    victim: Victim, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    more = ["--sample-n", str(GROUPS), "--patience-s", "3"]
+    with harmed(victim, output, 2, harms=("kill stub for good",)):
+        assert main(arguments(output, victim.grpc_url, *more)) == 5
+    said = capsys.readouterr().err
+    assert "paused, for 3 s at most" in said
+    assert "goes on from here" in said
+    assert not (output / "failed.json").exists()
+    victim.restart()
+    assert main(arguments(output, victim.grpc_url)) == 0
+    assert content(output) == content(undisturbed)
+
+
+def test_a_pair_that_a_server_failed_on_keeps_its_place_for_the_next_run(
+    standin: LocalServer, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the servers had failed on the second pair of a run that has ended."""
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    failure = {"panoramas": [], "error": "the server died 2 times under it", "trouble": "server"}
+    failed = json.dumps({"2": failure})
+    (output / "failed.json").write_text(failed)
+    shutil.rmtree(output / "group_0002")
+    assert main(arguments(output, standin.grpc_url)) == 0
+    assert content(output) == content(undisturbed)
+
+    (output / "failed.json").write_text(failed)
+    shutil.rmtree(output / "group_0002")
+    more = ["--sample-n", str(GROUPS), "--retry-failed", "none"]
+    assert main(arguments(output, standin.grpc_url, *more)) == 0
+    assert not (output / "group_0002").exists()
+    assert (output / f"group_{GROUPS + 1:04d}").is_dir()  # in its place
+    assert capsys.readouterr().out

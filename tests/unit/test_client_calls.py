@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,10 +19,12 @@ from tritonclient.utils import InferenceServerException
 
 import panotriton
 from panotriton.client import calls, wire
+from panotriton.client.client import Client
 from panotriton.client.conversation import finished, waits
 from panotriton.client.pixels import Images
 from panotriton.client.shared_memory import layout
 from panotriton.client.transports import TRANSPORTS, Transport, transport
+from panotriton.client.transports.base import Witness
 from panotriton.client.twins import iterate, resolved, run
 from panotriton.errors import (
     ConnectError,
@@ -32,6 +35,7 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    ServerUnavailable,
 )
 from panotriton.models.osediff import plan_size
 from panotriton.pipeline.camera import Camera
@@ -195,7 +199,7 @@ def test_timings_are_exact_or_none() -> None:
 
 def speaking(protocol: str, *, asynchronous: bool = False) -> Transport:
     speaks = transport(protocol, asynchronous=asynchronous)
-    return speaks("host:1", 2.5, False, {"Authorization": "Bearer x"})
+    return speaks("host:1", False, {"Authorization": "Bearer x"})
 
 
 def answered(status: str) -> InferenceServerException:
@@ -238,8 +242,100 @@ class RpcError(grpc.RpcError):
 def test_errors_follow_the_status_code(
     protocol: str, error: Exception, live: bool, kind: type[PanotritonError]
 ) -> None:
-    assert type(speaking(protocol).mapped(error, live)) is kind
+    seen = Witness(live, live, known=False, waited_s=2.5)
+    assert type(speaking(protocol).mapped(error, seen)) is kind
     assert isinstance(error, speaking(protocol).failures)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "error", "kind"),
+    [
+        ("http", ("Stub process 'osediff_0_0' is not healthy.", "500"), ServerUnavailable),
+        ("grpc", ("a: Stub process 'a_0' is not healthy.", None), ServerUnavailable),  # a stream's
+        ("grpc", ("Request for 'x' has no available versions", "NOT_FOUND"), ServerUnavailable),
+        ("grpc", ("Server is stopping", "UNAVAILABLE"), ServerUnavailable),
+        ("grpc", ("Exceeds maximum queue size", "UNAVAILABLE"), ServerBusy),
+        ("grpc", ("Socket closed", "UNAVAILABLE"), ServerUnavailable),  # though another lives there
+        ("grpc", ("cancelled", "CANCELLED"), ServerUnavailable),
+        ("http", ("bad gateway", "502"), ServerUnavailable),
+        ("grpc", ("received metadata size exceeds hard limit", "RESOURCE_EXHAUSTED"), InvalidInput),
+        ("grpc", ("rate limit", "RESOURCE_EXHAUSTED"), ServerBusy),
+    ],
+)
+def test_the_servers_trouble_is_told_from_the_callers(
+    protocol: str, error: tuple[str, str | None], kind: type[PanotritonError]
+) -> None:
+    words, status = error
+    if status and protocol == "grpc":
+        status = f"StatusCode.{status}"
+    seen = Witness(live=True, ready=True, known=True, waited_s=1)
+    failure = InferenceServerException(words, status=status)
+    assert type(speaking(protocol).mapped(failure, seen)) is kind
+
+
+def test_a_live_server_that_is_not_ready_is_in_trouble() -> None:
+    seen = Witness(live=True, ready=False, known=True, waited_s=1)
+    for protocol, status in (("grpc", "StatusCode.UNAVAILABLE"), ("http", "503")):
+        found = speaking(protocol).mapped(answered(status), seen)
+        assert isinstance(found, ServerUnavailable)
+        assert "starts or stops" in str(found)
+
+
+def test_only_what_was_sent_can_be_lost() -> None:
+    seen = Witness(live=False, ready=False, known=True, waited_s=1)
+
+    def lost(protocol: str, error: BaseException) -> bool:
+        found = speaking(protocol).mapped(error, seen)
+        assert isinstance(found, ServerUnavailable)
+        return found.lost
+
+    gone = InferenceServerException("Socket closed", status="StatusCode.UNAVAILABLE")
+    refused = InferenceServerException(
+        "failed to connect to all addresses", status="StatusCode.UNAVAILABLE"
+    )
+    assert lost("grpc", gone)
+    assert not lost("grpc", refused)
+    assert lost("http", ConnectionResetError())
+    assert not lost("http", ConnectionRefusedError())
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (ServerBusy("full"), 5),
+        (ServerUnavailable("stops"), 5),
+        (ServerUnavailable("gone", lost=True), 2),  # not a third time
+        (ConnectError("never met"), 1),
+        (RequestTimeout("late"), 1),
+        (InvalidInput("wrong"), 1),
+        (InferenceFailed("failed"), 1),
+    ],
+)
+def test_what_is_sent_again_and_how_often(
+    error: PanotritonError, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    def fail(*arguments: Any) -> None:
+        sent.append(1)
+        raise error
+
+    with Client("127.0.0.1:1", retries=4) as client:
+        client._reached = True
+        monkeypatch.setattr(client._transport, "sleep", lambda seconds: None)
+        monkeypatch.setattr(client, "_exchange", fail)
+        with pytest.raises(type(error), match=str(error)):
+            client.upscale(image(8, 8))
+    assert len(sent) == tries
+
+
+def test_the_time_allowed_follows_the_work() -> None:
+    small, large = (calls.upscale(image(side, side), **SR).calls[0].timeout_s for side in (8, 1024))
+    assert small == pytest.approx(300, abs=1)
+    assert large == pytest.approx(300 + 20 * 4 * 1024**2 / 1e6)
+    (one,) = calls.score(image(64, 128)).calls
+    (two,) = calls.score([image(64, 128)] * 2).calls
+    assert (one.timeout_s, two.timeout_s) == pytest.approx((300 + 0.2 * 512, 300 + 0.4 * 512))
 
 
 def test_memory_is_used_again_only_when_the_server_has_answered() -> None:
@@ -252,7 +348,7 @@ def test_memory_is_used_again_only_when_the_server_has_answered() -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_headers_and_time_limits_reach_both_protocols(protocol: str, asynchronous: bool) -> None:
     speaks = speaking(protocol, asynchronous=asynchronous)
-    options = speaks.call_options()
+    options = speaks.call_options(2.5)
     assert options["headers"] == {"authorization": "Bearer x"}  # gRPC takes lower case only
     assert options["timeout"] == 2_500_000  # µs
     assert ("client_timeout" in options) == (protocol == "grpc")

@@ -505,7 +505,7 @@ def command(files: RandomFiles, output: Path, **options: Path | None) -> int:
 def test_the_taggers_files_only_go_together(
     files: RandomFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(files, tmp_path, dape=None, thresholds=None) == 1
+    assert command(files, tmp_path, dape=None, thresholds=None) == 2  # wrong arguments
     expected = "needs --tagger, --dape, --tags, --thresholds; --dape, --thresholds is missing"
     assert expected in capsys.readouterr().err
 

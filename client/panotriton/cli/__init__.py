@@ -31,6 +31,7 @@ _EXIT_CODES = """\
 exit codes:
   0  done               2  wrong arguments or input    130  interrupted
   1  the work failed    3  no server answers          4    serve: starting again did not help
+  5  dataset: no healthy server for --patience-s
 of several images each is worked on, and the first that failed gives the code
 """
 

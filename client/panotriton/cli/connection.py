@@ -17,7 +17,7 @@ from panotriton.cli.serve import add_repository_argument
 from panotriton.client.client import Client
 from panotriton.client.tls import Tls
 from panotriton.client.transports import TRANSPORTS
-from panotriton.errors import ConnectError, InvalidInput, PanotritonError, quoted
+from panotriton.errors import ConnectError, InvalidInput, OutOfPatience, PanotritonError, quoted
 from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, MAX_UPSCALE, TENSORS, Options
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.server.launch import LocalServer
@@ -119,6 +119,8 @@ def exit_code(error: PanotritonError) -> int:
     """What a command ends with for that error; the codes are in `panotriton --help`."""
     if isinstance(error, InvalidInput):
         return 2
+    if isinstance(error, OutOfPatience):
+        return 5
     return 3 if isinstance(error, ConnectError) else 1
 
 

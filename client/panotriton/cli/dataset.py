@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,10 +30,12 @@ from panotriton.cli.facts import facts
 from panotriton.cli.places import check_folder
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput, PanotritonError
-from panotriton.groups.dataset import Dataset, Summary, find_panoramas
+from panotriton.groups import layout
+from panotriton.groups.dataset import RETRY, Dataset, Summary, find_panoramas
 from panotriton.pipeline.images import FORMATS
 
-_RETRIES = 8  # a busy server is waited for, for about two minutes
+_CONTACT_S = 60.0  # for a server that comes up as late as this
+_PATIENCE_S = 600.0
 
 
 def add_parser(commands: Any) -> None:
@@ -43,7 +46,9 @@ def add_parser(commands: Any) -> None:
         "make many groups from folders of panoramas",
         "Run the pipeline on all pairs of the folders' panoramas in seeded order, until enough groups "
         "are done or enough intervals have passed the filter. Interrupted or killed, the same "
-        "command goes on where it was; the result depends on the seed alone, not on --in-flight.",
+        "command goes on where it was; the result depends on the seed alone, not on --in-flight. "
+        "While no healthy server answers the run pauses. A pair that a server failed on keeps its "
+        "place for the next run.",
         "  panotriton dataset panoramas/ --sample-n 100 --seed 1 -o out\n"
         "  panotriton dataset indoor/ outdoor/ --target-n 500 --seed 1 -o out --in-flight 4\n"
         "  panotriton dataset panoramas/ --sample-n 100 -o out --report   with HTML pages\n"
@@ -62,6 +67,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--report", action="store_true", help="write each group's report.html and index.html, too"
+    )
+    parser.add_argument(
+        "--patience-s",
+        type=float,
+        default=_PATIENCE_S,
+        metavar="S",
+        help="how long to pause for a healthy server, then exit with 5 (%(default)s)",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        choices=RETRY,
+        default=RETRY[0],
+        help="pairs of an earlier run to try again: those with the server's trouble (default), all, or "
+        "none, so that others take their place",
     )
     add_pipeline_arguments(parser)
     add_server_arguments(parser)
@@ -91,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _run(dataset: Dataset, url: str, protocol: str, more: dict[str, Any]) -> Summary:
-    async with AsyncClient(url, protocol=protocol, retries=_RETRIES, **more) as client:
+    async with AsyncClient(url, protocol=protocol, retries=0, **more) as client:  # the run's own
         return await dataset.run(client)
 
 
@@ -111,6 +130,10 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         options=asdict(pipeline_options(options)),
         pages=options.report,
         facts=ask,
+        retry_failed=options.retry_failed,
+        patience_s=options.patience_s,
+        contact_s=min(_CONTACT_S, options.patience_s),
+        warn=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 
@@ -139,5 +162,12 @@ def _result(summary: Summary, output: Path) -> tuple[Text, str]:
         f"{summary.groups} groups: {summary.intervals_kept} intervals kept, "
         f"{summary.intervals_dropped} dropped; {summary.failed} pairs failed"
     )
-    short = "" if summary.complete else "; there are no more pairs"
+    short = "" if summary.complete else f"; {_why_short(output)}"
     return Text(counts, "bold"), f"{short} → {output}"
+
+
+def _why_short(output: Path) -> str:
+    failures = json.loads((output / layout.FAILED).read_text(encoding="utf-8"))
+    if any(failure["trouble"] == "server" for failure in failures.values()):
+        return "the same command tries again what a server failed on"
+    return "there are no more pairs"

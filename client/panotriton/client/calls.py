@@ -25,6 +25,7 @@ from panotriton.client.pixels import (
 from panotriton.errors import InferenceFailed, InvalidImage, InvalidInput, quoted
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import (
+    DESCRIPTION_TOKENS,
     INTERVALS,
     MAX_PIXELS,
     MAX_QWEN_ASPECT,
@@ -32,6 +33,7 @@ from panotriton.pipeline.contract import (
     MAX_SR_PIXELS,
     MIN_QWEN_SIDE_PX,
     MIN_SR_SIDE_PX,
+    SCORE_TOKENS,
     SR_OPTIONS,
     Options,
     check_seed,
@@ -54,6 +56,7 @@ __all__ = [
     "Call",
     "Failure",
     "Plan",
+    "Stream",
     "Value",
     "crop",
     "describe",
@@ -85,19 +88,49 @@ _RESULTS = (
 )
 
 
+# How long a request may take, unless the client is told otherwise. Only who waits on a request that is lost
+# inside a living server waits that long: a server that went or froze is noticed within half a minute.
+_BASE_S = 300.0  # for the queue before it, and for what is small
+_S_PER_MEGAPIXEL = 20.0  # that is made by super-resolution
+_S_PER_TOKEN = 0.2
+_UNKNOWN_S = 3600.0
+_MAX_NAME_BYTES = 1024  # of longer ones gRPC and HTTP refuse the answer, which repeats them
+
+
+def _allowed_s(*, pixels: int = 0, tokens: int = 0) -> float:
+    return _BASE_S + _S_PER_MEGAPIXEL * pixels / 1e6 + _S_PER_TOKEN * tokens
+
+
+def _group_s(options: Options) -> float:
+    """For a group that keeps all its intervals."""
+    images = 2 * INTERVALS * (2 + options.interpolations)  # in crops
+    tokens = INTERVALS * (2 * SCORE_TOKENS + DESCRIPTION_TOKENS)
+    return _allowed_s(pixels=images * (options.crop_size * options.upscale) ** 2, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One request to `panorama_stream`, and how long it may take to its last event."""
+
+    inputs: Mapping[str, Value]
+    timeout_s: float
+
+
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request.
 
     inputs: `Images` may travel through shared memory, arrays never do. outputs: name → the most
     bytes that an image output can have, 0 for outputs that always travel inside the response.
-    decode: the response's arrays and its timings → what the caller gets.
+    decode: the response's arrays and its timings → what the caller gets. timeout_s: how long it may
+    take, if the client does not say.
     """
 
     model: str
     inputs: Mapping[str, Value]
     outputs: Mapping[str, int]
     decode: Callable[[Tensors, Timings], T]
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -148,12 +181,17 @@ def infer(
     model: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | Mapping[str, int]
 ) -> Call[Tensors]:
     """Any request: image-like inputs, uint8 of three axes or more, may travel through memory."""
+    for name in (model, *inputs, *outputs):
+        if len(name.encode()) > _MAX_NAME_BYTES:
+            raise InvalidInput(
+                f"the name {name[:20]!r}… has {len(name.encode())} bytes; expected {_MAX_NAME_BYTES} at most"
+            )
     sizes = outputs if isinstance(outputs, Mapping) else dict.fromkeys(outputs, 0)
     values: dict[str, Value] = {
         name: Images((value,), alone=True) if value.dtype == np.uint8 and value.ndim >= 3 else value
         for name, value in inputs.items()
     }
-    return Call(model, values, sizes, lambda tensors, timings: tensors)
+    return Call(model, values, sizes, lambda tensors, timings: tensors, _UNKNOWN_S)
 
 
 def process(
@@ -182,7 +220,7 @@ def process(
         host = {name: _on_host(value) for name, value in tensors.items()}
         return group_from_tensors(host, timings, model)
 
-    return Call(model, images | tensors, outputs, decode)
+    return Call(model, images | tensors, outputs, decode, _group_s(options))
 
 
 def stream(
@@ -192,11 +230,11 @@ def stream(
     seed: int | None,
     cameras: NDArray[np.float64] | None,
     options: Options,
-) -> dict[str, Value]:
-    """The inputs of `panorama_stream`, whose responses `events.event_from_tensors` reads."""
+) -> Stream:
+    """What `panorama_stream` is asked; `events.event_from_tensors` reads its responses."""
     tensors = options.check().tensors() | _camera_tensors(seed, cameras)
     _, images = _panoramas(panorama_1, panorama_2, cuda=False)
-    return images | tensors
+    return Stream(images | tensors, _group_s(options))
 
 
 def upscale(
@@ -206,8 +244,10 @@ def upscale(
     tensors = options.check().tensors(*SR_OPTIONS)
 
     def call(batch: Images) -> Call[list[Upscaled]]:
-        outputs = {"IMAGES_SR": batch.nbytes * options.upscale**2, "WARNING": 0}
-        return Call("osediff", {"IMAGES": batch, **tensors}, outputs, decode)
+        sharp_bytes = batch.nbytes * options.upscale**2
+        timeout_s = _allowed_s(pixels=sharp_bytes // 3)
+        outputs = {"IMAGES_SR": sharp_bytes, "WARNING": 0}
+        return Call("osediff", {"IMAGES": batch, **tensors}, outputs, decode, timeout_s)
 
     def decode(tensors: Tensors, timings: Timings) -> list[Upscaled]:
         told = warning(tensors)
@@ -248,7 +288,8 @@ def score(
 
     def call(batch: Images) -> Call[list[Score]]:
         outputs = dict.fromkeys(("SCORE", "SUB_SCORES", "RAW_OUTPUT"), 0)
-        return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores)
+        timeout_s = _allowed_s(tokens=batch.shape[0] * SCORE_TOKENS)
+        return Call("qwen_scorer", {"IMAGES": batch, **options}, outputs, _scores, timeout_s)
 
     return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
 
@@ -260,7 +301,8 @@ def describe(
 
     def call(batch: Images) -> Call[list[Description]]:
         outputs = dict.fromkeys(("DESCRIPTION", "DESCRIPTION_ERROR"), 0)
-        return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions)
+        timeout_s = _allowed_s(tokens=batch.shape[0] * DESCRIPTION_TOKENS)
+        return Call("qwen_describer", {"IMAGES": batch}, outputs, _descriptions, timeout_s)
 
     return _plan(images, _qwen_reader(cuda), call, _qwen_most, return_exceptions)
 
@@ -294,7 +336,8 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
         views = zip(tensors["CROPS"], wanted, strict=True)
         return [Cropped(view, timings, "crop", camera) for view, camera in views]
 
-    call = Call("crop", inputs, {"CROPS": len(wanted) * 3 * size**2}, decode)
+    outputs = {"CROPS": len(wanted) * 3 * size**2}
+    call = Call("crop", inputs, outputs, decode, _allowed_s())
     return Plan((call,), (tuple(range(len(wanted))),), single=isinstance(cameras, Camera))
 
 

@@ -40,15 +40,23 @@ class Client(Conversation):
     Nothing is sent before the first call. Threads may share a client; over HTTP each has a
     connection of its own. Use it in a `with` block.
 
-    timeout_s bounds each request; the server is told. retries: how often a call is sent again that
-    found no server or a full queue, after 0.25, 0.5, 1 … s ± half; nothing is repeated that may
-    have begun. timings: ask the server what part of each request was queue, compute and network
-    (two small requests more). tls: True, or a `Tls` with certificate files. headers go with every
-    request, for authentication.
+    timeout_s bounds each request; the server is told. By default it follows the work: 300 s, 20 s for
+    each megapixel that super-resolution makes and 0.2 s for each token that Qwen may write, which is
+    100 minutes for a group as `process` makes it; an hour for `infer`. A server that goes is noticed at
+    once whatever the time allowed. One that holds the connection and says nothing is asked every 10 s
+    whether it lives, and given up after 20 s of silence.
+
+    retries: how often a call is sent again, after 0.25, 0.5, 1 … s ± half, that found no server or a full
+    queue, and after four times as long, that found the server in trouble: starting, stopping, gone or
+    frozen in between, without one of its models' processes. A request with which the server went twice is
+    not sent a third time; a stream that has begun is not sent again. timings: ask the server what
+    part of each request was queue, compute and network (two small requests more). tls: True, or
+    a `Tls` with certificate files. headers go with every request, for authentication.
 
     Every method raises InvalidInput or InvalidImage for its arguments before anything is sent, and
-    ConnectError, RequestTimeout, ServerBusy, ModelUnavailable, InvalidInput or InferenceFailed for
-    what the server says. `via` sends a call's images through shared memory, see `shared_memory`.
+    ConnectError (ServerUnavailable, where a server has answered before), RequestTimeout, ServerBusy,
+    ModelUnavailable, InvalidInput or InferenceFailed for what the server says or does. `via` sends
+    a call's images through shared memory, see `shared_memory`.
     """
 
     _asynchronous = False

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from panotriton.client import wire
-from panotriton.client.calls import Call, Plan, Value
+from panotriton.client.calls import Call, Plan, Stream
 from panotriton.client.cuda import CudaSlot, check_cuda
 from panotriton.client.shared_memory import Pool, Slot, SystemSlot, layout
 from panotriton.client.tls import Tls
 from panotriton.client.transports import transport
+from panotriton.client.transports.base import CONNECT_TIMEOUT_S, Pending, Witness, in_trouble
 from panotriton.client.twins import resolved
 from panotriton.errors import (
     ConnectError,
@@ -24,6 +25,7 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    ServerUnavailable,
     SharedMemoryError,
     quoted,
 )
@@ -35,7 +37,14 @@ __all__ = ["Conversation", "finished", "waits"]
 T = TypeVar("T")
 P = TypeVar("P", bound=Pool)
 
+WATCH_EVERY_S = 10.0
+"""How long an answer is waited for before the server is asked whether it lives, again and again."""
+SILENT_S = 20.0
+"""How long it may take to say so, before the request is given up."""
+
 _BACKOFF_S = 0.25
+_TROUBLE_BACKOFF = 4  # times as long: a process starts, a queue only moves on
+_DEATHS = 2
 _STATISTICS_WAIT_S = 0.1
 _STREAM = "panorama_stream"
 
@@ -50,19 +59,21 @@ class Conversation:
         url: str = "localhost:8001",
         *,
         protocol: str = "grpc",
-        timeout_s: float = 3600.0,
+        timeout_s: float | None = None,
         retries: int = 2,
         timings: bool = False,
         tls: bool | Tls = False,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         speaks = transport(protocol, asynchronous=self._asynchronous)
-        self._transport = speaks(url, timeout_s, tls, headers)
+        self._transport = speaks(url, tls, headers)
         self.url = url
         self.protocol = protocol
+        self._timeout_s = timeout_s
         self._retries = retries
         self._wants_timings = timings
-        self._reached = False
+        self._reached = False  # it answers, as far as we know
+        self._known = False  # it has answered
 
     async def _health(self) -> Health:
         metadata = await self._ask("get_server_metadata")
@@ -89,23 +100,40 @@ class Conversation:
             return plan.failed(index, error)
 
     async def _send(self, call: Call[T], via: Pool | None) -> T:
-        await self._reach()
-        return await self._retrying(ServerBusy, lambda: self._once(call, via))
+        return await self._retrying(lambda: self._once(call, via))
+
+    async def _retrying(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The policy of what is done again, after a pause: what found no server, one in trouble, or no room.
+
+        A request with which the server went twice may be why it went: it is not sent a third time.
+        """
+        deaths = 0
+        for wait_s in (*waits(self._retries), None):
+            try:
+                return await self._reaching(work)
+            except _Unreached as unreached:
+                error: PanotritonError = unreached.why
+            except (ServerBusy, ServerUnavailable) as again:
+                error = again
+            trouble = isinstance(error, ServerUnavailable)
+            deaths += isinstance(error, ServerUnavailable) and error.lost
+            if wait_s is None or deaths == _DEATHS:
+                raise error
+            await resolved(self._transport.sleep(wait_s * (_TROUBLE_BACKOFF if trouble else 1)))
+        raise AssertionError("the last try returns or raises")
+
+    async def _reaching(self, work: Callable[[], Awaitable[T]]) -> T:
+        """`work`, of a server that answers: nothing is sent to one that does not."""
+        try:
+            await self._reach()
+        except ConnectError as error:
+            raise _Unreached(error) from error
+        return await work()
 
     async def _reach(self) -> None:
-        """Find the server before anything is sent that must not be sent twice."""
         if not self._reached:
-            await self._retrying(ConnectError, lambda: self._ask("is_server_live"))
-            self._reached = True
-
-    async def _retrying(self, kind: type[Exception], work: Callable[[], Awaitable[T]]) -> T:
-        """The policy of what is done again: `work`, after a failure of this kind and a pause."""
-        for wait_s in waits(self._retries):
-            try:
-                return await work()
-            except kind:
-                await resolved(self._transport.sleep(wait_s))
-        return await work()
+            await self._ask("is_server_live")
+            self._reached = self._known = True
 
     async def _once(self, call: Call[T], via: Pool | None) -> T:
         before = await self._stage(call.model)
@@ -131,11 +159,37 @@ class Conversation:
     ) -> dict[str, Any]:
         inputs = wire.encode(self._transport.library, call.inputs, slot, places)
         outputs = wire.requested(self._transport.library, call.outputs, slot, places)
+        timeout_s = self._timeout_s or call.timeout_s
         try:
-            result = await self._transport.infer(call.model, inputs, outputs)
+            pending = self._transport.begin(call.model, inputs, outputs, timeout_s)
+            result = await self._watched(pending, time.monotonic() + timeout_s)
         except self._transport.failures as error:
-            raise await self._settled(call.model, await self._mapped(error)) from error
+            found = await self._mapped(error, timeout_s)
+            raise await self._settled(call.model, found) from error
         return wire.decode(result, call.outputs, slot, places)
+
+    async def _watched(self, pending: Pending, deadline: float) -> Any:
+        """The answer. While it does not come, the server is asked whether it lives.
+
+        Pings and TCP know only that the machine does: a server that is stopped answers nobody.
+        """
+        try:
+            while not await resolved(pending.wait(min(WATCH_EVERY_S, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError
+                if not await self._is("is_server_live", SILENT_S):
+                    self._reached = False
+                    raise self._frozen()
+            return pending.result()
+        except BaseException:
+            pending.cancel()
+            raise
+
+    def _frozen(self) -> ServerUnavailable:
+        return ServerUnavailable(
+            f"the server at {self.url} holds the connection, but has not said for {SILENT_S:g} s that it "
+            "lives: it is frozen, overloaded or cut off"
+        )
 
     async def _settled(self, model: str, error: Exception) -> Exception:
         """The server calls a request for a model that it does not serve an invalid argument."""
@@ -149,37 +203,61 @@ class Conversation:
         except (InvalidInput, ModelUnavailable):  # of a model that it has never heard of
             return False
 
-    def _events(self, inputs: Mapping[str, Value]) -> AsyncGenerator[Event, None]:
+    def _events(self, stream: Stream) -> AsyncGenerator[Event, None]:
         """Those of `panorama_stream`; raises InvalidInput at once where there are no streams."""
-        encoded = wire.encode(self._transport.library, inputs)
-        return self._followed(self._transport.stream(_STREAM, encoded))
+        timeout_s = self._timeout_s or stream.timeout_s
+        deadline = time.monotonic() + timeout_s
 
-    async def _followed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        await self._reach()
-        if not await self._serves(_STREAM):
-            raise wire.not_served(_STREAM)  # a stream's error would carry no status code
+        async def watch(pending: Pending) -> Any:
+            return await self._watched(pending, deadline)
+
+        encoded = wire.encode(self._transport.library, stream.inputs)
+        events = self._transport.stream(_STREAM, encoded, timeout_s, watch)
+        return self._followed(events, timeout_s)
+
+    async def _followed(
+        self, events: AsyncGenerator[Event, None], timeout_s: float
+    ) -> AsyncGenerator[Event, None]:
+        await self._retrying(self._check_streams)  # a stream's error would carry no status code
         try:
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event
         except self._transport.failures as error:
-            raise await self._mapped(error) from error
+            raise await self._mapped(error, timeout_s) from error
+        except InferenceFailed as error:  # an event
+            if in_trouble(str(error)):
+                raise ServerUnavailable(f"{self.url}: {error}") from error
+            raise
+
+    async def _check_streams(self) -> None:
+        if not await self._serves(_STREAM):
+            with contextlib.suppress(InvalidInput, ModelUnavailable):
+                await self._ask("get_model_metadata", model_name=_STREAM)  # unloaded: says so
+            raise wire.not_served(_STREAM)
 
     async def _ask(self, question: str, **arguments: Any) -> Any:
+        within_s = min(CONNECT_TIMEOUT_S, self._timeout_s or CONNECT_TIMEOUT_S)
         try:
-            return await self._transport.ask(question, **arguments)
+            return await self._transport.ask(question, within_s=within_s, **arguments)
         except self._transport.failures as error:
-            raise await self._mapped(error) from error
+            found = await self._mapped(error, within_s)
+            if isinstance(found, RequestTimeout) and within_s == CONNECT_TIMEOUT_S:
+                found = ServerUnavailable(f"{found}: it is frozen, overloaded or cut off")
+            raise found from error
 
-    async def _is(self, question: str) -> bool:
+    async def _is(self, question: str, within_s: float = CONNECT_TIMEOUT_S) -> bool:
+        within_s = min(within_s, self._timeout_s or within_s)
         try:
-            return bool(await self._transport.ask(question))
+            return bool(await self._transport.ask(question, within_s=within_s))
         except self._transport.failures:
             return False
 
-    async def _mapped(self, error: BaseException) -> Exception:
-        live = self._transport.doubtful(error) and await self._is("is_server_live")
-        found = self._transport.mapped(error, live)
+    async def _mapped(self, error: BaseException, waited_s: float) -> Exception:
+        doubtful = self._transport.doubtful(error) and not self._transport.cut_off(error)
+        live = doubtful and await self._is("is_server_live")
+        ready = live and await self._is("is_server_ready")
+        found = self._transport.mapped(error, Witness(live, ready, self._known, waited_s))
         self._reached = self._reached and not isinstance(found, ConnectError)
         return found
 
@@ -212,12 +290,20 @@ class Conversation:
 
     async def _memory(self, question: str, *arguments: Any) -> None:
         try:
-            await self._transport.ask(question, *arguments)
+            await self._transport.ask(question, *arguments, within_s=CONNECT_TIMEOUT_S)
         except self._transport.failures as error:
             raise SharedMemoryError(
                 f"{question.replace('_', ' ')} failed at {self.url}: {error}; the server must run on this "
                 "machine and allow clients' shared memory"
             ) from error
+
+
+class _Unreached(Exception):
+    """No server answered before anything was sent. why: what the caller is told."""
+
+    def __init__(self, why: ConnectError) -> None:
+        super().__init__()
+        self.why = why
 
 
 def waits(retries: int) -> Iterator[float]:

@@ -27,7 +27,7 @@ class Tls:
 
     def gevent_context(self, cafile: str | None = None) -> Any:
         """The same for tritonclient's HTTP client, whose own idea of `cafile` does not count."""
-        import gevent.ssl  # type: ignore[import-untyped]  # noqa: PLC0415
+        import gevent.ssl  # noqa: PLC0415
 
         return self._with_certificate(gevent.ssl.create_default_context(cafile=_text(self.ca)))
 

@@ -8,12 +8,14 @@ dataset.json     what the run is made of; a run with other panoramas, seed or op
 group_0001/ …    in order: a group appears when all before it are settled, complete, by one rename;
                  with `pages` its report.html is inside
 results.json     those groups' results, rewritten whole
-failed.json      pairs that gave no group, and why
+failed.json      pairs that gave no group, why, and whose trouble it was: of their "input", or the "server"'s
 index.html       with `pages`, over all reports, when the run is done
 summary.json     counts, when the run is done
 .work/           groups that wait for an earlier one, and unfinished ones; gone when the run is done
 ```
-A run that was killed goes on where it was: what is complete is never made again.
+A run that was killed goes on where it was: what is complete is never made again. While no healthy server
+answers it pauses. A pair that a server failed on keeps its place: no other is made for it, and the next run
+tries it again.
 """
 
 from __future__ import annotations
@@ -36,11 +38,17 @@ from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.groups import layout
 from panotriton.groups.folder import base_name, fill_group, process_command, read_result, write_json
+from panotriton.groups.patience import Outages
 from panotriton.groups.report import write_index, write_report
 from panotriton.pipeline.contract import INTERVALS, Options
 from panotriton.pipeline.images import SUFFIXES, images_in
 
-__all__ = ["Dataset", "Summary", "find_panoramas", "pair_order"]
+__all__ = ["RETRY", "Dataset", "Summary", "find_panoramas", "pair_order"]
+
+RETRY = ("server", "all", "none")
+"""Which of the pairs that failed in an earlier run are tried again: those with the server's trouble …"""
+
+_INPUT, _SERVER = "input", "server"
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """result: the group's entry of results.json, None where the pair failed, for `error`."""
+    """result: the group's entry of results.json, None where the pair failed, for `error`; trouble: whose."""
 
     result: dict[str, Any] | None
     error: str = ""
+    trouble: str = ""
 
     @property
     def kept(self) -> int:
@@ -107,7 +116,8 @@ class Dataset:
     options: the fields of `contract.Options`, the same for every group.
     report: called with a line whenever a group is settled. pages: write HTML reports, too. facts:
     asked, whenever a group is made, what its group_info.json says of the server; the same server must
-    give the same answer, or runs differ.
+    give the same answer, or runs differ. retry_failed: one of `RETRY`. patience_s: how long the run waits
+    for a healthy server; contact_s: for the first sign of one. warn: told of pauses.
     """
 
     panoramas: Sequence[Path]
@@ -120,6 +130,10 @@ class Dataset:
     report: Callable[[Summary, str], None] = lambda summary, line: None
     pages: bool = False
     facts: Callable[[AsyncClient], Awaitable[Mapping[str, Any]]] = _no_facts
+    retry_failed: str = RETRY[0]
+    patience_s: float = 600.0
+    contact_s: float = 60.0
+    warn: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         if (self.sample_n is None) == (self.target_n is None):
@@ -130,6 +144,10 @@ class Dataset:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name} is {value}; expected 1 or more")
+        if self.retry_failed not in RETRY:
+            raise InvalidInput(
+                f"retry_failed is {self.retry_failed!r}; expected {', '.join(RETRY)}"
+            )
         Options(**self.options).check()
         self._pairs = pair_order(len(self.panoramas), self.seed)
         self._outcomes: dict[int, _Outcome] = {}  # by place in the order
@@ -140,7 +158,8 @@ class Dataset:
     async def run(self, client: AsyncClient) -> Summary:
         """Make what is missing. Cancelled, or on an error of the server, it leaves a state to go on from.
 
-        Raises InvalidInput where the folder holds another run, or is in use by one.
+        Raises InvalidInput where the folder holds another run, or is in use by one, OutOfPatience where no
+        healthy server answers any more, ConnectError where none ever did.
         """
         with self._owned():
             self._read_failures()
@@ -152,12 +171,13 @@ class Dataset:
 
     async def _work(self, client: AsyncClient) -> None:
         tasks: dict[asyncio.Task[_Outcome], int] = {}
+        outages = Outages(client, self.patience_s, self.contact_s, self.warn)
         started = 0
         try:
             while not self._settle():
                 while len(tasks) < self.in_flight and self._wanted(started):
                     if started not in self._outcomes:
-                        tasks[asyncio.create_task(self._make(client, started))] = started
+                        tasks[asyncio.create_task(self._make(client, outages, started))] = started
                     started += 1
                 if tasks:
                     await self._next(tasks)
@@ -177,8 +197,9 @@ class Dataset:
             return False
         if self.sample_n is None:
             return True
-        failed = sum(outcome.result is None for outcome in self._outcomes.values())
-        return index - failed < self.sample_n
+        failed = (o for o in self._outcomes.values() if o.result is None)
+        replaced = sum(not self._is_owed(outcome) for outcome in failed)
+        return index < self._floor or index - replaced < self.sample_n
 
     def _recall(self) -> None:
         """Take what an earlier run has left: groups in place, and those that waited for one before."""
@@ -192,7 +213,15 @@ class Dataset:
                     if folder == self.output:
                         self._floor = max(self._floor, number)
 
-    async def _make(self, client: AsyncClient, index: int) -> _Outcome:
+    async def _make(self, client: AsyncClient, outages: Outages, index: int) -> _Outcome:
+        while True:
+            outcome = await outages.attempt(lambda: self._try(client, index))
+            if isinstance(outcome, _Outcome):
+                return outcome
+            if why := outages.blamed(index, outcome):
+                return _Outcome(None, why, _SERVER)
+
+    async def _try(self, client: AsyncClient, index: int) -> _Outcome:
         paths = [self.panoramas[place] for place in self._pairs[index]]
         seed = group_seed(self.seed, index)
         try:
@@ -200,8 +229,10 @@ class Dataset:
             group = await client.process(
                 *paths, seed=seed, intermediates=True, **dict(self.options)
             )
-        except (InvalidInput, InferenceFailed) as error:
-            return _Outcome(None, str(error))
+        except InvalidInput as error:
+            return _Outcome(None, str(error), _INPUT)
+        except InferenceFailed as error:
+            return _Outcome(None, str(error), _SERVER)
         about = {
             "panoramas": [str(path) for path in paths],
             "options": {"seed": seed, **self.options},
@@ -238,7 +269,17 @@ class Dataset:
             self._settled += 1
             self._write_results()
             self.report(self.summary(), self._line(outcome))
-        return self._enough() or self._settled == len(self._pairs)
+        ended = self._settled >= self._floor and (self._enough() or self._owes())
+        return ended or self._settled == len(self._pairs)
+
+    def _owes(self) -> bool:
+        """Whether all that is missing are groups that the next run makes."""
+        owed = sum(self._is_owed(self._outcomes[index]) for index in range(self._settled))
+        return self.sample_n is not None and self._count()["groups"] + owed >= self.sample_n
+
+    def _is_owed(self, outcome: _Outcome) -> bool:
+        """Whether a server failed on the pair: it keeps its place, unless it is never tried again."""
+        return outcome.trouble == _SERVER and self.retry_failed != "none"
 
     def _enough(self) -> bool:
         summary = self._count()
@@ -282,7 +323,11 @@ class Dataset:
     def _write_failures(self, *, last: bool = False) -> None:
         known = range(self._settled if last else len(self._pairs))
         failures = {
-            str(index + 1): {"panoramas": self._names(index), "error": outcome.error}
+            str(index + 1): {
+                "panoramas": self._names(index),
+                "error": outcome.error,
+                "trouble": outcome.trouble,
+            }
             for index, outcome in sorted(self._outcomes.items())
             if outcome.result is None and index in known
         }
@@ -301,10 +346,14 @@ class Dataset:
             write_index(self.output)
 
     def _read_failures(self) -> None:
+        """Those that are not tried again."""
         path = self.output / layout.FAILED
-        if path.exists():
-            for group_id, failure in json.loads(path.read_text(encoding="utf-8")).items():
-                self._outcomes[int(group_id) - 1] = _Outcome(None, failure["error"])
+        if not path.exists() or self.retry_failed == "all":
+            return
+        for group_id, failure in json.loads(path.read_text(encoding="utf-8")).items():
+            trouble = failure.get("trouble", _SERVER)  # in older files it is not known
+            if trouble != self.retry_failed:
+                self._outcomes[int(group_id) - 1] = _Outcome(None, failure["error"], trouble)
 
     def _names(self, index: int) -> list[str]:
         return [str(self.panoramas[place]) for place in self._pairs[index]]

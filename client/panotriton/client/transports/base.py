@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from tritonclient.utils import InferenceServerException
 
@@ -19,13 +21,71 @@ from panotriton.errors import (
     PanotritonError,
     RequestTimeout,
     ServerBusy,
+    ServerUnavailable,
     quoted,
 )
 from panotriton.pipeline.events import Event
 
-__all__ = ["CONNECT_TIMEOUT_S", "Transport"]
+__all__ = ["CONNECT_TIMEOUT_S", "Awaited", "Pending", "Transport", "Watch", "Witness", "in_trouble"]
 
 CONNECT_TIMEOUT_S = 10.0
+# Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
+_TROUBLE = re.compile(
+    r"Stub process .*is not healthy|Server is stopping|has no available versions|Model '.*' is not ready"
+)
+
+
+def in_trouble(message: str) -> bool:
+    """Whether the server's words tell of itself, not of the request, whatever their status."""
+    return bool(_TROUBLE.search(message))
+
+
+class Pending(Protocol):
+    """A request that is out.
+
+    wait: whether the answer has come within so many seconds; an asynchronous one's is awaited. result:
+    the answer, or raises why there is none. cancel: nobody wants it any more.
+    """
+
+    def wait(self, seconds: float) -> Any: ...
+    def result(self) -> Any: ...
+    def cancel(self) -> None: ...
+
+
+Watch = Callable[[Pending], Awaitable[Any]]
+"""Waits for an answer as long as there is hope for one."""
+
+
+class Awaited:
+    """A coroutine that the event loop works on."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def wait(self, seconds: float) -> bool:
+        await asyncio.wait({self._task}, timeout=max(seconds, 0.0))
+        return self._task.done()
+
+    def result(self) -> Any:
+        return self._task.result()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What a client knows when a request fails, beside the failure.
+
+    live, ready: what the server answers, asked afterwards, where the failure leaves doubt. known: whether
+    it has answered before. waited_s: how long the request was allowed to take.
+    """
+
+    live: bool
+    ready: bool
+    known: bool
+    waited_s: float
 
 
 class Transport:
@@ -47,13 +107,10 @@ class Transport:
     # The status of a full queue and of a server that is gone: only asking whether it lives tells.
     unavailable: ClassVar[str]
 
-    def __init__(
-        self, url: str, timeout_s: float, tls: bool | Tls, headers: Mapping[str, str] | None
-    ) -> None:
+    def __init__(self, url: str, tls: bool | Tls, headers: Mapping[str, str] | None) -> None:
         if "://" in url:
             raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
         self.url = url
-        self.timeout_s = timeout_s
         self.tls = tls if isinstance(tls, Tls) else Tls() if tls else None
         self.headers = {name.lower(): value for name, value in (headers or {}).items()}
         self._connections: list[Any] = []
@@ -80,25 +137,26 @@ class Transport:
         """For a request that may take `timeout_s`."""
         return {"headers": dict(self.headers)}  # a copy: tritonclient adds its own
 
-    def call_options(self) -> dict[str, Any]:
+    def call_options(self, timeout_s: float) -> dict[str, Any]:
         """For an inference: the time that it may take is told to the server too."""
-        return self.options(self.timeout_s) | {"timeout": int(self.timeout_s * 1e6)}
+        return self.options(timeout_s) | {"timeout": int(timeout_s * 1e6)}
 
     def sleep(self, seconds: float) -> Any:
         """Let the server, or another call, go on."""
         time.sleep(seconds)
 
-    async def ask(self, question: str, *arguments: Any, **named: Any) -> Any:
+    async def ask(self, question: str, *arguments: Any, within_s: float, **named: Any) -> Any:
         """One of tritonclient's small questions, which is answered at once, with JSON."""
-        options = self.options(min(CONNECT_TIMEOUT_S, self.timeout_s)) | named
+        options = self.options(within_s) | named
         return await resolved(getattr(self.connection, question)(*arguments, **options))
 
-    async def infer(self, model: str, inputs: list[Any], outputs: list[Any]) -> Any:
-        """tritonclient's result of one inference."""
-        options = self.call_options()
-        return await resolved(self.connection.infer(model, inputs, outputs=outputs, **options))
+    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
+        """Send one inference, whose answer is tritonclient's result."""
+        raise NotImplementedError
 
-    def stream(self, model: str, inputs: list[Any]) -> AsyncGenerator[Event, None]:
+    def stream(
+        self, model: str, inputs: list[Any], timeout_s: float, watch: Watch
+    ) -> AsyncGenerator[Event, None]:
         """Events as they come, `Done` at last; InvalidInput at once where none can be sent one by one."""
         raise InvalidInput(
             f"stream needs gRPC, this client speaks {self.name.upper()}: use Client('host:8001'), or "
@@ -106,25 +164,54 @@ class Transport:
         )
 
     def doubtful(self, error: BaseException) -> bool:
-        """Whether only asking the server if it lives tells a full queue from a server that is gone."""
-        return self.answer(error)[0] == self.unavailable
+        """Whether only asking the server tells what happened: to a full queue, a silence, its end."""
+        return self._is_late(error) or self.answer(error)[0] == self.unavailable
 
-    def mapped(self, error: BaseException, live: bool) -> PanotritonError:
-        """Our error for one of `failures`, by its status code. `live` settles the doubtful ones."""
+    def never_sent(self, error: BaseException) -> bool:
+        """Whether nobody was there to send the request to."""
+        return isinstance(error, ConnectionRefusedError)
+
+    def cut_off(self, error: BaseException) -> bool:
+        """Whether the connection failed, in place of any word from the server."""
+        return self.answer(error)[0] is None and not isinstance(error, InferenceServerException)
+
+    def mapped(self, error: BaseException, seen: Witness) -> PanotritonError:
+        """Our error for one of `failures`: by what the server did, then by its status code."""
         status, text = self.answer(error)
         message = (text or type(error).__name__).removeprefix("[request id: <id_unknown>] ").strip()
-        kind = self.errors.get(status or "", InferenceFailed)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)) or kind is RequestTimeout:
-            return RequestTimeout(f"{self.url} did not answer within {self.timeout_s:g} s")
-        if status == self.unavailable and live:
+        if self._is_late(error):
+            return self._late(seen)
+        if self.cut_off(error) or (status == self.unavailable and not seen.live):
+            return self._gone(message, seen, lost=not self.never_sent(error))
+        if in_trouble(message):
+            return ServerUnavailable(f"{self.url}: {message}")
+        if status == self.unavailable and not seen.ready:
+            return ServerUnavailable(f"{self.url} starts or stops: {message}")
+        if status == self.unavailable:
             return ServerBusy(f"{self.url}: {message}")
-        answered = status is not None or isinstance(error, InferenceServerException)
-        if status == self.unavailable or not answered:
-            return ConnectError(
-                f"no server answers over {self.name} at {self.url} ({message}); "
-                "start one with `panotriton serve`, or name another with --url"
+        return self.errors.get(status or "", InferenceFailed)(message)
+
+    def _is_late(self, error: BaseException) -> bool:
+        kind = self.errors.get(self.answer(error)[0] or "")
+        return isinstance(error, (TimeoutError, asyncio.TimeoutError)) or kind is RequestTimeout
+
+    def _late(self, seen: Witness) -> RequestTimeout:
+        state = (
+            "it is alive: the request still waits or is computed there, give it longer (timeout_s)"
+            if seen.live
+            else "nor does it say that it is alive"
+        )
+        return RequestTimeout(f"{self.url} did not answer within {seen.waited_s:g} s; {state}")
+
+    def _gone(self, message: str, seen: Witness, *, lost: bool) -> ConnectError:
+        if seen.known:
+            return ServerUnavailable(
+                f"the server at {self.url} went before it answered ({message})", lost=lost
             )
-        return kind(message)
+        return ConnectError(
+            f"no server answers over {self.name} at {self.url} ({message}); "
+            "start one with `panotriton serve`, or name another with --url"
+        )
 
     def answer(self, error: BaseException) -> tuple[str | None, str | None]:
         """The server's status code and its words; no code where none came, nor inside a stream."""

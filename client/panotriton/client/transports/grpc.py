@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, ClassVar
 
 import tritonclient.grpc
 import tritonclient.grpc.aio
 from grpc import RpcError  # type: ignore[import-untyped]
 
-from panotriton.client.transports.base import Transport
-from panotriton.errors import InvalidInput, ModelUnavailable, RequestTimeout, ServerBusy
+from panotriton.client.transports.base import Awaited, Pending, Transport, Watch, Witness
+from panotriton.errors import (
+    InvalidInput,
+    ModelUnavailable,
+    PanotritonError,
+    RequestTimeout,
+    ServerBusy,
+    ServerUnavailable,
+)
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 
 __all__ = ["Asynchronous", "Blocking"]
 
 # Messages of any size; and a server that was away is looked for every second, not, as by default, after
-# up to two minutes: our own retries would find the channel asleep.
+# up to two minutes: our own retries would find the channel asleep. Pings find a network that swallows
+# everything. Only beside calls, and two without data in between: a server that is not told to
+# expect more closes the connection on whoever sends them. The rest is `Conversation._watched`'s.
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -29,7 +38,15 @@ _CHANNEL = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 2),
 ]
+# gRPC's own words for a connection that failed, and for a message that is larger than either side takes.
+_NEVER_SENT = "failed to connect"
+_CUT_OFF = (_NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken pipe", "keepalive")
+_TOO_LARGE = ("exceeds", "larger than max")
 
 
 class _Grpc(Transport):
@@ -39,8 +56,9 @@ class _Grpc(Transport):
     errors: ClassVar = {
         "StatusCode.INVALID_ARGUMENT": InvalidInput,
         "StatusCode.NOT_FOUND": ModelUnavailable,
-        "StatusCode.RESOURCE_EXHAUSTED": ServerBusy,
+        "StatusCode.RESOURCE_EXHAUSTED": ServerBusy,  # a proxy's word: Triton's is UNAVAILABLE
         "StatusCode.DEADLINE_EXCEEDED": RequestTimeout,
+        "StatusCode.CANCELLED": ServerUnavailable,  # not by us: whoever cancels waits for no answer
     }
     unavailable = "StatusCode.UNAVAILABLE"
 
@@ -51,19 +69,60 @@ class _Grpc(Transport):
     def options(self, timeout_s: float) -> dict[str, Any]:
         return super().options(timeout_s) | {"client_timeout": timeout_s}
 
-    def stream_options(self) -> dict[str, Any]:
+    def stream_options(self, timeout_s: float) -> dict[str, Any]:
         """For a stream, however many responses it has."""
-        return {"headers": dict(self.headers), "stream_timeout": self.timeout_s}
+        return {"headers": dict(self.headers), "stream_timeout": timeout_s}
 
-    async def ask(self, question: str, *arguments: Any, **named: Any) -> Any:
+    async def ask(self, question: str, *arguments: Any, within_s: float, **named: Any) -> Any:
         if question.startswith("get_"):
             named["as_json"] = True
-        return await super().ask(question, *arguments, **named)
+        return await super().ask(question, *arguments, within_s=within_s, **named)
 
     def answer(self, error: BaseException) -> tuple[str | None, str | None]:
         if isinstance(error, RpcError):
             return str(error.code()), error.details()
         return super().answer(error)
+
+    def never_sent(self, error: BaseException) -> bool:
+        return _NEVER_SENT in (self.answer(error)[1] or "")
+
+    def cut_off(self, error: BaseException) -> bool:
+        status, text = self.answer(error)
+        if status != self.unavailable:
+            return super().cut_off(error)
+        return any(words in (text or "") for words in _CUT_OFF)
+
+    def mapped(self, error: BaseException, seen: Witness) -> PanotritonError:
+        status, text = self.answer(error)
+        if status == "StatusCode.RESOURCE_EXHAUSTED" and any(w in (text or "") for w in _TOO_LARGE):
+            return InvalidInput(f"a name or message is larger than gRPC lets through: {text}")
+        return super().mapped(error, seen)
+
+
+class _Queued:
+    """What tritonclient answers from a thread of its own. start: given where to put it, sends."""
+
+    def __init__(self, start: Callable[[Callable[[Any, Any], None]], Any]) -> None:
+        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._answer: tuple[Any, Any] = (None, None)
+        self._call = start(lambda result, error: self._answers.put((result, error)))
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            self._answer = self._answers.get(timeout=max(seconds, 0.0))
+        except queue.Empty:
+            return False
+        return True
+
+    def result(self) -> Any:
+        result, error = self._answer
+        if error is not None:
+            raise error
+        return result
+
+    def cancel(self) -> None:
+        if self._call is not None:  # a stream is stopped as a whole
+            self._call.cancel()
 
 
 class Blocking(_Grpc):
@@ -77,35 +136,23 @@ class Blocking(_Grpc):
     def connection(self) -> Any:
         return self._shared
 
-    async def infer(self, model: str, inputs: list[Any], outputs: list[Any]) -> Any:
+    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
         """Asynchronous underneath, so that whatever interrupts the wait cancels the request."""
-        answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        options = self.call_options(timeout_s) | {"outputs": outputs}
+        infer = self.connection.async_infer
+        return _Queued(lambda answered: infer(model, inputs, answered, **options))
 
-        def answered(result: Any, error: Any) -> None:
-            answers.put((result, error))
-
-        options = self.call_options()
-        call = self.connection.async_infer(model, inputs, answered, outputs=outputs, **options)
-        try:
-            result, error = answers.get()
-        except BaseException:
-            call.cancel()
-            raise
-        if error is not None:
-            raise error
-        return result
-
-    async def stream(self, model: str, inputs: list[Any]) -> AsyncGenerator[Event, None]:
-        answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    async def stream(
+        self, model: str, inputs: list[Any], timeout_s: float, watch: Watch
+    ) -> AsyncGenerator[Event, None]:
         connection = self.connect()  # of its own: tritonclient has one stream a connection
+        options = self.stream_options(timeout_s)
         event: Event | None = None
         try:
-            connection.start_stream(
-                lambda result, error: answers.put((result, error)), **self.stream_options()
-            )
+            responses = _Queued(lambda answered: connection.start_stream(answered, **options))
             connection.async_stream_infer(model, inputs)
             while not isinstance(event, Done):
-                event = _event(*answers.get())
+                event = _event(await watch(responses))
                 yield event
         finally:
             connection.stop_stream(cancel_requests=not isinstance(event, Done))
@@ -122,21 +169,32 @@ class Asynchronous(_Grpc):
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    async def stream(self, model: str, inputs: list[Any]) -> AsyncGenerator[Event, None]:
+    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
+        options = self.call_options(timeout_s) | {"outputs": outputs}
+        return Awaited(self.connection.infer(model, inputs, **options))
+
+    async def stream(
+        self, model: str, inputs: list[Any], timeout_s: float, watch: Watch
+    ) -> AsyncGenerator[Event, None]:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs}
 
-        responses = self.connection.stream_infer(requests(), **self.stream_options())
-        try:
+        async def following() -> Any:
             async for result, error in responses:
-                yield _event(result, error)
+                if error is not None:
+                    raise error
+                return result
+            return None
+
+        responses = self.connection.stream_infer(requests(), **self.stream_options(timeout_s))
+        try:
+            while (result := await watch(Awaited(following()))) is not None:
+                yield _event(result)
         finally:
             responses.cancel()
 
 
-def _event(result: Any, error: Any) -> Event:
+def _event(result: Any) -> Event:
     """Of a stream's response, from only the outputs that it holds."""
-    if error is not None:
-        raise error
     outputs = result.get_response().outputs
     return event_from_tensors({output.name: result.as_numpy(output.name) for output in outputs})
