@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
+from panotriton.models.input_shapes import input_shapes
+from panotriton.models.osediff import Network
+from panotriton.models.super_resolution import Limits
 from panotriton.pipeline.files import TOKENIZER
+from panotriton.pipeline.networks import OSEDIFF
+from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
 from panotriton.server.engines import CPU, Engine
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import find_engine, fit_config, set_engine
+from panotriton_export.configs import find_engine, fit_config, read_config, set_engine
 from panotriton_export.front import front_folders, write_settings
 from panotriton_export.graph import (
     Component,
@@ -51,6 +57,7 @@ def export_osediff(
     precision: str = "fp32",
     provider: str = "cpu",
     latent_tile: int = LATENT_TILE,
+    sizes: Sequence[ImageSize] = PIPELINE_SIZES,
     report: Callable[[str], None] = print,
 ) -> list[ParityResult]:
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
@@ -59,26 +66,31 @@ def export_osediff(
     precision: fp32, fp16 for the weights of all but the decoder (inputs and outputs keep their types), or
     bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
     the name of one of `ENGINES`, which the networks' configs ask the server for.
-    latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. One network
-    is in memory at a time, except in the last check. Raises CheckpointError for files that do not
-    fit, and ExportError where a graph differs from PyTorch.
+    latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. sizes: of
+    images that are to be expected: engines of GPUs have what those need ready at load. One network is in
+    memory at a time, except in the last check. Raises CheckpointError for files that do not fit, and
+    ExportError where a graph differs from PyTorch.
     """
     engine = find_engine(provider, precision)
     source = open_checkpoint(base, checkpoint)
     report(_HEADER)
     results: list[ParityResult] = []
+    settings = _settings(source, precision, latent_tile)
+    network = Network(settings, OSEDIFF)
+    expected = input_shapes(network, _limits(repository / "osediff"), sizes)
     for build, its_engine, its_precision in _networks(source, engine, precision):
         component = build()
         fuse(component.module, its_engine.operators)
         compared = export_component(component, repository, its_engine, its_precision)
         copy_model(component.name, repository)
         fit_config(repository / component.name)
-        set_engine(repository / component.name, its_engine, its_precision)
+        shapes = expected.get(component.name, ())
+        set_engine(repository / component.name, its_engine, its_precision, shapes)
         for result in compared:
             report(str(result))
         results += compared
         del component  # before the next is read
-    _write_front(source, repository, precision, latent_tile)
+    _write_front(source, repository, settings)
     report(_check_whole_image(source, repository, precision))
     return results
 
@@ -97,9 +109,9 @@ def _networks(
     ]
 
 
-def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:
-    """What `SuperResolver` reads: tokenizer.json and osediff.json."""
-    settings = {
+def _settings(source: Checkpoint, precision: str, latent_tile: int) -> dict[str, Any]:
+    """osediff.json."""
+    return {
         "alpha_cumprod": source.base.alpha_cumprod,
         "latent_channels": source.base.latent_channels,
         "latent_overlap": LATENT_OVERLAP,
@@ -109,6 +121,18 @@ def _write_front(source: Checkpoint, repository: Path, precision: str, latent_ti
         "vae_scale_factor": source.base.vae_scale_factor,
         "weights_sha256": source.fingerprint(),
     }
+
+
+def _limits(front: Path) -> Limits:
+    """Those of the front's config, which the server reads too."""
+    if not (front / "config.pbtxt").is_file():
+        return Limits()
+    parameters = read_config(front).parameters
+    return Limits(**{name: int(parameters[name].string_value) for name in Limits.__slots__})
+
+
+def _write_front(source: Checkpoint, repository: Path, settings: Mapping[str, Any]) -> None:
+    """What `SuperResolver` reads: tokenizer.json and osediff.json."""
     for folder in front_folders(repository, "osediff"):
         write_tokenizer(source.base.load_tokenizer(), folder / TOKENIZER)
         write_settings(folder, "osediff", settings)

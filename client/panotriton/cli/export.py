@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from panotriton.errors import ExportError
+from panotriton.errors import ExportError, InvalidInput
+from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import ENGINES
 from panotriton.server.repository import copy_models
 
@@ -18,6 +19,8 @@ examples:
   panotriton export --preset small --output /srv/models
   panotriton export osediff --base stable-diffusion-2-1-base --checkpoint osediff.pkl
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda
+  panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda \
+      --shapes 512x512,512x1024@2,1024x2048@1
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision bf16 --provider openvino
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --tagger ram_swin_large_14m.pth \
       --dape DAPE.pth --tags ram_tag_list.txt --thresholds ram_tag_list_threshold.txt
@@ -107,6 +110,14 @@ def _add_osediff(parts: Any) -> None:
         + "; ".join(f"{each.name}, {each.about}" for each in engines)
         + " (%(default)s)",
     )
+    parser.add_argument(
+        "--shapes",
+        type=_image_sizes,
+        metavar="HxW@UPSCALE,...",
+        help="with cuda and tensorrt: sizes of images to be expected, and how many times larger they are "
+        "to become (2). What they need is ready when the server is; other sizes work, and are slow the "
+        "first time (512x1024@2,512x512@2: a group's pairs and in-between views)",
+    )
     _add_output(parser)
     parser.set_defaults(run=_run_osediff)
 
@@ -147,6 +158,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _image_sizes(text: str) -> list[ImageSize]:
+    """512x512,512x1024@2."""
+    try:
+        return [ImageSize.of(each) for each in text.split(",")]
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
         raise ExportError("nothing to export: give --preset small, or a part (see --help)")
@@ -158,6 +177,9 @@ def _run_osediff(options: argparse.Namespace) -> int:
     given = (options.base is not None, options.checkpoint is not None)
     if given != ((False, False) if options.preset else (True, True)):
         raise ExportError("give --base and --checkpoint, or --preset full-random alone")
+    if options.shapes and ENGINES[options.provider].shape_entries is None:
+        knowing = " or ".join(each.name for each in ENGINES.values() if each.shape_entries)
+        raise ExportError(f"--shapes means nothing to {options.provider}; use --provider {knowing}")
     osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
@@ -167,10 +189,12 @@ def _run_osediff(options: argparse.Namespace) -> int:
             "provider": options.provider,
             "report": _report,
         }
+        sizes = {"sizes": options.shapes} if options.shapes else {}
         if options.preset:
-            presets.export_full_random(options.output, **common)
+            presets.export_full_random(options.output, **common, **sizes)
         else:
-            osediff.export_osediff(options.base, options.checkpoint, options.output, **common)
+            paths = (options.base, options.checkpoint, options.output)
+            osediff.export_osediff(*paths, **common, **sizes)
         if tagger is not None:
             _export_code("tagger").export_tagger(tagger, options.output, **common)
 

@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import IO
 
 from panotriton.errors import ServerStartError
+from panotriton.server.engines import ENGINES
 
 __all__ = ["Installation", "LocalServer", "find_installation"]
 
@@ -409,8 +410,9 @@ def _build_backends(installation: Installation, work: Path) -> Path:
         shutil.copy2(installation.backends / "python" / name, python)
     shutil.copy2(installation.stub, python)
     onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
-    (work / "backends" / "onnxruntime").mkdir()
-    shutil.copy2(onnxruntime, work / "backends" / "onnxruntime")
+    for name in sorted({engine.backend for engine in ENGINES.values()}):
+        (work / "backends" / name).mkdir()
+        shutil.copy2(onnxruntime, work / "backends" / name)
     return work / "backends"
 
 
