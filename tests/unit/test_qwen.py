@@ -216,6 +216,24 @@ def test_replies_in_batches_equal_single_ones(qwen: QwenVL, images: list[np.ndar
     assert not any(np.isnan(parse_reply(reply).final_score) for reply in together)
 
 
+def test_what_a_call_left_behind_does_not_reach_the_next(
+    qwen: QwenVL, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two sizes in turn, and offsets of another batch that a library may have kept."""
+    alone = {count: engine(SMALL).reply(images[:count], PROMPT, 64) for count in (1, 3)}
+    generate, kept = qwen.model.generate, []
+
+    def watched(**inputs: object) -> object:
+        kept.append(qwen.model.model.rope_deltas)
+        return generate(**inputs)
+
+    monkeypatch.setattr(qwen.model, "generate", watched)
+    for count in (1, 3, 1, 3):
+        qwen.model.model.rope_deltas = torch.full((2, 1), 1000)
+        assert qwen.reply(images[:count], PROMPT, 64) == alone[count]
+    assert kept == [None] * 4
+
+
 def test_a_reply_ends_after_the_line_that_it_is_to_end_after(
     qwen: QwenVL, images: list[np.ndarray]
 ) -> None:

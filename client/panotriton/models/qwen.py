@@ -163,6 +163,7 @@ class QwenVL:
 
     @torch.inference_mode()
     def _reply(self, images: list[Image], prompt: str, limit: int, stop_after: str) -> list[str]:
+        self._forget()
         inputs = self.inputs(images, prompt)
         length = inputs["input_ids"].shape[1]
         stop = StoppingCriteriaList()
@@ -195,11 +196,19 @@ class QwenVL:
         self, images: list[Image], prompt: str, skeleton: str, keep: int
     ) -> Tensor:
         """fp32 logits (B, keep, V) of the last positions once the reply has begun with `skeleton`."""
+        self._forget()
         inputs = self.inputs(images, prompt, skeleton)
         cached = self._prefix(inputs)
         inputs = self._after_prefix(inputs, *cached) if cached else inputs | {"use_cache": False}
         logits: Tensor = self.model(**inputs, logits_to_keep=keep).logits
         return logits.float()
+
+    def _forget(self) -> None:
+        """Drop the rotary offsets of the call before: some releases of transformers reuse them.
+
+        For rows that are others, or more or fewer, whenever a call begins with a cache, as ours do.
+        """
+        self.model.model.rope_deltas = None
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace the pixels by image tokens where the fixed tower sees any of the images."""
