@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def export_osediff(
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
 
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
-    precision: fp32, fp16 for the weights of all but the decoder (inputs and outputs keep their types), or
+    precision: fp32, fp16 for the weights (inputs and outputs keep their types; the decoder's only where
+    whole pictures, saturated ones too, are finite and 45 dB from fp32, which the report says), or
     bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
     the name of one of `ENGINES`, which the networks' configs ask the server for.
     latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. sizes: of
@@ -76,37 +78,66 @@ def export_osediff(
     report(_HEADER)
     results: list[ParityResult] = []
     settings = _settings(source, precision, latent_tile)
-    network = Network(settings, OSEDIFF)
-    expected = input_shapes(network, _limits(repository / "osediff"), sizes)
-    for build, its_engine, its_precision in _networks(source, engine, precision):
-        component = build()
-        fuse(component.module, its_engine.operators)
-        compared = export_component(component, repository, its_engine, its_precision)
-        copy_model(component.name, repository)
-        fit_config(repository / component.name)
-        shapes = expected.get(component.name, ())
-        set_engine(repository / component.name, its_engine, its_precision, shapes)
-        for result in compared:
-            report(str(result))
-        results += compared
-        del component  # before the next is read
+    limits = _limits(repository / "osediff")
+    expected = input_shapes(Network(settings, OSEDIFF), limits, sizes)
+    for each in _networks(source, engine, precision):
+        settings["decoder_precision"] = _export(each, repository, expected, results, report)
     _write_front(source, repository, settings)
     report(_check_whole_image(source, repository, precision))
     return results
 
 
-def _networks(
-    source: Checkpoint, engine: Engine, precision: str
-) -> list[tuple[Callable[[], Component], Engine, str]]:
-    """What reads each of the four networks, and the engine and precision that it gets."""
-    base, images = source.base, (engine, precision)
-    text = (CPU, "fp32") if engine.images_only else images
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """build: reads it in one of `precisions`, of which the first is used in which it passes."""
+
+    build: Callable[[str], Component]
+    engine: Engine
+    precisions: tuple[str, ...]
+
+
+def _networks(source: Checkpoint, engine: Engine, precision: str) -> list[_Network]:
+    """The four; the decoder, which half precision may be too narrow for, last."""
+    base = source.base
+    text = (CPU, ("fp32",)) if engine.images_only else (engine, (precision,))
+    decoder = (precision, "fp32") if precision == "fp16" else (precision,)
     return [
-        (lambda: text_encoder_component(base.load_text_encoder(), text[1]), *text),
-        (lambda: vae_encoder_component(source.load_vae(), precision), *images),
-        (lambda: unet_component(source.load_unet(), precision), *images),
-        (lambda: vae_decoder_component(source.load_vae(), precision), *images),
+        _Network(lambda each: text_encoder_component(base.load_text_encoder(), each), *text),
+        _Network(lambda each: vae_encoder_component(source.load_vae(), each), engine, (precision,)),
+        _Network(lambda each: unet_component(source.load_unet(), each), engine, (precision,)),
+        _Network(lambda each: vae_decoder_component(source.load_vae(), each), engine, decoder),
     ]
+
+
+def _export(
+    network: _Network,
+    repository: Path,
+    expected: Mapping[str, Sequence[Mapping[str, tuple[int, ...]]]],
+    results: list[ParityResult],
+    report: Callable[[str], None],
+) -> str:
+    """Write one network, and its config; adds to `results`. The precision that it got."""
+    for precision in network.precisions:
+        component = network.build(precision)
+        fuse(component.module, network.engine.operators)
+        try:
+            compared = export_component(component, repository, network.engine, precision)
+        except ExportError as error:
+            if precision == network.precisions[-1]:
+                raise
+            report(f"{component.name} is not safe in {precision}: {error}")
+            continue
+        for result in compared:
+            report(str(result))
+        results += compared
+        if len(network.precisions) > 1:
+            report(f"{component.name} is served in {precision}")
+        break
+    model = repository / component.name
+    copy_model(component.name, repository)
+    fit_config(model)
+    set_engine(model, network.engine, precision, expected.get(component.name, ()))
+    return precision
 
 
 def _settings(source: Checkpoint, precision: str, latent_tile: int) -> dict[str, Any]:

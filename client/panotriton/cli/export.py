@@ -99,8 +99,9 @@ def _add_osediff(parts: Any) -> None:
         "--precision",
         choices=list(dict.fromkeys(each for engine in engines for each in engine.precisions)),
         default="fp32",
-        help="fp16: the weights of all but the decoder; bf16, with openvino: the factors of products "
-        "inside the networks' blocks, for CPUs with AVX512_BF16 or AMX (%(default)s)",
+        help="fp16: the weights, the decoder's where whole pictures keep 45 dB of fp32's; bf16, with "
+        "openvino: the factors of products inside the networks' blocks, for CPUs with AVX512_BF16 or AMX "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--provider",

@@ -380,7 +380,7 @@ CUDA = Engine(
     opener=_open_by_cuda,
     accelerator="cuda",
     on_gpu=True,
-    operators=_ATTENTION,
+    operators=_ATTENTION | {"GroupNorm"},
     # Of the UNet: a pair of 512×1024 px ×2 has 8 tiles, an in-between view 4, a smaller image one.
     fixed_batches={
         "osediff_tagger": (1, 4),
