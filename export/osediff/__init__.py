@@ -46,6 +46,7 @@ from panotriton_export.osediff.whole_image import psnr_db, run_graphs
 __all__ = ["CheckpointError", "ParityResult", "export_osediff"]
 
 _LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0, "bf16": 35.0}
+_TRIED = {"fp16": ("fp16", "fp32")}  # for the decoder
 _PROMPT = "building, sky, tree, ,"
 _HEADER = f"{'component':<22} {'shape':<18} {'differs':>8}  {'limit':>7}"
 
@@ -81,7 +82,9 @@ def export_osediff(
     limits = _limits(repository / "osediff")
     expected = input_shapes(Network(settings, OSEDIFF), limits, sizes)
     for each in _networks(source, engine, precision):
-        settings["decoder_precision"] = _export(each, repository, expected, results, report)
+        used = _export(each, repository, expected, results, report)
+    if precision in _TRIED:
+        settings["decoder_precision"] = used  # the last one's
     _write_front(source, repository, settings)
     report(_check_whole_image(source, repository, precision))
     return results
@@ -100,7 +103,7 @@ def _networks(source: Checkpoint, engine: Engine, precision: str) -> list[_Netwo
     """The four; the decoder, which half precision may be too narrow for, last."""
     base = source.base
     text = (CPU, ("fp32",)) if engine.images_only else (engine, (precision,))
-    decoder = (precision, "fp32") if precision == "fp16" else (precision,)
+    decoder = _TRIED.get(precision, (precision,))
     return [
         _Network(lambda each: text_encoder_component(base.load_text_encoder(), each), *text),
         _Network(lambda each: vae_encoder_component(source.load_vae(), each), engine, (precision,)),

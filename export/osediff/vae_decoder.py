@@ -47,7 +47,8 @@ def vae_decoder_component(vae: Any, precision: str = "fp32") -> Component:
 
     In fp16 it also has to show whole pictures: some decoders overflow there, in the last levels.
     """
-    pictures = [_picture(vae, each) for each in _images(vae)] if precision == "fp16" else []
+    is_half = WEIGHTS[precision] == torch.float16
+    pictures = [_picture(vae, each) for each in _images(vae)] if is_half else []
     probes = [_probe(vae, *shape) for shape in _PROBED]
     module = Decoder(vae, WEIGHTS[precision])
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
