@@ -56,6 +56,7 @@ def test_a_part_that_fails_or_hangs_takes_no_other_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "_GRACE_S", 1)
+    monkeypatch.setattr(gpu, "_QUICK_TIMES", 1)
     hangs = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     monkeypatch.setattr(
         gpu,

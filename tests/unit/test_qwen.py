@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from panotriton.errors import ExportError, InvalidInput
+from panotriton.models import qwen as qwen_module
 from panotriton.models.qwen import FixedVision, QwenVL, choose_attention, choose_dtype
 from panotriton.pipeline.quality import LEVELS, parse_reply
 from panotriton.server.engines import CPU
@@ -197,6 +198,15 @@ def test_what_a_device_gets() -> None:
 def test_what_cannot_fit_is_refused_before_it_is_read() -> None:
     with pytest.raises(InvalidInput, match=r"images of 57000 pixels need about .* cpu has"):
         engine(SMALL, max_batch=10_000_000)
+
+
+def test_its_share_of_a_gpu_is_what_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where more is free: the networks beside it get the rest."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90_000_000, 100_000_000))
+    asked = (SMALL, "float32", "cuda:0", 1, 57_000)
+    qwen_module._check_memory(*asked, 0.9)
+    with pytest.raises(InvalidInput, match=r"cuda:0, of which it may take 10%, has 0.0 GB free"):
+        qwen_module._check_memory(*asked, 0.1)
 
 
 @pytest.mark.gpu
