@@ -31,7 +31,7 @@ from panotriton.pipeline.networks import OSEDIFF
 
 FOLDER = script.ROOT / "tests" / "gpu"
 LIMIT_S = 480
-SHAPES = "512x1024@2,512x512@2,512x512@1,384x512@2,640x640@1"
+SHAPES = "512x1024@2,512x512@2,512x512@1,384x512@2,768x1280@1"
 _GRACE_S = 15
 _QUICK_TIMES = 10  # a few cores are slower than a GPU, even at the smallest sizes
 _ERROR_CHARACTERS = 90

@@ -22,7 +22,7 @@ from panotriton import Client
 from panotriton.server.launch import LocalServer
 
 # (height, width, upscale); the kit's repository expects them.
-SIZES = ((512, 512, 1), (512, 512, 2), (512, 1024, 2), (384, 512, 2), (640, 640, 1))
+SIZES = ((512, 512, 1), (512, 512, 2), (512, 1024, 2), (384, 512, 2), (768, 1280, 1))
 SMALL_SIZES = ((64, 64, 1), (64, 80, 1), (80, 64, 2), (72, 96, 1), (96, 64, 1))
 AT_ONCE = (2, 4)
 

@@ -226,6 +226,7 @@ optimization { execution_accelerators { gpu_execution_accelerator [ {
   name: "cuda"
   parameters { key: "prefer_nhwc" value: "1" }
   parameters { key: "cudnn_conv_algo_search" value: "HEURISTIC" }
+  parameters { key: "arena_extend_strategy" value: "kSameAsRequested" }
 } ] } }
 """
 BF16_TEXT = """

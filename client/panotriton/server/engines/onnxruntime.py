@@ -44,7 +44,12 @@ _ATTENTION = frozenset({"MultiHeadAttention"})
 
 # Measured on one H200, docs/PERFORMANCE.md: with the fused group norm NHWC takes half to four fifths of the
 # time; the heuristic search finds convolutions as quick as the exhaustive one's, in a fraction of the time.
-_CUDA_OPTIONS = {"prefer_nhwc": "1", "cudnn_conv_algo_search": "HEURISTIC"}
+# Each session has an arena of its own, whose needs never change: it need not double each time it grows.
+_CUDA_OPTIONS = {
+    "prefer_nhwc": "1",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "arena_extend_strategy": "kSameAsRequested",
+}
 
 _TENSORRT_NAMES = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
