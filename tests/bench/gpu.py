@@ -55,7 +55,7 @@ PARTS = (
     Part("server", (str(FOLDER / "serving.py"),), 190),
     networks("shipped", 60),
     Part("parity", (str(FOLDER / "parity.py"),), 60),
-    Part("tests", (str(FOLDER / "marked.py"),), 60),
+    Part("tests", (str(FOLDER / "marked.py"),), 75),
     Part("scorer", (str(FOLDER / "reading.py"),), 90),
     networks("as exported", 60),
     networks("CUDA graphs", 60),

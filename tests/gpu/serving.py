@@ -100,6 +100,27 @@ def several_sizes(client: Client, quick: bool) -> dict[str, Any]:
     }
 
 
+def by_cuda_memory(client: Client) -> Any:
+    """One image that stays on the GPU in and out: whether it is what gRPC returns, and ms of both ways."""
+    if not script.gpus():
+        return "no GPU here"
+    import torch  # noqa: PLC0415, of this part alone
+
+    image = picture(512, 512)
+    planes = torch.from_numpy(image).cuda().permute(2, 0, 1).float() / 255  # (3, H, W)
+    with client.shared_memory(64 << 20, "cuda") as memory:
+        through, plain = (
+            client.upscale(planes, upscale=1, via=memory),
+            client.upscale(planes, upscale=1),
+        )
+        return {
+            "on the GPU": bool(through.pixels.is_cuda),
+            "equals gRPC": bool(np.array_equal(through.numpy(), plain.numpy())),
+            "by it": record.timed(lambda: client.upscale(planes, upscale=1, via=memory), runs=10),
+            "by gRPC": record.timed(lambda: client.upscale(planes, upscale=1), runs=10),
+        }
+
+
 def groups(client: Client, count: int, quick: bool) -> dict[str, Any]:
     """So many groups at once, all intervals kept: 16 pairs and 144 views each."""
     request = {"crop_size": 64 if quick else 512, "interpolations": 1 if quick else 9}
@@ -128,6 +149,7 @@ def main() -> None:
             found.attempt("group, first", lambda: groups(client, 1, chosen.quick))
             found.attempt("group, second", lambda: groups(client, 1, chosen.quick))
             found.attempt("sizes in random order", lambda: several_sizes(client, chosen.quick))
+            found.attempt("CUDA shared memory", lambda: by_cuda_memory(client))
             for count in AT_ONCE[: 1 if chosen.quick else None]:
                 found.attempt(
                     f"{count} groups", lambda count=count: groups(client, count, chosen.quick)
