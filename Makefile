@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fault-check deploy-check bench perf-analyzer docs clean
+.PHONY: help setup demo test check fault-check deploy-check bench gpu-check perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that need
 
 bench: repository/.small  ## all measurements, half an hour: build/bench/report.md
 	$(BIN)/python tests/bench/run.py
+
+gpu-check: repository/.small  ## all that needs a GPU, 8 minutes and at first an export; exit code 4 without one
+	$(BIN)/panotriton bench gpu
 
 build/bench/perf_analyzer/tool/perf_analyzer: $(VENV)/.installed
 	$(BIN)/python tests/bench/perf_analyzer.py --fetch

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.errors import ExportError, quoted
-from panotriton.server.engines import ENGINES, Engine
+from panotriton.server.engines import ENGINES, ConfigEntries, Engine
+from panotriton.server.engines.shapes import BATCHES, EXPECTED
 
-__all__ = ["find_engine", "fit_config", "set_engine", "set_instances"]
+__all__ = ["find_engine", "fit_config", "read_config", "set_engine", "set_instances"]
+
+Rows = Sequence[Mapping[str, tuple[int, ...]]]  # shapes of inputs, without the batch
 
 
 def find_engine(provider: str, precision: str | None = None) -> Engine:
@@ -52,19 +58,62 @@ def set_instances(model: Path, count: int) -> None:
     config.write_text(re.sub(r"count: \d+", f"count: {count}", config.read_text()))
 
 
-def set_engine(model: Path, engine: Engine, precision: str) -> None:
-    """Have `model` run by this engine, and by no other that it was fitted to before."""
+def read_config(model: Path) -> ModelConfig:
+    """`model`/config.pbtxt."""
+    return text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ()) -> None:
+    """Have `model` run by this engine, and by no other that it was fitted to before.
+
+    expected: for engines that want to know, what requests will be shaped like; of the inputs those whose
+    size is free.
+    """
     config = model / "config.pbtxt"
     text = _added().sub("", config.read_text())
     text = re.sub(r"kind: KIND_(CPU|GPU)", f"kind: {engine.kind}", text)
-    if model.name in engine.batches:
-        text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {engine.batches[model.name]}", text)
-    config.write_text(text + _entries(engine, precision))
+    text = re.sub(rf'backend: "({"|".join(_backends())})"', f'backend: "{engine.backend}"', text)
+    if batch := engine.largest_batch(model.name):
+        text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {batch}", text)
+    config.write_text(text)
+    entries = _merged(engine.precisions[precision], _shape_entries(model, engine, expected))
+    config.write_text(text + _text(engine, entries))
 
 
-def _entries(engine: Engine, precision: str) -> str:
+def _shape_entries(model: Path, engine: Engine, expected: Rows) -> ConfigEntries:
+    """What a config says of batch sizes and shapes."""
+    sizes = engine.fixed_batches.get(model.name, ())
+    named = {BATCHES: ",".join(map(str, sizes))} if sizes else {}
+    if engine.shape_entries is None or not (expected or sizes):
+        return ConfigEntries(parameters=named)
+    config = read_config(model)
+    fixed = {each.name: tuple(each.dims) for each in config.input}
+    rows = [fixed | dict(each) for each in expected or [{}]]
+    rows = [each for each in rows if -1 not in (side for shape in each.values() for side in shape)]
+    if not rows:
+        return ConfigEntries(parameters=named)
+    shapes = [
+        {name: (batch, *shape) for name, shape in each.items()}
+        for each in rows
+        for batch in sizes or sorted({1, config.max_batch_size})
+    ]
+    entries = engine.shape_entries(shapes)
+    return ConfigEntries(entries.accelerator, {**named, **entries.parameters})
+
+
+def _merged(first: ConfigEntries, second: ConfigEntries) -> ConfigEntries:
+    accelerators = [each.accelerator for each in (first, second) if each.accelerator is not None]
+    return ConfigEntries(
+        {key: value for each in accelerators for key, value in each.items()}
+        if accelerators
+        else None,
+        {**first.parameters, **second.parameters},
+    )
+
+
+def _text(engine: Engine, entries: ConfigEntries) -> str:
     """What a config.pbtxt says of the engine."""
-    entries, text = engine.precisions[precision], ""
+    text = ""
     if entries.accelerator is not None:
         lines = [f'name: "{engine.accelerator}"']
         lines += [
@@ -80,10 +129,14 @@ def _entries(engine: Engine, precision: str) -> str:
     return text
 
 
+def _backends() -> list[str]:
+    return sorted({re.escape(engine.backend) for engine in ENGINES.values()})
+
+
 def _added() -> re.Pattern[str]:
-    """What `_entries` writes of any engine."""
+    """What `_text` writes of any engine."""
     every = (entries for engine in ENGINES.values() for entries in engine.precisions.values())
-    keys = sorted({re.escape(key) for entries in every for key in entries.parameters})
+    keys = {key for entries in every for key in entries.parameters} | {BATCHES, EXPECTED}
     accelerator = r"optimization \{.*?\} \] \} \}"
-    parameter = rf'parameters \{{ key: "(?:{"|".join(keys)})".*?'
+    parameter = rf'parameters \{{ key: "(?:{"|".join(map(re.escape, sorted(keys)))})".*?'
     return re.compile(rf"\n(?:{accelerator}|{parameter})\n", re.DOTALL)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from panotriton.errors import ExportError
 from panotriton.server.engines import CPU, Engine, Graph, stand_in
+from panotriton_export.gpu_operators import portable, rewrite_for_gpu
 
 __all__ = [
+    "LEAST_PICTURE_DB",
     "LIMITS",
     "MAX_BATCH",
     "WEIGHTS",
@@ -36,6 +38,9 @@ LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 
 WEIGHTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
 """What a graph's weights are; for bf16 the engine rounds, as it computes."""
+
+LEAST_PICTURE_DB = 45.0
+"""What a picture that was computed in half precision must keep of the one in fp32."""
 
 # Protobuf files end at 2 GB: larger weights go to a file beside the graph.
 EXTERNAL_ABOVE_BYTES = 1_900_000_000
@@ -57,7 +62,8 @@ class Component:
     """One network as the repository serves it.
 
     traced: example inputs by name; dynamic: for each input its axes whose size is free;
-    limits: for each compared output the largest relative difference that is let through.
+    limits: for each compared output the largest relative difference that is let through. pictures: inputs
+    whose IMAGE, as a whole, must be 45 dB from PyTorch's or more, and every other output finite.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Component:
     outputs: Sequence[str]
     probes: Sequence[Probe]
     limits: Mapping[str, float]
+    pictures: Sequence[Probe] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ def export_component(
     version = repository / component.name / "1"
     version.mkdir(parents=True, exist_ok=True)
     model = _export(component)
+    has_gpu_operators = portable(model)
     with tempfile.TemporaryDirectory(dir=version, prefix=".exporting-") as folder:
         path = Path(folder) / "model.onnx"
         _save(model, path)
@@ -108,6 +116,9 @@ def export_component(
         here = stand_in(engine)
         graph = here.open(path, engine.settings(precision, emulate=True))
         results = compare(component, graph, here.slack)
+        del graph
+        if has_gpu_operators and here is not engine:
+            rewrite_for_gpu(path)
         _publish(path.parent, version)
     return results
 
@@ -182,8 +193,21 @@ def compare(component: Component, graph: Graph, slack: float = 1) -> list[Parity
             results.append(
                 ParityResult(component.name, got.shape, difference, slack * component.limits[name])
             )
+    results += [_compare_picture(component, graph, each) for each in component.pictures]
     raise_on_failure(results)
     return results
+
+
+def _compare_picture(component: Component, graph: Graph, picture: Probe) -> ParityResult:
+    """The root of the mean square of the difference, of 255; infinite where an output is not finite."""
+    feeds = {name: tensor.numpy() for name, tensor in picture.inputs.items()}
+    found = dict(zip(picture.expected, graph.run(list(picture.expected), feeds), strict=True))
+    image = found["IMAGE"].astype(np.float64)
+    difference = float(np.sqrt(np.mean((image - picture.expected["IMAGE"].numpy()) ** 2)) / 255)
+    if not all(np.isfinite(each).all() for each in found.values()):
+        difference = float("inf")
+    limit = 10 ** (-LEAST_PICTURE_DB / 20)
+    return ParityResult(f"{component.name} rms", image.shape, difference, limit)
 
 
 def relative_difference(got: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.errors import ExportError
+from panotriton.models.input_shapes import input_shapes
+from panotriton.models.osediff import Network
+from panotriton.models.super_resolution import Limits
 from panotriton.pipeline.files import TOKENIZER
+from panotriton.pipeline.networks import OSEDIFF
+from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
 from panotriton.server.engines import CPU, Engine
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import find_engine, fit_config, set_engine
+from panotriton_export.configs import find_engine, fit_config, read_config, set_engine
 from panotriton_export.front import front_folders, write_settings
 from panotriton_export.graph import (
     Component,
@@ -39,6 +46,7 @@ from panotriton_export.pickles import CheckpointError
 __all__ = ["CheckpointError", "ParityResult", "export_osediff"]
 
 _LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0, "bf16": 35.0}
+_TRIED = {"fp16": ("fp16", "fp32")}  # for the decoder
 _PROMPT = "building, sky, tree, ,"
 _HEADER = f"{'component':<22} {'shape':<18} {'differs':>8}  {'limit':>7}"
 
@@ -51,56 +59,94 @@ def export_osediff(
     precision: str = "fp32",
     provider: str = "cpu",
     latent_tile: int = LATENT_TILE,
+    sizes: Sequence[ImageSize] = PIPELINE_SIZES,
     report: Callable[[str], None] = print,
 ) -> list[ParityResult]:
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
 
     base: a Stable Diffusion 2.1-base folder in diffusers layout; checkpoint: OSEDiff's osediff.pkl.
-    precision: fp32, fp16 for the weights of all but the decoder (inputs and outputs keep their types), or
+    precision: fp32, fp16 for the weights (inputs and outputs keep their types; the decoder's only where
+    whole pictures, saturated ones too, are finite and 45 dB from fp32, which the report says), or
     bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
     the name of one of `ENGINES`, which the networks' configs ask the server for.
-    latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. One network
-    is in memory at a time, except in the last check. Raises CheckpointError for files that do not
-    fit, and ExportError where a graph differs from PyTorch.
+    latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. sizes: of
+    images that are to be expected: engines of GPUs have what those need ready at load. One network is in
+    memory at a time, except in the last check. Raises CheckpointError for files that do not fit, and
+    ExportError where a graph differs from PyTorch.
     """
     engine = find_engine(provider, precision)
     source = open_checkpoint(base, checkpoint)
     report(_HEADER)
     results: list[ParityResult] = []
-    for build, its_engine, its_precision in _networks(source, engine, precision):
-        component = build()
-        fuse(component.module, its_engine.operators)
-        compared = export_component(component, repository, its_engine, its_precision)
-        copy_model(component.name, repository)
-        fit_config(repository / component.name)
-        set_engine(repository / component.name, its_engine, its_precision)
-        for result in compared:
-            report(str(result))
-        results += compared
-        del component  # before the next is read
-    _write_front(source, repository, precision, latent_tile)
+    settings = _settings(source, precision, latent_tile)
+    limits = _limits(repository / "osediff")
+    expected = input_shapes(Network(settings, OSEDIFF), limits, sizes)
+    for each in _networks(source, engine, precision):
+        used = _export(each, repository, expected, results, report)
+    if precision in _TRIED:
+        settings["decoder_precision"] = used  # the last one's
+    _write_front(source, repository, settings)
     check_distinct(repository)
     report(_check_whole_image(source, repository, precision))
     return results
 
 
-def _networks(
-    source: Checkpoint, engine: Engine, precision: str
-) -> list[tuple[Callable[[], Component], Engine, str]]:
-    """What reads each of the four networks, and the engine and precision that it gets."""
-    base, images = source.base, (engine, precision)
-    text = (CPU, "fp32") if engine.images_only else images
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """build: reads it in one of `precisions`, of which the first is used in which it passes."""
+
+    build: Callable[[str], Component]
+    engine: Engine
+    precisions: tuple[str, ...]
+
+
+def _networks(source: Checkpoint, engine: Engine, precision: str) -> list[_Network]:
+    """The four; the decoder, which half precision may be too narrow for, last."""
+    base = source.base
+    text = (CPU, ("fp32",)) if engine.images_only else (engine, (precision,))
+    decoder = _TRIED.get(precision, (precision,))
     return [
-        (lambda: text_encoder_component(base.load_text_encoder(), text[1]), *text),
-        (lambda: vae_encoder_component(source.load_vae(), precision), *images),
-        (lambda: unet_component(source.load_unet(), precision), *images),
-        (lambda: vae_decoder_component(source.load_vae(), precision), *images),
+        _Network(lambda each: text_encoder_component(base.load_text_encoder(), each), *text),
+        _Network(lambda each: vae_encoder_component(source.load_vae(), each), engine, (precision,)),
+        _Network(lambda each: unet_component(source.load_unet(), each), engine, (precision,)),
+        _Network(lambda each: vae_decoder_component(source.load_vae(), each), engine, decoder),
     ]
 
 
-def _write_front(source: Checkpoint, repository: Path, precision: str, latent_tile: int) -> None:
-    """What `SuperResolver` reads: tokenizer.json and osediff.json."""
-    settings = {
+def _export(
+    network: _Network,
+    repository: Path,
+    expected: Mapping[str, Sequence[Mapping[str, tuple[int, ...]]]],
+    results: list[ParityResult],
+    report: Callable[[str], None],
+) -> str:
+    """Write one network, and its config; adds to `results`. The precision that it got."""
+    for precision in network.precisions:
+        component = network.build(precision)
+        fuse(component.module, network.engine.operators)
+        try:
+            compared = export_component(component, repository, network.engine, precision)
+        except ExportError as error:
+            if precision == network.precisions[-1]:
+                raise
+            report(f"{component.name} is not safe in {precision}: {error}")
+            continue
+        for result in compared:
+            report(str(result))
+        results += compared
+        if len(network.precisions) > 1:
+            report(f"{component.name} is served in {precision}")
+        break
+    model = repository / component.name
+    copy_model(component.name, repository)
+    fit_config(model)
+    set_engine(model, network.engine, precision, expected.get(component.name, ()))
+    return precision
+
+
+def _settings(source: Checkpoint, precision: str, latent_tile: int) -> dict[str, Any]:
+    """osediff.json."""
+    return {
         "alpha_cumprod": source.base.alpha_cumprod,
         "latent_channels": source.base.latent_channels,
         "latent_overlap": LATENT_OVERLAP,
@@ -110,6 +156,18 @@ def _write_front(source: Checkpoint, repository: Path, precision: str, latent_ti
         "vae_scale_factor": source.base.vae_scale_factor,
         "weights_sha256": source.fingerprint(),
     }
+
+
+def _limits(front: Path) -> Limits:
+    """Those of the front's config, which the server reads too."""
+    if not (front / "config.pbtxt").is_file():
+        return Limits()
+    parameters = read_config(front).parameters
+    return Limits(**{name: int(parameters[name].string_value) for name in Limits.__slots__})
+
+
+def _write_front(source: Checkpoint, repository: Path, settings: Mapping[str, Any]) -> None:
+    """What `SuperResolver` reads: tokenizer.json and osediff.json."""
     for folder in front_folders(repository, "osediff"):
         write_tokenizer(source.base.load_tokenizer(), folder / TOKENIZER)
         write_settings(folder, "osediff", settings)

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from panotriton_export.gpu_operators import GROUP_NORM
 from panotriton_export.osediff.attention import fuse_attention
+from panotriton_export.osediff.group_norm import fuse_group_norm
 
 __all__ = ["fuse"]
 
-_FUSIONS = {"MultiHeadAttention": fuse_attention}
+_FUSIONS = {"MultiHeadAttention": fuse_attention, GROUP_NORM: fuse_group_norm}
 
 
 def fuse(network: nn.Module, operators: Iterable[str]) -> None:

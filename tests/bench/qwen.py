@@ -271,7 +271,7 @@ def ask_real(folder, threads):
     }
 
 
-def write_real(folder, layers):
+def write_real(folder, layers, device="cpu"):
     """Write config, tokenizer, processor and shards in the format of the published folder."""
     for path in SMALL.iterdir():
         if path.suffix not in (".md", ".safetensors"):
@@ -293,7 +293,8 @@ def write_real(folder, layers):
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    return write_shards(folder, {published(n): p.shape for n, p in model.named_parameters()})
+    shapes = {published(n): p.shape for n, p in model.named_parameters()}
+    return write_shards(folder, shapes, device)
 
 
 def published(name):
@@ -301,9 +302,9 @@ def published(name):
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def write_shards(folder, shapes):
-    """Seeded weights; returns how many there are."""
-    generator = torch.Generator().manual_seed(script.SEED)
+def write_shards(folder, shapes, device="cpu"):
+    """Seeded weights, drawn on the device; returns how many there are."""
+    generator = torch.Generator(device).manual_seed(script.SEED)
     index, shard, total = {}, {}, 0
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         shard[name] = weight(name, shape, generator)
@@ -323,7 +324,8 @@ def weight(name, shape, generator):
     """bfloat16: norms are ones, the rest is drawn with a deviation of 0.02."""
     if "norm" in name or "ln_q" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    drawn = torch.randn(shape, generator=generator, device=generator.device)
+    return (drawn * 0.02).bfloat16().cpu()
 
 
 def real_markdown(result):

@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)}")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, one run each")
     parser.add_argument("--write-docs", action="store_true", help="run nothing; fill the markers")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="run nothing; keep these results")
     parser.add_argument("--output", type=Path, default=script.ROOT / "build" / "bench")
     parser.add_argument(
         "--repository", type=Path, default=script.ROOT / "repository", help="exported models"
@@ -217,6 +218,14 @@ def main() -> None:
         write_docs(content)
         return
     output.mkdir(parents=True, exist_ok=True)
+    if chosen.take:
+        content.setdefault("machine", script.machine())
+        content["results"][chosen.take.stem] = json.loads(chosen.take.read_text())
+        kept.write_text(json.dumps(content, indent=1) + "\n")
+        return
+    if "gpu" in chosen.names and not (script.gpus() or chosen.quick):
+        print("NO GPU HERE: nothing was measured", file=sys.stderr)
+        sys.exit(script.NO_GPU)
     content["machine"] = script.machine()
     failed = []
     for name in chosen.names or [name for name in SUITE if "only_named" not in SUITE[name]]:

@@ -33,6 +33,9 @@ GROUP_BYTES = (
     1 << 30
 )  # of shared memory: the images of a group of full size, all kept, and their pairs
 
+NO_GPU = 4
+"""Exit code of what needs a GPU where there is none."""
+
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _PACKAGES = (
     "panotriton",
@@ -148,6 +151,9 @@ def _version(name: str) -> str:
 
 def _commit() -> str:
     """The commit, "+" after it where files were changed since; "unknown" outside a checkout."""
+    carried = ROOT / "COMMIT"  # written where a copy is made that is no checkout
+    if carried.is_file():
+        return carried.read_text().strip()
     head = _git("rev-parse", "--short", "HEAD")
     return head + "+" * bool(_git("status", "--porcelain", "-uno")) if head else "unknown"
 

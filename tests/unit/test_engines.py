@@ -218,7 +218,15 @@ optimization { execution_accelerators { gpu_execution_accelerator [ {
   name: "tensorrt"
   parameters { key: "precision_mode" value: "FP16" }
   parameters { key: "trt_engine_cache_enable" value: "1" }
-  parameters { key: "trt_engine_cache_path" value: "/tmp/panotriton-engines" }
+  parameters { key: "trt_engine_cache_path" value: "/var/cache/panotriton/tensorrt" }
+} ] } }
+"""
+CUDA_TEXT = """
+optimization { execution_accelerators { gpu_execution_accelerator [ {
+  name: "cuda"
+  parameters { key: "prefer_nhwc" value: "1" }
+  parameters { key: "cudnn_conv_algo_search" value: "HEURISTIC" }
+  parameters { key: "arena_extend_strategy" value: "kSameAsRequested" }
 } ] } }
 """
 BF16_TEXT = """
@@ -232,7 +240,7 @@ parameters { key: "openvino_precision" value { string_value: "bf16" } }
         ("cpu", "fp16", "CPU", ""),
         ("openvino", "fp32", "CPU", OPENVINO_TEXT),
         ("openvino", "bf16", "CPU", OPENVINO_TEXT + BF16_TEXT),
-        ("cuda", "fp32", "GPU", ""),
+        ("cuda", "fp32", "GPU", CUDA_TEXT),
         ("tensorrt", "fp16", "GPU", TENSORRT_TEXT),
         ("tensorrt", "fp32", "GPU", TENSORRT_TEXT.replace("FP16", "FP32")),
     ],
@@ -246,7 +254,8 @@ def test_a_config_says_what_runs_it_and_no_more(
         for each in engine.precisions:
             set_engine(tmp_path, engine, each)
     set_engine(tmp_path, ENGINES[name], precision)
-    assert path.read_text() == CONFIG.replace("KIND_CPU", f"KIND_{kind}") + added
+    config = CONFIG.replace("KIND_CPU", f"KIND_{kind}")
+    assert path.read_text() == config.replace('"onnxruntime"', f'"{ENGINES[name].backend}"') + added
 
 
 def test_a_provider_or_precision_that_is_not_there_is_named() -> None:

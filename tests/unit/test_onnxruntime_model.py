@@ -14,6 +14,7 @@ import pytest
 
 import panotriton
 from panotriton.server.engines import CPU, ENGINES
+from panotriton.server.engines.shapes import FixedShapes
 
 MODEL = Path(panotriton.__file__).parent / "server" / "backends" / "onnxruntime" / "model.py"
 
@@ -152,6 +153,20 @@ def test_more_rows_than_max_batch_size_are_the_callers_error(instance):
     assert too_many.error.message == "model 'twice': the request has 5 rows, max_batch_size is 4"
     assert too_many.error.code == TritonError.INVALID_ARG
     assert good.error is None
+
+
+def test_batches_are_filled_up_and_the_filling_is_dropped(backend, instance):
+    instance.max_batch_size = 8
+    instance.shapes = FixedShapes((1, 4, 8))
+    for count, fed in ((1, 1), (2, 4), (4, 4), (5, 8)):
+        sent = [rows(value + 1) for value in range(count)]
+        responses = instance.execute([Request(x=x) for x in sent])
+        assert instance.graph.runs.pop() == fed
+        assert (instance.graph.fed[-1][count:] == 0).all()
+        for x, response in zip(sent, responses, strict=True):
+            np.testing.assert_array_equal(response.outputs["y"], 2 * x)
+    words = backend.joined([np.array([["a"]], np.object_)], 2)
+    assert words.tolist() == [["a"], [""], [""]]
 
 
 # --- the engine

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from panotriton.errors import ExportError, InvalidInput
+from panotriton.models import qwen as qwen_module
 from panotriton.models.qwen import FixedVision, QwenVL, choose_attention, choose_dtype
 from panotriton.pipeline.quality import LEVELS, parse_reply
 from panotriton.server.engines import CPU
@@ -255,6 +256,15 @@ def test_what_cannot_fit_is_refused_before_it_is_read() -> None:
         engine(SMALL, max_batch=10_000_000)
 
 
+def test_its_share_of_a_gpu_is_what_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where more is free: the networks beside it get the rest."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90_000_000, 100_000_000))
+    asked = (SMALL, "float32", "cuda:0", 1, 57_000)
+    qwen_module._check_memory(*asked, 0.9)
+    with pytest.raises(InvalidInput, match=r"cuda:0, of which it may take 10%, has 0.0 GB free"):
+        qwen_module._check_memory(*asked, 0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_works_in_bf16_and_agrees_with_the_cpu(images: list[np.ndarray]) -> None:
@@ -270,6 +280,24 @@ def test_replies_in_batches_equal_single_ones(qwen: QwenVL, images: list[np.ndar
     alone = [qwen.reply([image], PROMPT, 512)[0] for image in images]
     assert together == alone
     assert not any(np.isnan(parse_reply(reply).final_score) for reply in together)
+
+
+def test_what_a_call_left_behind_does_not_reach_the_next(
+    qwen: QwenVL, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two sizes in turn, and offsets of another batch that a library may have kept."""
+    alone = {count: engine(SMALL).reply(images[:count], PROMPT, 64) for count in (1, 3)}
+    generate, kept = qwen.model.generate, []
+
+    def watched(**inputs: object) -> object:
+        kept.append(qwen.model.model.rope_deltas)
+        return generate(**inputs)
+
+    monkeypatch.setattr(qwen.model, "generate", watched)
+    for count in (1, 3, 1, 3):
+        qwen.model.model.rope_deltas = torch.full((2, 1), 1000)
+        assert qwen.reply(images[:count], PROMPT, 64) == alone[count]
+    assert kept == [None] * 4
 
 
 def test_a_reply_ends_after_the_line_that_it_is_to_end_after(

@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
         "options of its own.",
         "  panotriton bench                     all, about half an hour\n"
         "  panotriton bench crop transport\n"
+        "  panotriton bench gpu                 where there is one, 8 minutes; exit code 4 elsewhere\n"
         "  panotriton bench --quick             whether all of them run\n"
         "  panotriton bench --write-docs        the last results into README.md and docs/\n",
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from panotriton.cli.places import check_folder
 from panotriton.errors import ExportError, InvalidInput, quoted
+from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import ENGINES
 from panotriton.server.repository import copy_models
 
@@ -19,6 +20,8 @@ examples:
   panotriton export --preset small --output /srv/models
   panotriton export osediff --base stable-diffusion-2-1-base --checkpoint osediff.pkl
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda
+  panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda \
+      --shapes 512x512,512x1024@2,1024x2048@1
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision bf16 --provider openvino
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --tagger ram_swin_large_14m.pth \
       --dape DAPE.pth --tags ram_tag_list.txt --thresholds ram_tag_list_threshold.txt
@@ -97,8 +100,9 @@ def _add_osediff(parts: Any) -> None:
         "--precision",
         choices=list(dict.fromkeys(each for engine in engines for each in engine.precisions)),
         default="fp32",
-        help="fp16: the weights of all but the decoder; bf16, with openvino: the factors of products "
-        "inside the networks' blocks, for CPUs with AVX512_BF16 or AMX (%(default)s)",
+        help="fp16: the weights, the decoder's where whole pictures keep 45 dB of fp32's; bf16, with "
+        "openvino: the factors of products inside the networks' blocks, for CPUs with AVX512_BF16 or AMX "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--provider",
@@ -107,6 +111,14 @@ def _add_osediff(parts: Any) -> None:
         help="what runs the networks, written to their configs: "
         + "; ".join(f"{each.name}, {each.about}" for each in engines)
         + " (%(default)s)",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=_image_sizes,
+        metavar="HxW@UPSCALE,...",
+        help="with cuda and tensorrt: sizes of images to be expected, and how many times larger they are "
+        "to become (2). What they need is ready when the server is; other sizes work, and are slow the "
+        "first time (512x1024@2,512x512@2: a group's pairs and in-between views)",
     )
     _add_output(parser)
     parser.set_defaults(run=_run_osediff)
@@ -154,6 +166,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _image_sizes(text: str) -> list[ImageSize]:
+    """512x512,512x1024@2."""
+    try:
+        return [ImageSize.of(each) for each in text.split(",")]
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run_preset(options: argparse.Namespace) -> int:
     if options.preset is None:
         raise InvalidInput("nothing to export: give --preset small, or a part (see --help)")
@@ -165,6 +185,11 @@ def _run_osediff(options: argparse.Namespace) -> int:
     given = (options.base is not None, options.checkpoint is not None)
     if given != ((False, False) if options.preset else (True, True)):
         raise InvalidInput("give --base and --checkpoint, or --preset full-random alone")
+    if options.shapes and ENGINES[options.provider].shape_entries is None:
+        knowing = " or ".join(each.name for each in ENGINES.values() if each.shape_entries)
+        raise InvalidInput(
+            f"--shapes means nothing to {options.provider}; use --provider {knowing}"
+        )
     osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
@@ -174,10 +199,12 @@ def _run_osediff(options: argparse.Namespace) -> int:
             "provider": options.provider,
             "report": _report,
         }
+        sizes = {"sizes": options.shapes} if options.shapes else {}
         if options.preset:
-            presets.export_full_random(options.output, **common)
+            presets.export_full_random(options.output, **common, **sizes)
         else:
-            osediff.export_osediff(options.base, options.checkpoint, options.output, **common)
+            paths = (options.base, options.checkpoint, options.output)
+            osediff.export_osediff(*paths, **common, **sizes)
         if tagger is not None:
             _export_code("tagger").export_tagger(tagger, options.output, **common)
 

@@ -76,7 +76,8 @@ class QwenVL:
 
     max_batch bounds how many images are worked on at once, and with the processor's max_pixels the
     memory: what cannot fit is refused before the weights are read, with InvalidInput. max_pixels of
-    None leaves the folder's own bound. dtype is "auto", "bfloat16", "float16" or "float32"; auto is what
+    None leaves the folder's own bound. memory_fraction: of a GPU's memory, what this process may take; the
+    rest is for networks beside it. dtype is "auto", "bfloat16", "float16" or "float32"; auto is what
     the weights are stored in, on a GPU bfloat16 where it knows that.
     """
 
@@ -88,6 +89,7 @@ class QwenVL:
         device: str = "cpu",
         max_batch: int = 16,
         max_pixels: int | None = None,
+        memory_fraction: float = 1.0,
         prefix_cache: bool = True,
         vision: FixedVision | None = None,
     ) -> None:
@@ -102,7 +104,9 @@ class QwenVL:
         on_gpu = torch.device(device).type == "cuda"
         dtype = choose_dtype(dtype, on_gpu and torch.cuda.is_bf16_supported(), on_gpu)
         attention = choose_attention(dtype, on_gpu and is_flash_attn_2_available())
-        _check_memory(folder, dtype, device, max_batch, size["longest_edge"])
+        _check_memory(folder, dtype, device, max_batch, size["longest_edge"], memory_fraction)
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
         model, loading = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -183,6 +187,7 @@ class QwenVL:
 
     @torch.inference_mode()
     def _reply(self, images: list[Image], prompt: str, limit: int, stop_after: str) -> list[str]:
+        self._forget()
         inputs = self.inputs(images, prompt)
         length = inputs["input_ids"].shape[1]
         stop = StoppingCriteriaList()
@@ -215,6 +220,7 @@ class QwenVL:
         self, images: list[Image], prompt: str, skeleton: str, keep: int
     ) -> Tensor:
         """fp32 logits (B, keep, V) of the last positions once the reply has begun with `skeleton`."""
+        self._forget()
         inputs = self.inputs(images, prompt, skeleton)
         cached = self._prefix(inputs)
         inputs = self._after_prefix(inputs, *cached) if cached else inputs | {"use_cache": False}
@@ -231,6 +237,13 @@ class QwenVL:
             turns, tokenize=False, add_generation_prompt=True
         )
         return chat
+
+    def _forget(self) -> None:
+        """Drop the rotary offsets of the call before: some releases of transformers reuse them.
+
+        For rows that are others, or more or fewer, whenever a call begins with a cache, as ours do.
+        """
+        self.model.model.rope_deltas = None
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace the pixels by image tokens where the fixed tower sees any of the images."""
@@ -326,13 +339,22 @@ def choose_attention(dtype: str, flash_installed: bool) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def _check_memory(folder: Path, dtype: str, device: str, max_batch: int, max_pixels: int) -> None:
+def _check_memory(
+    folder: Path, dtype: str, device: str, max_batch: int, max_pixels: int, fraction: float
+) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     stored = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     where = torch.device(device)
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else free_ram_bytes()
+    if where.type == "cuda":
+        left, total = torch.cuda.mem_get_info(where)
+        free, name = (
+            min(left, int(fraction * total)),
+            f"{where}, of which it may take {fraction:.0%},",
+        )
+    else:
+        free, name = free_ram_bytes(), str(where)
     needed = partial(estimate, config.to_dict(), stored_parameters(folder), stored.itemsize)
-    check_fits(needed, max_batch, max_pixels, free, str(where))
+    check_fits(needed, max_batch, max_pixels, free, name)
 
 
 def _prefix_first(inputs: dict[str, Any], length: int) -> dict[str, Any]:

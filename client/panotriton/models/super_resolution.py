@@ -27,7 +27,7 @@ from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS, Options
 from panotriton.pipeline.files import TOKENIZER
 from panotriton.pipeline.networks import PIPELINE
 
-__all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all"]
+__all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all", "vae_tile"]
 
 _TILES_A_REQUEST = 4
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
@@ -250,6 +250,14 @@ class _OneImage:
         result = await self._call(decoder, {"LATENT": latent[None]}, ["IMAGE"])
         image: U8 = result["IMAGE"][0]  # (H, W, 3)
         return image
+
+
+def vae_tile(height: int, width: int, limits: Limits) -> tuple[int, int]:
+    """What the VAE sees at once of an image of that size, in px: all of it, or a tile of it."""
+    if height * width <= limits.vae_untiled_max_pixels:
+        return height, width
+    most = _VAE_TILE_PX + 2 * _VAE_PAD_PX
+    return min(height, most), min(width, most)
 
 
 def _finish(plan: SizePlan, sharp: U8, source: U8, align: str) -> U8:

@@ -33,6 +33,7 @@ from typing import IO
 
 from panotriton.errors import ServerStartError
 from panotriton.server.control import KEY_HEADER, ModelControl
+from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
 
 __all__ = [
@@ -472,8 +473,9 @@ def _build_backends(installation: Installation, work: Path) -> Path:
         utils.write("\n\n" + Path(__file__).with_name("stub_end.py").read_text())
     shutil.copy2(installation.stub, python)
     onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
-    (work / "backends" / "onnxruntime").mkdir()
-    shutil.copy2(onnxruntime, work / "backends" / "onnxruntime")
+    for name in sorted({engine.backend for engine in ENGINES.values()}):
+        (work / "backends" / name).mkdir()
+        shutil.copy2(onnxruntime, work / "backends" / name)
     return work / "backends"
 
 

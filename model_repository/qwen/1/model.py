@@ -67,6 +67,7 @@ class _Torch:
             device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu",
             max_batch=int(limits["max_batch_images"]["string_value"]),
             max_pixels=settings["max_pixels"],
+            memory_fraction=float(limits["gpu_memory_fraction"]["string_value"]),
             vision=FixedVision(tuple(grid), _see) if grid else None,
         )
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from panotriton.errors import EngineError
+from panotriton.server.engines.shapes import FixedShapes, Shapes
 
 __all__ = ["Config", "ConfigEntries", "Engine", "Graph", "Settings", "accelerators"]
 
@@ -91,6 +92,11 @@ class Settings:
             **given,
         )
 
+    @property
+    def shapes(self) -> FixedShapes | None:
+        """The shapes that the graph is to see; None for any. Raises EngineError."""
+        return FixedShapes.of(self.parameters)
+
     def choice(self, key: str, choices: Mapping[str, Chosen], default: str) -> Chosen:
         """What `choices` has for the parameter, in any case; raises EngineError for another value."""
         text = self.parameters.get(key, default)
@@ -137,7 +143,10 @@ class Engine:
     files, "" for none. operators: those beyond ONNX's own, of com.microsoft, that the export may
     write. slack: how many times the usual difference from PyTorch its rounding takes. images_only:
     whether only networks that images go through are worth it. batches: model → max_batch_size, where
-    another one than config.pbtxt's pays.
+    another one than config.pbtxt's pays. fixed_batches: model → the batch sizes that it is to see, see
+    `panotriton.server.engines.shapes`; the last is its max_batch_size. shape_entries: what a config says
+    of the shapes that a deployment expects, each input's with the batch size first; None where it says
+    nothing. backend: the server's name for what opens the graph.
     """
 
     name: str
@@ -152,6 +161,13 @@ class Engine:
     slack: float = 1
     images_only: bool = False
     batches: Mapping[str, int] = field(default_factory=dict)
+    fixed_batches: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shape_entries: Callable[[Sequence[Shapes]], ConfigEntries] | None = None
+    backend: str = "onnxruntime"
+
+    def largest_batch(self, model: str) -> int | None:
+        """The max_batch_size that it wants for a model; None for the config's own."""
+        return self.fixed_batches.get(model, (None,))[-1] or self.batches.get(model)
 
     @property
     def kind(self) -> str:

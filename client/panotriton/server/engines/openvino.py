@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.server.engines.engine import ConfigEntries, Engine, Settings
+from panotriton.server.engines.per_shape import PerShape
 
 __all__ = ["OPENVINO", "OpenVINOGraph", "has_bf16"]
 
 Arrays = Mapping[str, NDArray[Any]]
+_Key = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]  # outputs, inputs' shapes
 
 # What a diffusion network's blocks multiply by. The layers at its ends carry pixels and latents
 # themselves, and so do the shortcuts past a block: 8 bits of mantissa would show there.
@@ -67,13 +68,14 @@ class OpenVINOGraph:
         }
         if shapes is None:
             shapes = 0 if _weight_bytes(self._model) > _SMALL_BYTES else _SHAPES
-        self._shapes = shapes
-        self._compiled: OrderedDict[Any, Any] = OrderedDict()  # key → its infer request
+        self._fixed = shapes > 0
+        self._compiled = PerShape(self._compile, shapes or _SHAPES)
 
     def run(self, outputs: Sequence[str], feeds: Arrays) -> list[NDArray[Any]]:
         """The named outputs, as arrays of their own."""
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        request = self._request(tuple(outputs), {name: a.shape for name, a in arrays.items()})
+        shapes = ((name, array.shape) for name, array in arrays.items()) if self._fixed else ()
+        request = self._compiled[tuple(outputs), tuple(sorted(shapes))]
         results = request.infer(arrays, share_inputs=True, share_outputs=True)
         return [results[name].copy() for name in outputs]
 
@@ -93,22 +95,15 @@ class OpenVINOGraph:
         """What computes."""
         return ["OpenVINO"]
 
-    def _request(self, outputs: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> Any:
-        """Compiled for these outputs and shapes; the one longest unused makes room."""
-        key = (outputs, *sorted(shapes.items())) if self._shapes else outputs
-        if key in self._compiled:
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
-        while self._shapes and len(self._compiled) >= self._shapes:
-            self._compiled.popitem(last=False)
+    def _compile(self, key: _Key) -> Any:
+        """An infer request for these outputs and, where there are any, shapes."""
+        outputs, shapes = key
         whole = self._model.clone()
         results = [whole.output(name).get_node() for name in outputs]
         model = _openvino().Model(results, whole.get_parameters())
-        if self._shapes:
-            model.reshape(shapes)
-        compiled = self._core.compile_model(model, "CPU", self._settings)
-        self._compiled[key] = compiled.create_infer_request()
-        return self._compiled[key]
+        if shapes:
+            model.reshape(dict(shapes))
+        return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
 
 
 def _openvino() -> Any:

@@ -10,11 +10,17 @@ at load is refused here, so what loads here loads there. Differences:
 - What computes is an engine of `panotriton.server.engines`, the one that answers to the accelerator that
   config.pbtxt names. openvino is OpenVINO's own wheel instead of a build of onnxruntime with it, and
   compiles for fixed shapes; the parameter openvino_precision is known here alone.
+- With the parameter `fixed_batches` a network sees batches of those sizes alone: rows of zeros fill one up
+  and are dropped from the outputs. Those of `expected_shapes` are run once at load. Every shape has a
+  session of its own.
 
-This file is copied alone into the server's backend folder; it imports the panotriton that is installed.
+It also goes by the name of `panotriton_onnxruntime`, for GPUs: where a server has a native `onnxruntime`,
+that one would be chosen for the other name. This file is copied alone into the server's backend folder;
+it imports the panotriton that is installed.
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +33,8 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import EngineError
 from panotriton.server.engines import CPU, Graph, Settings, engine_of
+from panotriton.server.engines.onnxruntime import ShapedSessions
+from panotriton.server.engines.shapes import FixedShapes, text_of
 
 Config = dict[str, Any]  # a config.pbtxt as the server's JSON of it
 Array = npt.NDArray[Any]
@@ -58,6 +66,8 @@ DEPRECATED_CUDA = (
 class TritonPythonModel:
     """One model instance: one opened graph in a process of its own."""
 
+    shapes: FixedShapes | None = None
+
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Fill in what `complete` fills in where config.pbtxt leaves out the inputs or the outputs.
@@ -84,12 +94,26 @@ class TritonPythonModel:
             )
         path = model_file(config, Path(args["model_repository"], args["model_version"]))
         self.graph, settings = open_graph(config, path, on_gpu, args["model_instance_device_id"])
+        self.shapes = settings.shapes
+        if self.shapes and self.shapes.batches[-1] != self.max_batch_size:
+            largest, most = self.shapes.batches[-1], self.max_batch_size
+            raise refusal(config, f"fixed_batches end at {largest} but max_batch_size is {most}")
         # A graph's scalar is [1] in config.pbtxt, which cannot say [].
         self.scalar_inputs, self.scalar_outputs = check(config, self.graph)
         pb_utils.Logger.log_info(
             f"{args['model_instance_name']}: {', '.join(self.graph.get_providers())}, "
             f"{settings.threads} intra-op threads"
         )
+        self._warm_up([entry["name"] for entry in config["output"]], args["model_instance_name"])
+
+    def _warm_up(self, outputs: list[str], instance: str) -> None:
+        """Run every expected shape once, so that the first request is as quick as the tenth."""
+        for feeds in self.graph.zeros() if isinstance(self.graph, ShapedSessions) else ():
+            began = time.perf_counter()
+            self.graph.run(outputs, feeds)
+            shapes = text_of([{name: array.shape for name, array in feeds.items()}])
+            took = time.perf_counter() - began
+            pb_utils.Logger.log_info(f"{instance}: {shapes} opened and run in {took:.1f} s")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request, in order; requests of equal shapes share one run."""
@@ -132,10 +156,14 @@ class TritonPythonModel:
 
     def _run(self, batch: "list[ParsedRequest]") -> list[Any]:
         names = list(dict.fromkeys(name for call in batch for name in call.outputs))
+        rows = sum(call.rows for call in batch)
         feeds = batch[0].feeds
-        if len(batch) > 1:  # each (rows, …) → (sum of rows, …)
-            feeds = {name: np.concatenate([call.feeds[name] for call in batch]) for name in feeds}
+        filling = self.shapes.rows(rows) - rows if self.shapes else 0
+        if len(batch) > 1 or filling:  # each (rows, …) → (sum of rows, and filling, …)
+            feeds = {name: joined([c.feeds[name] for c in batch], filling) for name in feeds}
         arrays = dict(zip(names, self.graph.run(names, feeds), strict=True))
+        if filling:
+            arrays = {name: array[: len(array) - filling] for name, array in arrays.items()}
         for name in self.scalar_outputs.keys() & arrays.keys():
             arrays[name] = np.asarray(arrays[name]).reshape(self.scalar_outputs[name])  # () → (1,)
         return self._split(batch, arrays)
@@ -183,6 +211,15 @@ def join(calls: list[ParsedRequest], max_batch_size: int) -> list[list[ParsedReq
             runs.append(run)
         run.append(call)
     return runs
+
+
+def joined(arrays: list[Array], filling: int) -> Array:
+    """The arrays' rows, and so many of zeros."""
+    if filling:
+        first = arrays[0]
+        nothing = "" if first.dtype == np.object_ else 0
+        arrays = [*arrays, np.full((filling, *first.shape[1:]), nothing, first.dtype)]
+    return np.concatenate(arrays)
 
 
 def as_array(tensor: Any) -> Array:

@@ -1,0 +1,154 @@
+"""The check that needs a GPU, where there is none: it says so, survives its parts, and its kit fills."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "gpu")]
+
+import fill  # noqa: E402
+import gpu  # noqa: E402
+import record  # noqa: E402
+import script  # noqa: E402
+import slim  # noqa: E402
+
+from panotriton.server.engines import CPU  # noqa: E402
+
+
+@pytest.mark.skipif(bool(script.gpus()), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["gpu.py"], ["run.py", "gpu"]])
+def test_without_a_gpu_it_says_so_and_ends_with_its_own_code(
+    command: list[str], tmp_path: Path
+) -> None:
+    first, *rest = command
+    arguments = ["--output", str(tmp_path)] if first == "run.py" else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench" / first), *rest, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == script.NO_GPU
+    assert done.stderr.startswith("NO GPU HERE: nothing was measured")
+    assert not list(tmp_path.glob("*.json"))
+
+
+def part(name: str, code: str, limit_s: int = 60) -> gpu.Part:
+    """A script of its own that finds something before anything happens to it."""
+    start = (
+        "import sys, time; from pathlib import Path; p = Path(sys.argv[sys.argv.index('--json') + 1]);"
+        "p.write_text('{\"found\": 1}');"
+    )
+    return gpu.Part(name, ("-c", start + code), limit_s)
+
+
+def test_a_part_that_fails_or_hangs_takes_no_other_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_GRACE_S", 1)
+    monkeypatch.setattr(gpu, "_QUICK_TIMES", 1)
+    hangs = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    monkeypatch.setattr(
+        gpu,
+        "PARTS",
+        (part("bad", "sys.exit(3)"), part("slow", hangs, 8), part("networks, shipped", "pass")),
+    )
+    chosen = SimpleNamespace(quick=True, plain=None, only=None, limit=200)
+    found = gpu.measure(chosen, tmp_path, tmp_path)
+    assert found["bad"]["failed"] == "exit code 3"
+    assert found["slow"]["failed"] == "stopped after 8 s"
+    assert "failed" not in found["networks, shipped"]
+    assert all(each["found"] == 1 for each in found.values())
+    text = gpu.markdown(
+        {"machine": script.machine(), "quick": True, "parts": found, "floors_ms": {}}
+    )
+    assert "- bad: exit code 3\n- slow: stopped after 8 s" in text
+    chosen.limit = 0
+    assert gpu.measure(chosen, tmp_path, tmp_path)["bad"] == {"failed": "no time was left"}
+
+
+def test_the_table_has_a_column_for_each_candidate_that_was_measured() -> None:
+    parts = {
+        "server": {"512 px": {"ms": 20.0, "first_ms": 30.0}, "took_s": 1.0},
+        "networks, shipped": {
+            "osediff_unet 1x4x64x64": {"ms": 5.0, "first_ms": 100.0, "finite": True}
+        },
+        "networks, torch eager": {"osediff_unet 1x4x64x64": {"error": "out of | memory"}},
+    }
+    text = gpu.table_of_networks(parts, {"osediff_unet 1x4x64x64": 0.81})
+    assert "| network, input | shipped | torch eager | floor |" in text
+    assert "| osediff_unet 1x4x64x64 | 5.0 (100) | out of / memory | 0.81 |" in text
+    assert "| server | 512 px | ms 20.0, first_ms 30.0 |" in gpu.callers(parts)
+
+
+def test_what_another_machine_measured_is_taken_over(tmp_path: Path) -> None:
+    results = tmp_path / "gpu.json"
+    results.write_text(json.dumps({"markdown": "| a card |", "took_s": 1.0}))
+    run = [sys.executable, str(ROOT / "tests/bench/run.py"), "--output", str(tmp_path / "out")]
+    subprocess.run([*run, "--take", str(results)], check=True)
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["results"]["gpu"]["markdown"] == "| a card |"
+
+
+def test_a_figure_that_cannot_be_had_leaves_its_reason(tmp_path: Path) -> None:
+    found = record.Record(tmp_path / "found.json")
+    found.attempt("good", lambda: 1)
+    found.attempt("bad", lambda: 1 / 0)
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written == {"good": 1, "bad": {"error": "ZeroDivisionError: division by zero"}}
+
+
+def fat_binary(*contents: tuple[int, bytes]) -> bytes:
+    """As nvcc packs it: (architecture, machine code) each."""
+    entries = b""
+    for architecture, content in contents:
+        header = struct.pack("<HHIQ", 2, 0, 64, len(content)).ljust(28, b"\0")
+        entries += (header + struct.pack("<I", architecture)).ljust(64, b"\0") + content
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries
+
+
+def test_only_other_gpus_kernels_are_dropped(tmp_path: Path) -> None:
+    library = tmp_path / "lib.so"
+    both, other = fat_binary((80, b"a" * 40), (90, b"b" * 48)), fat_binary((80, b"c" * 24))
+    library.write_bytes(b"code" + both + b"more" + other + b"end")
+    before = library.read_bytes()
+    assert slim.slim(library, 90) == (48 + 24, 40)
+    assert library.read_bytes() == before.replace(b"a" * 40, bytes(40))
+
+
+def test_graphs_without_weights_run_once_they_are_filled(tmp_path: Path) -> None:
+    """Of a few layers: what is packed, filled and opened, in fp16, by the portable twin."""
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(ROOT / "tests/gpu/graphs.py"), str(tmp_path), "--tiny"]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    unet = tmp_path / "repository" / "osediff_unet"
+    assert "fixed_batches" in (unet / "config.pbtxt").read_text()
+    assert not (unet / "1" / "model.onnx.data").exists()
+    content = json.loads((unet / "1" / "manifest.json").read_text())
+    assert fill.fill(unet / "1" / "manifest.json", "cpu") == content["total"]
+    weight = next(each for each in content["tensors"] if len(each["shape"]) == 4)
+    data = (unet / "1" / "model.onnx.data").read_bytes()
+    drawn = np.frombuffer(data[weight["offset"] :][: weight["nbytes"]], weight["dtype"])
+    assert drawn.std() == pytest.approx(weight["std"], rel=0.1)
+    latent = np.ones((1, 4, 8, 8), np.float32)
+    feeds = {"LATENT": latent, "PROMPT_EMBEDS": np.zeros((1, 77, 32), np.float32)}
+    (noise,) = CPU.open(unet / "1" / "portable.onnx").run(["NOISE"], feeds)
+    assert np.isfinite(noise).all()
+    plain = (tmp_path / "plain" / "osediff_unet" / "1" / "model.onnx").read_bytes()
+    assert b"InstanceNormalization" in plain
+    assert b"InstanceNormalization" not in (unet / "1" / "model.onnx").read_bytes()
+    assert {path.name for path in (tmp_path / "repository").iterdir()} >= {
+        "qwen",
+        "osediff",
+        "panorama",
+    }
