@@ -29,6 +29,8 @@ __all__ = [
     "Probe",
     "compare",
     "export_component",
+    "save",
+    "to_onnx",
 ]
 
 OPSET = 18
@@ -107,11 +109,11 @@ def export_component(
     """
     version = repository / component.name / "1"
     version.mkdir(parents=True, exist_ok=True)
-    model = _export(component)
+    model = to_onnx(component)
     has_gpu_operators = portable(model)
     with tempfile.TemporaryDirectory(dir=version, prefix=".exporting-") as folder:
         path = Path(folder) / "model.onnx"
-        _save(model, path)
+        save(model, path)
         del model
         here = stand_in(engine)
         graph = here.open(path, engine.settings(precision, emulate=True))
@@ -123,7 +125,7 @@ def export_component(
     return results
 
 
-def _export(component: Component) -> ir.Model:
+def to_onnx(component: Component) -> ir.Model:
     shapes = {name: dict(axes) for name, axes in component.dynamic.items()}
     # Captured by hand: torch.onnx.export alone would retry in other ways, slowly, where this fails.
     with warnings.catch_warnings(), torch.no_grad():
@@ -164,7 +166,7 @@ def _strip(model: ir.Model) -> None:
             value.doc_string = None
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path) -> None:
     weights = (value.const_value for value in model.graph.initializers.values())
     large = sum(weight.nbytes for weight in weights if weight is not None) > EXTERNAL_ABOVE_BYTES
     ir.save(model, path, external_data=_EXTERNAL_NAME if large else None)

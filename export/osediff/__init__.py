@@ -43,7 +43,13 @@ from panotriton_export.osediff.vae_encoder import vae_encoder_component
 from panotriton_export.osediff.whole_image import check_distinct, psnr_db, run_graphs
 from panotriton_export.pickles import CheckpointError
 
-__all__ = ["CheckpointError", "ParityResult", "export_osediff"]
+__all__ = [
+    "CheckpointError",
+    "ParityResult",
+    "PlannedNetwork",
+    "export_osediff",
+    "write_network",
+]
 
 _LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0, "bf16": 35.0}
 _TRIED = {"fp16": ("fp16", "fp32")}  # for the decoder
@@ -82,7 +88,7 @@ def export_osediff(
     limits = _limits(repository / "osediff")
     expected = input_shapes(Network(settings, OSEDIFF), limits, sizes)
     for each in _networks(source, engine, precision):
-        used = _export(each, repository, expected, results, report)
+        used = write_network(each, repository, expected, results, report)
     if precision in _TRIED:
         settings["decoder_precision"] = used  # the last one's
     _write_front(source, repository, settings)
@@ -92,7 +98,7 @@ def export_osediff(
 
 
 @dataclass(frozen=True, slots=True)
-class _Network:
+class PlannedNetwork:
     """build: reads it in one of `precisions`, of which the first is used in which it passes."""
 
     build: Callable[[str], Component]
@@ -100,21 +106,25 @@ class _Network:
     precisions: tuple[str, ...]
 
 
-def _networks(source: Checkpoint, engine: Engine, precision: str) -> list[_Network]:
+def _networks(source: Checkpoint, engine: Engine, precision: str) -> list[PlannedNetwork]:
     """The four; the decoder, which half precision may be too narrow for, last."""
     base = source.base
     text = (CPU, ("fp32",)) if engine.images_only else (engine, (precision,))
     decoder = _TRIED.get(precision, (precision,))
     return [
-        _Network(lambda each: text_encoder_component(base.load_text_encoder(), each), *text),
-        _Network(lambda each: vae_encoder_component(source.load_vae(), each), engine, (precision,)),
-        _Network(lambda each: unet_component(source.load_unet(), each), engine, (precision,)),
-        _Network(lambda each: vae_decoder_component(source.load_vae(), each), engine, decoder),
+        PlannedNetwork(lambda each: text_encoder_component(base.load_text_encoder(), each), *text),
+        PlannedNetwork(
+            lambda each: vae_encoder_component(source.load_vae(), each), engine, (precision,)
+        ),
+        PlannedNetwork(lambda each: unet_component(source.load_unet(), each), engine, (precision,)),
+        PlannedNetwork(
+            lambda each: vae_decoder_component(source.load_vae(), each), engine, decoder
+        ),
     ]
 
 
-def _export(
-    network: _Network,
+def write_network(
+    network: PlannedNetwork,
     repository: Path,
     expected: Mapping[str, Sequence[Mapping[str, tuple[int, ...]]]],
     results: list[ParityResult],

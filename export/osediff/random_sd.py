@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from panotriton_export.osediff.base import PROMPT_TOKENS
 from panotriton_export.osediff.checkpoint import add_adapters, save_checkpoint
 
-__all__ = ["UNET", "VAE", "adapter_modules", "vae_blocks", "write_random"]
+__all__ = ["UNET", "VAE", "adapter_modules", "text_encoder", "vae_blocks", "write_random"]
 
 Size = Literal["tiny", "sd21"]
 
@@ -72,7 +72,7 @@ def write_random(folder: Path, size: Size = "tiny", *, seed: int = 0, rank: int 
     torch.manual_seed(seed)
     _write_tokenizer(folder / "tokenizer")
     _scheduler().save_pretrained(folder / "scheduler")
-    _text_encoder(size).save_pretrained(folder / "text_encoder")
+    text_encoder(size).save_pretrained(folder / "text_encoder")
     _write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     vae = AutoencoderKL(**vae_blocks(VAE[size]), sample_size=512)
     unet = UNet2DConditionModel(**UNET[size], sample_size=64, use_linear_projection=True)
@@ -129,7 +129,7 @@ def vae_blocks(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "down_block_types": down, "up_block_types": up, "latent_channels": 4}
 
 
-def _text_encoder(size: Size) -> CLIPTextModel:
+def text_encoder(size: Size) -> CLIPTextModel:
     config = CLIPTextConfig(
         **_TEXT[size],
         hidden_act="gelu",

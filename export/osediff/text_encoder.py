@@ -11,10 +11,10 @@ from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.osediff.base import PROMPT_TOKENS
 
-__all__ = ["TextEncoder", "text_encoder_component"]
+__all__ = ["PROBED_BATCHES", "TextEncoder", "text_encoder_component"]
 
 _TRACED_BATCH = 2
-_PROBED_BATCHES = (1, 3)
+PROBED_BATCHES = (1, 3)
 
 
 class TextEncoder(nn.Module):
@@ -31,7 +31,7 @@ class TextEncoder(nn.Module):
 def text_encoder_component(text_encoder: Any, precision: str = "fp32") -> Component:
     """Takes the network over."""
     vocabulary = text_encoder.config.vocab_size
-    probes = [_probe(text_encoder, vocabulary, batch) for batch in _PROBED_BATCHES]
+    probes = [_probe(text_encoder, vocabulary, batch) for batch in PROBED_BATCHES]
     module = TextEncoder(text_encoder, WEIGHTS[precision])
     traced = {"INPUT_IDS": _ids(vocabulary, _TRACED_BATCH)}
     dynamic = {"INPUT_IDS": {0: torch.export.Dim("batch", max=MAX_BATCH)}}

@@ -13,10 +13,10 @@ from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.osediff.base import PROMPT_TOKENS, TIMESTEP
 from panotriton_export.osediff.upsample import replace_upsamplers
 
-__all__ = ["OneStepUNet", "unet_component"]
+__all__ = ["PROBED", "OneStepUNet", "unet_component"]
 
 _TRACED = (2, 24, 40)  # batch, h, w
-_PROBED = ((1, 17, 30), (3, 32, 16))  # odd sides too: 600 px make 75 latents
+PROBED = ((1, 17, 30), (3, 32, 16))  # odd sides too: 600 px make 75 latents
 
 
 class OneStepUNet(nn.Module):
@@ -83,7 +83,7 @@ def _fold_time(unet: Any) -> None:
 @torch.no_grad()
 def unet_component(unet: Any, precision: str = "fp32") -> Component:
     """Takes the network over: it is unusable afterwards, so that it is never in memory twice."""
-    probes = [_probe(unet, *shape) for shape in _PROBED]
+    probes = [_probe(unet, *shape) for shape in PROBED]
     traced = _inputs(unet, *_TRACED)
     module = OneStepUNet(unet, WEIGHTS[precision])
     batch = torch.export.Dim("batch", max=MAX_BATCH)

@@ -15,10 +15,10 @@ from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 from panotriton_export.osediff.upsample import replace_upsamplers
 
-__all__ = ["Decoder", "vae_decoder_component"]
+__all__ = ["PROBED", "Decoder", "checked_images", "vae_decoder_component"]
 
 _TRACED = (2, 6, 10)  # batch, h, w
-_PROBED = ((1, 9, 4), (3, 5, 8))
+PROBED = ((1, 9, 4), (3, 5, 8))
 _PICTURE = (16, 20)  # in latents: 128×160 px of Stable Diffusion's
 
 
@@ -48,8 +48,8 @@ def vae_decoder_component(vae: Any, precision: str = "fp32") -> Component:
     In fp16 it also has to show whole pictures: some decoders overflow there, in the last levels.
     """
     is_half = WEIGHTS[precision] == torch.float16
-    pictures = [_picture(vae, each) for each in _images(vae)] if is_half else []
-    probes = [_probe(vae, *shape) for shape in _PROBED]
+    pictures = [_picture(vae, each) for each in checked_images(vae)] if is_half else []
+    probes = [_probe(vae, *shape) for shape in PROBED]
     module = Decoder(vae, WEIGHTS[precision])
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 2: height, 3: width}
@@ -70,7 +70,7 @@ def _latent(vae: Any, batch: int, height: int, width: int) -> Tensor:
     return torch.randn(shape, generator=generator) * float(vae.config.scaling_factor)
 
 
-def _images(vae: Any) -> list[Tensor]:
+def checked_images(vae: Any) -> list[Tensor]:
     """(1, 3, H, W) in [-1, 1]: gradients, noise, black, white, and saturated colours side by side."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = (side * factor for side in _PICTURE)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton_export.graph import LIMITS, MAX_BATCH, WEIGHTS, Component, Probe
 
-__all__ = ["Encoder", "vae_encoder_component"]
+__all__ = ["PROBED", "Encoder", "vae_encoder_component"]
 
 _TRACED = (2, 6, 10)  # batch, h, w in latents
-_PROBED = ((1, 9, 4), (3, 5, 8))
+PROBED = ((1, 9, 4), (3, 5, 8))
 
 
 class Encoder(nn.Module):
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
 def vae_encoder_component(vae: Any, precision: str = "fp32") -> Component:
     """Takes the encoder over and leaves the decoder alone."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    probes = [_probe(vae, factor, *shape) for shape in _PROBED]
+    probes = [_probe(vae, factor, *shape) for shape in PROBED]
     module = Encoder(vae, WEIGHTS[precision])
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     axes = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: factor * height, 2: factor * width}

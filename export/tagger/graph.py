@@ -14,13 +14,13 @@ __all__ = ["NAME", "tagger_component"]
 
 NAME = OSEDIFF.tagger
 _TRACED_BATCH = 2
-_PROBED_BATCHES = (1, 3)
+PROBED_BATCHES = (1, 3)
 
 
 @torch.no_grad()
 def tagger_component(tagger: Tagger, precision: str = "fp32") -> Component:
     """Takes the network over."""
-    probes = [_probe(tagger, batch) for batch in _PROBED_BATCHES]
+    probes = [_probe(tagger, batch) for batch in PROBED_BATCHES]
     module = tagger.to(WEIGHTS[precision])
     traced = {"IMAGE": _images(_TRACED_BATCH)}
     dynamic = {"IMAGE": {0: torch.export.Dim("batch", max=MAX_BATCH)}}

@@ -66,12 +66,12 @@ SETTINGS = {
 def components(size: str) -> Iterator[graph.Component]:
     """The four, with random weights, one in memory at a time."""
     for module in (text_encoder, vae_encoder, unet):  # no comparison, which takes minutes
-        for name in ("_PROBED", "_PROBED_BATCHES"):
+        for name in ("PROBED", "PROBED_BATCHES"):
             if hasattr(module, name):
                 setattr(module, name, ())
-    vae_decoder._PROBED, vae_decoder._images = ((1, 4, 4),), lambda vae: []
+    vae_decoder.PROBED, vae_decoder.checked_images = ((1, 4, 4),), lambda vae: []
     torch.manual_seed(0)
-    yield text_encoder.text_encoder_component(random_sd._text_encoder(size), "fp16")
+    yield text_encoder.text_encoder_component(random_sd.text_encoder(size), "fp16")
     yield unet.unet_component(
         UNet2DConditionModel(**random_sd.UNET[size], sample_size=64, use_linear_projection=True),
         "fp16",
@@ -84,7 +84,7 @@ def components(size: str) -> Iterator[graph.Component]:
 def write(component: graph.Component, folder: Path, names: frozenset[str]) -> None:
     """The graph with these operators, and its manifest; the portable twin where that differs."""
     fuse(component.module, names)
-    model = graph._export(component)
+    model = graph.to_onnx(component)
     version = folder / component.name / "1"
     version.mkdir(parents=True, exist_ok=True)
     manifest = leave_out(model, version)

@@ -39,7 +39,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The file for a GPU, and its portable twin."""
     pytest.importorskip("onnx_ir")
     from panotriton_export.gpu_operators import for_gpu, portable  # noqa: PLC0415
-    from panotriton_export.graph import Component, _export, _save  # noqa: PLC0415
+    from panotriton_export.graph import Component, save, to_onnx  # noqa: PLC0415
     from panotriton_export.osediff.group_norm import fuse_group_norm  # noqa: PLC0415
 
     torch.manual_seed(0)
@@ -47,12 +47,12 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     fuse_group_norm(module)
     sides = {axis: torch.export.Dim(f"d{axis}", min=2) for axis in (0, 2, 3)}
     traced = {"X": torch.randn(2, 16, 12, 20)}
-    model = _export(Component("n", module, traced, {"X": sides}, ["Y"], (), {}))
+    model = to_onnx(Component("n", module, traced, {"X": sides}, ["Y"], (), {}))
     folder = tmp_path_factory.mktemp("graphs")
     portable(model)
-    _save(model, folder / "portable.onnx")
+    save(model, folder / "portable.onnx")
     for_gpu(model)
-    _save(model, folder / "model.onnx")
+    save(model, folder / "model.onnx")
     return folder / "model.onnx", folder / "portable.onnx"
 
 

@@ -243,12 +243,12 @@ def overflowing(network: Any) -> Any:
 def test_a_decoder_that_overflows_stays_in_fp32_and_that_is_said(tmp_path: Path) -> None:
     copy_models(tmp_path)
     network, lines = overflowing(vae()), []
-    each = osediff._Network(
+    each = osediff.PlannedNetwork(
         lambda precision: vae_decoder_component(copy.deepcopy(network), precision),
         CPU,
         ("fp16", "fp32"),
     )
-    assert osediff._export(each, tmp_path, {}, [], lines.append) == "fp32"
+    assert osediff.write_network(each, tmp_path, {}, [], lines.append) == "fp32"
     assert lines[0].startswith("osediff_vae_decoder is not safe in fp16: exported graphs differ")
     assert "inf" in lines[0]
     assert lines[-1] == "osediff_vae_decoder is served in fp32"

@@ -260,9 +260,9 @@ def test_its_share_of_a_gpu_is_what_has_to_do(monkeypatch: pytest.MonkeyPatch) -
     """Even where more is free: the networks beside it get the rest."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90_000_000, 100_000_000))
     asked = (SMALL, "float32", "cuda:0", 1, 57_000)
-    qwen_module._check_memory(*asked, 0.9)
+    qwen_module.check_memory(*asked, 0.9)
     with pytest.raises(InvalidInput, match=r"cuda:0, of which it may take 10%, has 0.0 GB free"):
-        qwen_module._check_memory(*asked, 0.1)
+        qwen_module.check_memory(*asked, 0.1)
 
 
 @pytest.mark.gpu

@@ -50,7 +50,14 @@ from panotriton.pipeline.quality import (
     through_line,
 )
 
-__all__ = ["FixedVision", "QwenVL", "choose_attention", "choose_dtype", "open_processor"]
+__all__ = [
+    "FixedVision",
+    "QwenVL",
+    "check_memory",
+    "choose_attention",
+    "choose_dtype",
+    "open_processor",
+]
 
 _PREFIXES = 4
 _TRIAL_TOKENS = 4
@@ -104,7 +111,7 @@ class QwenVL:
         on_gpu = torch.device(device).type == "cuda"
         dtype = choose_dtype(dtype, on_gpu and torch.cuda.is_bf16_supported(), on_gpu)
         attention = choose_attention(dtype, on_gpu and is_flash_attn_2_available())
-        _check_memory(folder, dtype, device, max_batch, size["longest_edge"], memory_fraction)
+        check_memory(folder, dtype, device, max_batch, size["longest_edge"], memory_fraction)
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
         model, loading = AutoModelForImageTextToText.from_pretrained(
@@ -339,7 +346,7 @@ def choose_attention(dtype: str, flash_installed: bool) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def _check_memory(
+def check_memory(
     folder: Path, dtype: str, device: str, max_batch: int, max_pixels: int, fraction: float
 ) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
