@@ -18,14 +18,14 @@ from panotriton.local import open_network
 from panotriton.server.engines import CPU, Graph
 from panotriton_export.configs import read_config
 
-__all__ = ["GROUP_NORM", "HERE", "for_gpu", "open_here", "portable", "rewrite_for_gpu"]
+__all__ = ["FUNCTION", "GROUP_NORM", "HERE", "for_gpu", "open_here", "portable", "rewrite_for_gpu"]
 
 HERE, _ON_GPU = "panotriton", "com.microsoft"
 GROUP_NORM = "GroupNorm"
 _KIND_GPU = 1
 
 # X (N, H, W, C), gamma and beta (C) fp32 → Y as X. Statistics are fp32, as on a GPU.
-_FUNCTION = """
+FUNCTION = """
 <opset_import: ["" : 18], domain: "panotriton">
 GroupNorm <epsilon, groups, activation> (X, gamma, beta) => (Y)
 {
@@ -65,7 +65,7 @@ def portable(model: ir.Model) -> bool:
     """Name the group norms so that every engine runs them, by the function; whether there are any."""
     any_there = _rename(model, HERE)
     if any_there:
-        function = ir.from_proto(parser.parse_function(_FUNCTION))
+        function = ir.from_proto(parser.parse_function(FUNCTION))
         model.functions[function.identifier()] = function
     return any_there
 

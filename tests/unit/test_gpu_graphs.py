@@ -91,8 +91,8 @@ def test_a_wrong_body_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from panotriton.errors import ExportError  # noqa: PLC0415
     from panotriton_export import gpu_operators  # noqa: PLC0415
 
-    wrong = gpu_operators._FUNCTION.replace("Add (variance, least)", "Add (variance, variance)")
-    monkeypatch.setattr(gpu_operators, "_FUNCTION", wrong)
+    wrong = gpu_operators.FUNCTION.replace("Add (variance, least)", "Add (variance, variance)")
+    monkeypatch.setattr(gpu_operators, "FUNCTION", wrong)
     with pytest.raises(ExportError, match="differ from PyTorch"):
         block(tmp_path, ((1, 16, 5, 7),), torch.float32)
 
