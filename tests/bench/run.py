@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
         "--repository", type=Path, default=script.ROOT / "repository", help="exported models"
     )
     chosen = parser.parse_args()
+    if chosen.take and chosen.take.stem not in SUITE:
+        parser.error(f"{chosen.take.name} is named for no bench; expected NAME.json, as gpu.json")
     for name in chosen.names:
         if not (FOLDER / f"{name}.py").is_file():
             parser.error(f"no bench {name!r}; expected some of {', '.join(SUITE)}")
@@ -199,8 +201,9 @@ def write_docs(content: dict[str, Any]) -> None:
         for name, result in content["results"].items()
         if "markdown" in result
     }
-    texts["machine"] = about(content["machine"])
-    texts["summary"] = summary(content["results"])
+    if content["results"].keys() & LINES.keys():  # not for a GPU's alone, which say their own
+        texts["machine"] = about(content["machine"])
+        texts["summary"] = summary(content["results"])
     for path in DOCS:
         text = path.read_text()
         path.write_text(_MARKED.sub(lambda found: filled(found, texts), text))
