@@ -274,9 +274,18 @@ def main() -> None:
         elif "KIND_GPU" not in (repository / OSEDIFF.denoiser / "config.pbtxt").read_text():
             repository = full_size()
         machine = script.machine()
+        began = time.perf_counter()
         parts = measure(chosen, repository.resolve(), work)
-    result = {"machine": machine, "quick": chosen.quick, "parts": parts, "commit": machine["commit"],
-              "at": machine["at"], "floors_ms": {} if chosen.quick else floors_ms(parts)}  # fmt: skip
+        took_s = round(time.perf_counter() - began, 1)
+    result = {
+        "machine": machine,
+        "quick": chosen.quick,
+        "parts": parts,
+        "floors_ms": {} if chosen.quick else floors_ms(parts),
+        "took_s": took_s,
+        "commit": machine["commit"],
+        "at": machine["at"],
+    }
     script.finish(chosen, result, markdown(result))
     if failed := [name for name, found in parts.items() if "failed" in found]:
         sys.exit(f"error: {', '.join(failed)} failed")

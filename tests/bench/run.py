@@ -49,6 +49,8 @@ def parse() -> argparse.Namespace:
         "--repository", type=Path, default=script.ROOT / "repository", help="exported models"
     )
     chosen = parser.parse_args()
+    if chosen.take and chosen.take.stem not in SUITE:
+        parser.error(f"{chosen.take.name} is named for no bench; expected NAME.json, as gpu.json")
     for name in chosen.names:
         if name not in SUITE:
             parser.error(f"no bench {name!r}; expected some of {', '.join(SUITE)}")
@@ -182,8 +184,9 @@ def write_docs(content: dict[str, Any]) -> None:
         for name, result in content["results"].items()
         if "markdown" in result
     }
-    texts["machine"] = about(content["machine"])
-    texts["summary"] = summary(content["results"])
+    if content["results"].keys() & LINES.keys():  # not for a GPU's alone, which say their own
+        texts["machine"] = about(content["machine"])
+        texts["summary"] = summary(content["results"])
     if "pipeline" in texts:
         texts["capacity"] = capacity.measured(content["results"]["pipeline"])
     for path in DOCS:

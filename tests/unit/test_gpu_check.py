@@ -19,6 +19,7 @@ sys.path += [str(ROOT / "tests" / "bench"), str(ROOT / "tests" / "gpu")]
 import fill  # noqa: E402
 import gpu  # noqa: E402
 import record  # noqa: E402
+import run as bench_run  # noqa: E402
 import script  # noqa: E402
 import slim  # noqa: E402
 
@@ -98,6 +99,26 @@ def test_what_another_machine_measured_is_taken_over(tmp_path: Path) -> None:
     subprocess.run([*run, "--take", str(results)], check=True)
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["results"]["gpu"]["markdown"] == "| a card |"
+    other = results.rename(tmp_path / "card.json")
+    refused = subprocess.run(
+        [*run, "--take", str(other)], capture_output=True, text=True, check=False
+    )
+    assert "card.json is named for no bench; expected NAME.json" in refused.stderr
+
+
+def test_a_gpus_results_alone_leave_the_other_machines_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- bench:machine -->\nkept\n<!-- /bench -->\n<!-- bench:gpu -->\nold\n<!-- /bench -->\n"
+    )
+    monkeypatch.setattr(bench_run, "DOCS", (page,))
+    monkeypatch.setattr(bench_run, "IMAGES", tmp_path)
+    results = {"gpu": {"markdown": "| a card |"}}
+    bench_run.write_docs({"machine": script.machine(), "results": results})
+    assert "kept" in page.read_text()
+    assert "| a card |" in page.read_text()
 
 
 def test_a_figure_that_cannot_be_had_leaves_its_reason(tmp_path: Path) -> None:
