@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -106,16 +107,18 @@ MODELS: dict[str, Callable[[Stub, Tensors], Tensors]] = {
 
 
 class Spy:
-    """What the gateway's threads open, by where the descriptor really is."""
+    """What the gateway's threads open or pass through, by where the descriptor really is."""
 
     def __init__(self) -> None:
         self.opened: set[Path] = set()
+        self.passed: set[Path] = set()  # cannot be listed or read
         self._open = os.open
 
     def __call__(self, *arguments: Any, **options: Any) -> int:
         file = self._open(*arguments, **options)
         if threading.current_thread().name.startswith("gateway"):
-            self.opened.add(Path(f"/proc/self/fd/{file}").readlink())
+            kind = self.passed if arguments[1] & os.O_PATH else self.opened
+            kind.add(Path(f"/proc/self/fd/{file}").readlink())
         return file
 
 
@@ -879,6 +882,18 @@ def test_the_api_page_tells_tensors_apart(gateway: Gateway) -> None:
             assert "422" not in operation["responses"]
 
 
+# What the file-path services did, and their client counts on
+
+
+def test_a_deleted_output_and_a_replaced_root_need_no_restart(gateway: Gateway) -> None:
+    gateway.preprocess(gateway.image("a.png"), 1, True)
+    shutil.rmtree(gateway.out)
+    gateway.data.rename(gateway.data.with_name("old"))
+    gateway.data.mkdir()
+    results = gateway.preprocess(gateway.image("b.png"), 1, True)
+    assert Path(results[0]["pair_image"]).is_file()
+
+
 # Fuzz
 
 
@@ -897,6 +912,8 @@ def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]
             yield gateway
         for path in gateway.spy.opened:
             assert path.is_relative_to(gateway.data) or path.is_relative_to(gateway.out)
+        for path in gateway.spy.passed:
+            assert gateway.data.is_relative_to(path) or gateway.out.is_relative_to(path)
         assert sorted(gateway.outside.rglob("*")) == before
 
 

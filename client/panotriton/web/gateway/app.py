@@ -49,10 +49,8 @@ def create_apps(
     except OSError as error:
         raise InvalidInput(f"output {settings.output} cannot be made: {error.strerror}") from error
     connect = connect or (lambda: _connect(settings))
-    with (
-        Roots([settings.output, *settings.roots]) as roots,
-        Workers(connect, settings.threads, settings.max_waiting) as workers,
-    ):
+    roots = Roots(settings.roots, settings.output)
+    with Workers(connect, settings.threads, settings.max_waiting) as workers:
         context = Context(settings, roots, workers)
         yield {name: _create_app(name, context) for name in SERVICES}
 

@@ -1,8 +1,9 @@
 """Files that requests name, opened below the allowed roots only.
 
-A path is resolved first, links included, and must then lie below a root. It is opened from the
-root's own descriptor one component at a time, following no link: whatever is swapped between check and
-open is refused or was inside all along.
+A path is resolved first, links included, and must then lie below a root. It is opened one component
+at a time from the top of the file system, following no link: whatever is swapped between check and open
+is refused or was inside all along. Roots are paths, not descriptors: one that was replaced by another
+folder is that folder from the next request on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from panotriton.errors import InvalidInput, PanotritonError
@@ -23,6 +25,8 @@ __all__ = ["Roots"]
 
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Above a root, folders are passed through; that takes no permission to list them.
+_PASSAGE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without NONBLOCK, opening a named pipe would wait for its writer.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,38 +34,25 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_AT_FAULT = (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOTEMPTY)
 
 
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """folder: with its links resolved. ours: made again where it is missing."""
+
+    folder: Path
+    ours: bool
+
+
 class Roots:
-    """The folders below which requests may read and write. Holds them open until closed."""
+    """The folders below which requests may read and write.
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._open: dict[Path, int] = {}  # resolved root → descriptor
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
-            for folder in folders:
-                self._add(folder)
-            undo.pop_all()
+    output: one more, which is made when something is written to it. Raises InvalidInput where
+    another does not exist.
+    """
 
-    def __enter__(self) -> Roots:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the folders; safe to call twice."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def _add(self, folder: Path) -> None:
-        real = Path(os.path.realpath(folder))
-        if real in self._open:
-            return
-        try:
-            self._open[real] = os.open(real, _FOLDER)
-        except OSError as error:
-            raise InvalidInput(
-                f"root {folder}: {error.strerror}; expected a folder that exists"
-            ) from error
+    def __init__(self, folders: Sequence[Path], output: Path | None = None) -> None:
+        self._roots = [_Root(_existing(folder), ours=False) for folder in folders]
+        if output is not None:
+            self._roots.insert(0, _Root(Path(os.path.realpath(output)), ours=True))
 
     def check(self, path: str) -> Path:
         """The path with its links resolved; a relative one starts at the working directory.
@@ -76,9 +67,9 @@ class Roots:
         Raises ForbiddenPath outside the roots, InvalidInput where it cannot be read.
         """
         real, root = self._locate(path)
-        if real == root:
+        if real == root.folder:
             raise _no_file(path)
-        with self._folder(real.parent, root, path) as folder:
+        with _folder(real.parent, root, path) as folder:
             file = _open(path, real.name, folder, _READ)
         try:
             return _read_all(path, file, max_bytes)
@@ -94,46 +85,61 @@ class Roots:
         parent, root = self._locate(str(path.parent))
         if path.name in ("", ".."):
             raise _no_file(str(path))
-        with self._folder(parent, root, str(path), create=True) as folder:
+        with _folder(parent, root, str(path), create=True) as folder:
             _replace(path, folder, data)
 
-    def _locate(self, path: str) -> tuple[Path, Path]:
+    def _locate(self, path: str) -> tuple[Path, _Root]:
         """The resolved path and the innermost root that holds it."""
         try:
             real = Path(os.path.realpath(path))
         except (ValueError, OSError) as error:  # a NUL, or what no file name can hold
             raise InvalidInput(f"{path!r} is no path: {error}") from error
-        holders = [root for root in self._open if real.is_relative_to(root)]
+        holders = [root for root in self._roots if real.is_relative_to(root.folder)]
         if not holders:
             raise ForbiddenPath(
                 f"{path} is outside the folders that this gateway may open; move it below one of "
                 "them, or start the gateway with another --root"
             )
-        return real, max(holders, key=lambda root: len(root.parts))
+        return real, max(holders, key=lambda root: len(root.folder.parts))
 
-    @contextlib.contextmanager
-    def _folder(self, real: Path, root: Path, path: str, *, create: bool = False) -> Iterator[int]:
-        """A descriptor of the folder `real`, reached from the root's without following a link."""
-        folder = os.dup(self._open[root])
-        try:
-            for part in real.relative_to(root).parts:
-                inner = _enter(path, part, folder, create)
-                os.close(folder)
-                folder = inner
-            yield folder
-        finally:
+
+def _existing(folder: Path) -> Path:
+    try:
+        os.close(os.open(folder, _FOLDER & ~os.O_NOFOLLOW))
+    except OSError as error:
+        raise InvalidInput(
+            f"root {folder}: {error.strerror}; expected a folder that exists"
+        ) from error
+    return Path(os.path.realpath(folder))
+
+
+@contextlib.contextmanager
+def _folder(real: Path, root: _Root, path: str, *, create: bool = False) -> Iterator[int]:
+    """A descriptor of the folder `real`, reached from the top without following a link."""
+    top, *above = root.folder.parts
+    steps = [(part, _PASSAGE, create and root.ours) for part in above[:-1]]
+    steps += [(part, _FOLDER, create and root.ours) for part in above[-1:]]
+    steps += [(part, _FOLDER, create) for part in real.relative_to(root.folder).parts]
+    folder = os.open(top, _PASSAGE)
+    try:
+        for part, flags, make in steps:
+            inner = _enter(path, part, folder, flags, make)
             os.close(folder)
+            folder = inner
+        yield folder
+    finally:
+        os.close(folder)
 
 
-def _enter(path: str, part: str, folder: int, create: bool) -> int:
-    if create:
+def _enter(path: str, part: str, folder: int, flags: int, make: bool) -> int:
+    if make:
         try:
             os.mkdir(part, dir_fd=folder)
         except FileExistsError:
             pass
         except OSError as error:
             raise _unwritable(path, error) from error
-    return _open(path, part, folder, _FOLDER)
+    return _open(path, part, folder, flags)
 
 
 def _open(path: str, part: str, folder: int, flags: int) -> int:
