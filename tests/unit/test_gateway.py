@@ -894,6 +894,39 @@ def test_a_deleted_output_and_a_replaced_root_need_no_restart(gateway: Gateway) 
     assert Path(results[0]["pair_image"]).is_file()
 
 
+def test_swapped_panoramas_take_over_the_folder_of_the_last_run(gateway: Gateway) -> None:
+    city, forest = gateway.image("city.png"), gateway.image("forest.png")
+    for first, second in ((city, forest), (forest, city), (city, forest)):
+        gateway.preprocess(first, 1, True)
+        for entry, drawn in zip(
+            gateway.preprocess(second, 1, False), sample_cameras(SEED + 1)[1], strict=True
+        ):
+            assert list(entry["main_params"].values()) == drawn[0].tolist()
+
+
+@pytest.mark.parametrize("content", [None, b"no image"])
+def test_a_panorama_that_cannot_be_read_leaves_its_groups_folder(
+    gateway: Gateway, content: bytes | None
+) -> None:
+    path = gateway.data / "broken.jpg"
+    if content:
+        path.write_bytes(content)
+    gateway.post("/preprocess_for_group", {"image_path": str(path), "group_id": 5}, 400)
+    assert list(gateway.out.rglob("*")) == [gateway.out / "group_0005"]
+
+
+def test_a_group_that_failed_without_the_server_is_asked_for_again(gateway: Gateway) -> None:
+    first, second = gateway.image("a.png"), gateway.image("b.png")
+    asked = {"image_path": str(first), "group_id": 1, "is_first": True}
+    gateway.stub.failure = ConnectError("gone")
+    gateway.post("/preprocess_for_group", asked, 503)
+    gateway.stub.failure = None
+    early = {"image_path": str(second), "group_id": 1, "is_first": False}
+    assert "no cameras yet" in gateway.post("/preprocess_for_group", early, 400)["error"]
+    assert len(gateway.preprocess(first, 1, True)) == 8
+    assert len(gateway.preprocess(second, 1, False)) == 8
+
+
 # Fuzz
 
 

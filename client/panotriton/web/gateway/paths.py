@@ -66,15 +66,19 @@ class Roots:
 
         Raises ForbiddenPath outside the roots, InvalidInput where it cannot be read.
         """
-        real, root = self._locate(path)
-        if real == root.folder:
-            raise _no_file(path)
-        with _folder(real.parent, root, path) as folder:
-            file = _open(path, real.name, folder, _READ)
-        try:
+        with self._file(path) as file:
             return _read_all(path, file, max_bytes)
-        finally:
-            os.close(file)
+
+    def modified_ns(self, path: str) -> int:
+        """When a file was last written, in ns since the epoch. Raises as `read` does."""
+        with self._file(path) as file:
+            return os.fstat(file).st_mtime_ns
+
+    def make(self, path: Path) -> None:
+        """Make a folder where there is none. Raises as `write` does."""
+        real, root = self._locate(str(path))
+        with _folder(real, root, str(path), create=True):
+            pass
 
     def write(self, path: Path, data: bytes) -> None:
         """Replace a file in one step, so that a reader never sees half of it; makes its folders.
@@ -87,6 +91,18 @@ class Roots:
             raise _no_file(str(path))
         with _folder(parent, root, str(path), create=True) as folder:
             _replace(path, folder, data)
+
+    @contextlib.contextmanager
+    def _file(self, path: str) -> Iterator[int]:
+        real, root = self._locate(path)
+        if real == root.folder:
+            raise _no_file(path)
+        with _folder(real.parent, root, path) as folder:
+            file = _open(path, real.name, folder, _READ)
+        try:
+            yield file
+        finally:
+            os.close(file)
 
     def _locate(self, path: str) -> tuple[Path, _Root]:
         """The resolved path and the innermost root that holds it."""
