@@ -125,9 +125,9 @@ class Spy:
 class Gateway:
     """The three apps over one stub, and the folders that they may open."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, output: str = "out", **options: Any) -> None:
         self.stub = Stub()
-        self.out, self.data, self.outside = (folder / n for n in ("out", "data", "outside"))
+        self.out, self.data, self.outside = (folder / n for n in (output, "data", "outside"))
         self.data.mkdir()
         self.outside.mkdir()
         settings = Settings(
@@ -925,6 +925,33 @@ def test_a_group_that_failed_without_the_server_is_asked_for_again(gateway: Gate
     assert "no cameras yet" in gateway.post("/preprocess_for_group", early, 400)["error"]
     assert len(gateway.preprocess(first, 1, True)) == 8
     assert len(gateway.preprocess(second, 1, False)) == 8
+
+
+def test_an_output_called_preprocess_has_its_groups_beside_it(tmp_path: Path) -> None:
+    with Gateway(tmp_path, "run/preprocess_output") as gateway:
+        (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+        group = tmp_path / "run" / "group_0001"
+        assert entry["pair_image"] == str(group / "pairs" / "a_yaw01_pair.jpg")
+        body = {"input_paths": [entry["pair_image"]], "output_dir": str(group)}
+        (sharp,) = gateway.post("/super_resolution_batch", body)["results"]
+        assert sharp["output_path"] == str(group / "osediff" / "a_yaw01_pair.jpg")
+        for outside in (tmp_path / "run", tmp_path / "run" / "group_x", tmp_path / "x"):
+            gateway.post("/super_resolution_batch", body | {"output_dir": str(outside)}, 403)
+
+
+def test_a_linked_output_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with Gateway(tmp_path) as gateway:
+        (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+        group = tmp_path / "out" / "group_0001"
+        assert entry["pair_image"] == str(group / "pairs" / "a_yaw01_pair.jpg")
+        body = {"input_paths": [entry["pair_image"]], "output_dir": str(group)}
+        (sharp,) = gateway.post("/super_resolution_batch", body)["results"]
+        assert sharp["output_path"] == str(group / "osediff" / "a_yaw01_pair.jpg")
+        (views,) = interpolate(gateway, [split("a", 1, f"{group}/interpolated/")], 1)
+        assert Path(views["interpolated_images"][0]["path"]).parent == group / "interpolated"
+    assert (tmp_path / "disk" / "group_0001" / "pairs").is_dir()
 
 
 # Fuzz

@@ -15,6 +15,7 @@ from panotriton.web.gateway.connections import Connection, SharedConnection
 from panotriton.web.gateway.context import Context, Settings
 from panotriton.web.gateway.docs import FAILURES
 from panotriton.web.gateway.failures import Reply, answer_failures
+from panotriton.web.gateway.groups import groups_home
 from panotriton.web.gateway.limits import BodyLimit
 from panotriton.web.gateway.paths import Roots
 from panotriton.web.gateway.schemas import Health
@@ -49,7 +50,7 @@ def create_apps(
     except OSError as error:
         raise InvalidInput(f"output {settings.output} cannot be made: {error.strerror}") from error
     connect = connect or (lambda: _connect(settings))
-    roots = Roots(settings.roots, settings.output)
+    roots = Roots(settings.roots, settings.output, groups_home(settings.output))
     with Workers(connect, settings.threads, settings.max_waiting) as workers:
         context = Context(settings, roots, workers)
         yield {name: _create_app(name, context) for name in SERVICES}

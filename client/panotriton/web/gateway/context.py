@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from panotriton.errors import ConnectError, InvalidInput
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.web.gateway.connections import Connection
-from panotriton.web.gateway.groups import Groups
+from panotriton.web.gateway.groups import Groups, groups_home
 from panotriton.web.gateway.paths import Roots
 from panotriton.web.gateway.tensors import Incoming, TensorOptions, read
 from panotriton.web.gateway.workers import Workers
@@ -69,7 +69,7 @@ class Context:
     def __init__(self, settings: Settings, roots: Roots, workers: Workers) -> None:
         self.settings = settings
         self.roots = roots
-        self.groups = Groups(roots, roots.check(str(settings.output)), settings.seed)
+        self.groups = Groups(roots, groups_home(settings.output), settings.seed)
         self._workers = workers
 
     async def run(self, work: Callable[[Context, Connection, T], object], request: T) -> object:

@@ -24,7 +24,7 @@ from panotriton.pipeline.contract import INTERVALS
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 
-__all__ = ["Groups", "Params", "camera_row", "params"]
+__all__ = ["Groups", "Params", "camera_row", "groups_home", "params"]
 
 F64 = NDArray[np.float64]
 Params = dict[str, float]
@@ -33,19 +33,28 @@ _MAX_STATE_BYTES = 64 << 10
 _LOCKS = 64
 
 
-class Groups:
-    """The groups below one output folder."""
+def groups_home(output: Path) -> Path:
+    """The folder that holds an output's groups; absolute, its links not resolved.
 
-    def __init__(self, roots: Roots, output: Path, seed: int) -> None:
+    As the services had it: the output itself, or its parent where the output's path contains `preprocess`.
+    """
+    home = output.absolute()
+    return home.parent if "preprocess" in str(output) else home
+
+
+class Groups:
+    """The groups below one folder."""
+
+    def __init__(self, roots: Roots, home: Path, seed: int) -> None:
         self._roots = roots
-        self._output = output
+        self._home = home
         self._seed = seed
         # One lock per group keeps its two files together; groups may share one, which only costs time.
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def folder(self, group_id: int) -> Path:
-        """`output/group_0001`."""
-        return layout.group_folder(self._output, group_id)
+        """`home/group_0001`."""
+        return layout.group_folder(self._home, group_id)
 
     def make_folder(self, group_id: int) -> None:
         """Make the group's folder, where a client notes what became of the group."""

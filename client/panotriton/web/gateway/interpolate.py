@@ -134,7 +134,7 @@ def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Pa
         )
     # As the file-path services found it: in the path of the split image.
     group = layout.enclosing_group(entry.left_image)
-    folder = context.roots.check(group) if group else folder
+    folder = context.roots.absolute(group) if group else folder
     # a and a_yaw_b both begin a_yaw_b_yaw01: the longer name is meant.
     panorama = max(holders, key=lambda p: len(bases[p]))
     left = Path(entry.left_image).stem or layout.end_name(stem, "left")

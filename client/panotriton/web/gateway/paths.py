@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.groups import layout
 from panotriton.pipeline.contract import MAX_FILE_BYTES
 from panotriton.web.gateway.failures import ForbiddenPath
 
@@ -36,23 +37,34 @@ _NAME_AT_FAULT = (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOTEMP
 
 @dataclass(frozen=True, slots=True)
 class _Root:
-    """folder: with its links resolved. ours: made again where it is missing."""
+    """folder: with its links resolved. ours: made again where it is missing. groups: only those in it."""
 
     folder: Path
-    ours: bool
+    ours: bool = False
+    groups: bool = False
+
+    def holds(self, real: Path) -> bool:
+        if not real.is_relative_to(self.folder):
+            return False
+        parts = real.relative_to(self.folder).parts
+        return not self.groups or bool(parts and layout.group_number(Path(parts[0])))
 
 
 class Roots:
     """The folders below which requests may read and write.
 
-    output: one more, which is made when something is written to it. Raises InvalidInput where
-    another does not exist.
+    output: one more, which is made when something is written to it. home: a folder of which only the
+    group folders count, made in the same way. Raises InvalidInput where another does not exist.
     """
 
-    def __init__(self, folders: Sequence[Path], output: Path | None = None) -> None:
-        self._roots = [_Root(_existing(folder), ours=False) for folder in folders]
+    def __init__(
+        self, folders: Sequence[Path], output: Path | None = None, home: Path | None = None
+    ) -> None:
+        self._roots = [_Root(_existing(folder)) for folder in folders]
         if output is not None:
-            self._roots.insert(0, _Root(Path(os.path.realpath(output)), ours=True))
+            self._roots.insert(0, _Root(_resolved(output), ours=True))
+        if home is not None:
+            self._roots.append(_Root(_resolved(home), ours=True, groups=True))
 
     def check(self, path: str) -> Path:
         """The path with its links resolved; a relative one starts at the working directory.
@@ -60,6 +72,11 @@ class Roots:
         Raises ForbiddenPath where it does not lie below a root, whether it exists or not.
         """
         return self._locate(path)[0]
+
+    def absolute(self, path: str) -> Path:
+        """The path as a caller knows it: from the top, its links not resolved. Raises as `check` does."""
+        self.check(path)
+        return Path(path).absolute()
 
     def read(self, path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """The content of a regular file of at most `max_bytes`.
@@ -110,7 +127,7 @@ class Roots:
             real = Path(os.path.realpath(path))
         except (ValueError, OSError) as error:  # a NUL, or what no file name can hold
             raise InvalidInput(f"{path!r} is no path: {error}") from error
-        holders = [root for root in self._roots if real.is_relative_to(root.folder)]
+        holders = [root for root in self._roots if root.holds(real)]
         if not holders:
             raise ForbiddenPath(
                 f"{path} is outside the folders that this gateway may open; move it below one of "
@@ -126,6 +143,10 @@ def _existing(folder: Path) -> Path:
         raise InvalidInput(
             f"root {folder}: {error.strerror}; expected a folder that exists"
         ) from error
+    return _resolved(folder)
+
+
+def _resolved(folder: Path) -> Path:
     return Path(os.path.realpath(folder))
 
 

@@ -77,7 +77,8 @@ def _sharpen_files(context: Context, client: Connection, request: SuperResolutio
 
 def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
     """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
-    folder = context.roots.check(request.output_dir or str(context.settings.output)) / layout.SHARP
+    output = request.output_dir or str(context.settings.output)
+    folder = context.roots.absolute(output) / layout.SHARP
     taken: set[Path] = set()
     return [_target(folder / Path(path).name, taken) for path in request.input_paths]
 
