@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -521,11 +522,6 @@ BAD = [
     ("/preprocess_for_group", {"image_path": "a", "group_id": -1}, ["group_id is -1", "greater"]),
     ("/preprocess_for_group", {"image_path": "a", "group_id": "x"}, ["group_id is 'x'", "integer"]),
     ("/super_resolution_batch", {"input_paths": []}, ["input_paths", "at least 1"]),
-    (
-        "/super_resolution_batch",
-        {"input_paths": ["a"], "align_method": "adian"},
-        ["align_method is 'adian'", "'adain', 'wavelet' or 'nofix'"],
-    ),
     ("/evaluate_pairs", {"pairs_data": [1]}, ["pairs_data.0 is 1"]),
     ("/generate_descriptions", {"image_paths": None}, ["image_paths is None"]),
     (
@@ -596,6 +592,8 @@ def test_a_failed_model_fails_its_images(gateway: Gateway) -> None:
         ({"crop_size": 63}, "crop_size is 63; expected 64 to 2048"),
         ({"seed": -1}, "seed is -1"),
         ({"upscale": 5}, "upscale is 5; expected 1 to 4"),
+        ({"jpeg_quality": 101}, "jpeg_quality is 101; expected 1 to 100"),
+        ({"answer_within_s": 0}, "answer_within_s is 0; expected more than 0"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, options: dict[str, int], says: str) -> None:
@@ -952,6 +950,132 @@ def test_a_linked_output_keeps_its_name(tmp_path: Path) -> None:
         (views,) = interpolate(gateway, [split("a", 1, f"{group}/interpolated/")], 1)
         assert Path(views["interpolated_images"][0]["path"]).parent == group / "interpolated"
     assert (tmp_path / "disk" / "group_0001" / "pairs").is_dir()
+
+
+@pytest.mark.parametrize("asked", [0, 4, 4.0, "4"])
+def test_a_group_is_a_whole_number_however_it_is_written(gateway: Gateway, asked: Any) -> None:
+    results = gateway.preprocess(gateway.image("a.png"), asked, True)
+    assert {(type(entry["group_id"]), entry["group_id"]) for entry in results} == {
+        (int, int(asked))
+    }
+    assert (gateway.out / f"group_{int(asked):04d}").is_dir()
+
+
+@pytest.mark.parametrize("asked", ["adian", None, 5, ["adain"]])
+def test_an_unknown_alignment_is_none_with_a_warning(gateway: Gateway, asked: Any) -> None:
+    body = {"input_paths": [str(gateway.image("a.png"))], "align_method": asked}
+    reply = gateway.post("/super_resolution_batch", body)
+    assert reply["results"][0]["success"] is True
+    expected = f"align_method is {asked!r}; expected one of adain, wavelet, nofix: took nofix"
+    assert reply["warning"] == expected
+    known = gateway.post("/super_resolution_batch", body | {"align_method": "wavelet"})
+    assert "warning" not in known
+    aligned = [inputs["ALIGN"].tolist() for _, inputs in gateway.stub.calls]
+    assert aligned == [[b"nofix"], [b"wavelet"]]
+
+
+def test_a_path_twice_in_a_batch_is_made_once_and_succeeds_twice(gateway: Gateway) -> None:
+    path = gateway.image("a.png")
+    body = {"input_paths": [str(path), f"{gateway.data}/../data/a.png", str(path)]}
+    results = gateway.post("/super_resolution_batch", body)["results"]
+    made = {"success": True, "output_path": str(gateway.out / "osediff" / "a.png")}
+    assert results == [made] * 3
+    assert [len(inputs["IMAGES"]) for _, inputs in gateway.stub.calls] == [1]
+
+
+def test_a_malformed_entry_fails_alone(gateway: Gateway) -> None:
+    path = str(gateway.image("a.png"))
+    body = {"input_paths": [5, path, ""]}
+    results = gateway.post("/super_resolution_batch", body)["results"]
+    assert [entry["success"] for entry in results] == [False, True, False]
+    assert results[0]["error"] == "the entry is 5; input should be a valid string"
+    pairs = [None, {"pair_image": path, "interval": 2}, {"pair_image": 7, "interval": 3}]
+    results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert [entry.get("interval") for entry in results] == [None, 2, None]
+    assert "pair_image is 7" in results[2]["error"]
+    results = gateway.post("/generate_descriptions", {"image_paths": [path, {}]})["results"]
+    assert [bool(entry["description"]) for entry in results] == [True, False]
+    wide = split("a", 1, main_params=camera(vfov=150.0))
+    lost = {name: value for name, value in split("a", 1).items() if name != "rand_params"}
+    results = interpolate(gateway, [wide, split("a", 2), lost], 1)
+    assert [len(entry["interpolated_images"]) for entry in results] == [0, 1, 0]
+    assert "main_params.vfov is 150.0" in results[0]["error"]
+    assert "rand_params is missing" in results[2]["error"]
+
+
+def test_fewer_than_no_views_are_none(gateway: Gateway) -> None:
+    (result,) = interpolate(gateway, [split("a", 1)], -1)
+    assert result["success"] is True
+    assert result["interpolated_images"] == []
+
+
+def test_what_else_a_camera_holds_comes_back(gateway: Gateway) -> None:
+    ends = {"main_params": camera() | {"name": "x"}, "rand_params": camera() | {"seen": [1, None]}}
+    (result,) = interpolate(gateway, [split("a", 1, **ends)], 1)
+    assert {name: result[name] for name in ends} == ends
+
+
+def test_a_call_holds_the_largest_group(gateway: Gateway) -> None:
+    paths = [str(gateway.image("a.png"))] * (2 * 8 * 257)
+    for endpoint, body in (
+        ("/super_resolution_batch", {"input_paths": paths}),
+        ("/evaluate_pairs", {"pairs_data": [{"pair_image": path} for path in paths]}),
+        ("/generate_descriptions", {"image_paths": paths}),
+    ):
+        assert len(gateway.post(endpoint, body)["results"]) == len(paths)
+    (name,) = body
+    error = gateway.post(endpoint, {name: [*paths, "x"]}, 400)["error"]
+    assert "at most 4112 items" in error
+    assert len(interpolate(gateway, [split("a", 1)] * 65, 0)) == 65
+
+
+def test_images_by_path_may_be_as_small_as_tensors(gateway: Gateway) -> None:
+    tiny, small = str(gateway.image("tiny.png", 8, 8)), str(gateway.image("small.png", 28, 28))
+    (sharp,) = gateway.post("/super_resolution_batch", {"input_paths": [tiny]})["results"]
+    assert read(sharp["output_path"]).shape == (16, 16, 3)
+    pairs = [{"pair_image": small}, {"pair_image": tiny}]
+    one, two = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert one["final_score"] == "0.8"
+    assert "at least 28 px" in two["error"]
+
+
+def test_a_long_batch_says_how_far_it_is(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [str(gateway.image(f"{i}.png", 64, 64)) for i in range(20)]
+    with caplog.at_level("INFO", "panotriton.web.gateway"):
+        gateway.post("/super_resolution_batch", {"input_paths": paths})
+    first, last = caplog.messages
+    assert re.fullmatch(
+        r"super_resolution_batch: 16 of 20 images in \d+ s, about \d+ s to go", first
+    )
+    assert last.startswith("super_resolution_batch: 20 of 20 images")
+
+
+def test_an_answer_that_is_due_has_what_is_done(tmp_path: Path) -> None:
+    with Gateway(tmp_path, answer_within_s=1e-6) as gateway:
+        paths = [str(gateway.image(f"{i}.png")) for i in range(6)]
+        results = gateway.post("/super_resolution_batch", {"input_paths": paths})["results"]
+        assert [entry["success"] for entry in results] == [True] * 4 + [False] * 2
+        assert "not done within 1e-06 s" in results[4]["error"]
+        assert sorted(path.name for path in (gateway.out / "osediff").iterdir()) == [
+            f"{i}.png" for i in range(4)
+        ]
+        pairs = [{"pair_image": path, "interval": 1} for path in paths]
+        results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+        assert [entry.get("interval") for entry in results] == [1] * 4 + [None] * 2
+
+
+def test_jpeg_files_have_the_quality_that_was_asked_for(tmp_path: Path) -> None:
+    for quality in (95, 40):
+        (tmp_path / str(quality)).mkdir()
+        with Gateway(tmp_path / str(quality), jpeg_quality=quality) as gateway:
+            image = read(gateway.image("a.png").rename(gateway.data / "a.jpg"))
+            body = {"input_paths": [str(gateway.data / "a.jpg")]}
+            (entry,) = gateway.post("/super_resolution_batch", body)["results"]
+            sharp = cv2.cvtColor(image.repeat(2, axis=0).repeat(2, axis=1), cv2.COLOR_RGB2BGR)
+            expected = cv2.imencode(".jpg", sharp, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+            assert Path(entry["output_path"]).read_bytes() == expected.tobytes()
 
 
 # Fuzz

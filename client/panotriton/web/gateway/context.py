@@ -11,10 +11,12 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from panotriton.errors import ConnectError, InvalidInput
+from panotriton.groups.folder import JPEG_QUALITY
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.groups import Groups, groups_home
 from panotriton.web.gateway.paths import Roots
+from panotriton.web.gateway.portions import Portions
 from panotriton.web.gateway.tensors import Incoming, TensorOptions, read
 from panotriton.web.gateway.workers import Workers
 
@@ -29,6 +31,7 @@ _LIMITS = {
     "threads": (1, 256),
     "max_waiting": (0, 65536),
     "max_body_bytes": (1, 1 << 40),
+    "jpeg_quality": (1, 100),
 }
 
 
@@ -38,7 +41,9 @@ class Settings:
 
     output: where preprocessing makes group folders; a root as well. seed: group g draws its cameras
     from seed + g. max_body_bytes bounds tensor requests; those with paths are bounded to 4 MiB.
-    shared_memory: the server is on this machine and may map regions of each thread.
+    shared_memory: the server is on this machine and may map regions of each thread. answer_within_s:
+    when a request with a list of images is answered at the latest, with those that are done; None:
+    when all are. jpeg_quality: of the .jpg files that are written, 1 to 100.
     Raises InvalidInput for a number out of range.
     """
 
@@ -53,6 +58,8 @@ class Settings:
     max_body_bytes: int = 512 << 20
     shared_memory: bool = False
     timeout_s: float = 3600.0
+    answer_within_s: float | None = None
+    jpeg_quality: int = JPEG_QUALITY
     max_path_body_bytes: int = field(default=4 << 20, init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +68,8 @@ class Settings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InvalidInput(f"{name} is {value}; expected {low} to {high}")
+        if self.answer_within_s is not None and not self.answer_within_s > 0:
+            raise InvalidInput(f"answer_within_s is {self.answer_within_s}; expected more than 0")
 
 
 class Context:
@@ -75,6 +84,10 @@ class Context:
     async def run(self, work: Callable[[Context, Connection, T], object], request: T) -> object:
         """The answer of one path endpoint's function, on a thread of its own."""
         return await self._workers.run(lambda client: work(self, client, request))
+
+    def portions(self, endpoint: str) -> Portions:
+        """The work of a request that has just come in."""
+        return Portions(endpoint, self.settings.answer_within_s)
 
     async def run_tensor(
         self,

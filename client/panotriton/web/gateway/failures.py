@@ -82,10 +82,10 @@ def failure(message: str, status: int) -> Reply:
     return Reply({"error": message}, status)
 
 
-def describe(errors: Sequence[Any]) -> str:
-    """One line on the first of pydantic's errors: the field, what came and what was expected."""
+def describe(errors: Sequence[Any], whole: str = "the body") -> str:
+    """One line on the first of pydantic's errors: the field of `whole`, what came, what was expected."""
     error = errors[0]
-    where = ".".join(str(part) for part in error["loc"] if part != "body") or "the body"
+    where = ".".join(str(part) for part in error["loc"] if part != "body") or whole
     if error["type"] == "missing":
         return f"{where} is missing; expected as the API page (/docs) says"
     if error["type"] == "json_invalid":

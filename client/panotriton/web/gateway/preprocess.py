@@ -82,7 +82,7 @@ def _crop_file(context: Context, client: Connection, request: PreprocessRequest)
         groups.keep_cameras(group_id, cameras)
     folder = groups.folder(group_id)
     paths = [folder / layout.pair(base, interval) for interval in range(1, INTERVALS + 1)]
-    write_images(context.roots, zip(paths, pairs, strict=True))
+    write_images(context.roots, zip(paths, pairs, strict=True), context.settings.jpeg_quality)
     files = groups.write_params(group_id, base, cameras)
     return {"success": True, "results": _pairs(group_id, cameras, paths, files)}
 
