@@ -24,7 +24,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from panotriton.errors import ConnectError, InferenceFailed, InvalidInput, PanotritonError
+from panotriton.errors import (
+    ConnectError,
+    InferenceFailed,
+    InvalidInput,
+    ModelUnavailable,
+    PanotritonError,
+)
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
 from panotriton.web.gateway import Settings, create_apps
@@ -41,11 +47,14 @@ class Stub:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Tensors]] = []
         self.failure: Exception | None = None
+        self.away = 0  # so many calls fail; 0: all
         self.scores = 0.8
-        self.gate = threading.Event()
+        self.gate, self.thawed = threading.Event(), threading.Event()
         self.gate.set()
+        self.thawed.set()
 
     def ready(self) -> bool:
+        self.thawed.wait(30)
         return self.failure is None
 
     def close(self) -> None:
@@ -55,7 +64,10 @@ class Stub:
         self.gate.wait(30)
         self.calls.append((model, inputs))
         if self.failure:
-            raise self.failure
+            failure = self.failure
+            self.failure = None if self.away == 1 else failure
+            self.away -= 1
+            raise failure
         return {
             name: value for name, value in MODELS[model](self, inputs).items() if name in outputs
         }
@@ -131,9 +143,8 @@ class Gateway:
         self.out, self.data, self.outside = (folder / n for n in (output, "data", "outside"))
         self.data.mkdir()
         self.outside.mkdir()
-        settings = Settings(
-            output=self.out, roots=(self.data,), crop_size=CROP, seed=SEED, **options
-        )
+        options = {"seed": SEED, "wait_s": 0.0} | options
+        settings = Settings(output=self.out, roots=(self.data,), crop_size=CROP, **options)
         self.spy = Spy()
         self._apps = create_apps(settings, connect=lambda: self.stub)
 
@@ -1076,6 +1087,49 @@ def test_jpeg_files_have_the_quality_that_was_asked_for(tmp_path: Path) -> None:
             sharp = cv2.cvtColor(image.repeat(2, axis=0).repeat(2, axis=1), cv2.COLOR_RGB2BGR)
             expected = cv2.imencode(".jpg", sharp, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
             assert Path(entry["output_path"]).read_bytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("failure", [ConnectError("gone"), ModelUnavailable("not loaded yet")])
+def test_a_request_waits_for_a_server_that_is_away(tmp_path: Path, failure: Exception) -> None:
+    with Gateway(tmp_path, wait_s=60.0) as gateway:
+        gateway.stub.failure, gateway.stub.away = failure, 2
+        assert len(gateway.preprocess(gateway.image("a.png"), 1, True)) == 8
+        assert len(gateway.stub.calls) == 3
+
+
+def test_a_server_that_stays_away_is_503_and_says_when_to_ask_again(tmp_path: Path) -> None:
+    with Gateway(tmp_path, wait_s=0.3) as gateway:
+        gateway.stub.failure = ConnectError("gone")
+        body = {"image_path": str(gateway.image("a.png")), "group_id": 1}
+        reply = gateway.clients["preprocess"].post("/preprocess_for_group", json=body)
+        assert reply.status_code == 503
+        assert int(reply.headers["Retry-After"]) > 0
+        assert len(gateway.stub.calls) > 1
+        reply = gateway.clients["preprocess"].get("/health")
+        assert int(reply.headers["Retry-After"]) > 0
+        gateway.stub.failure = None
+        reply = gateway.clients["preprocess"].get("/health")
+        assert "Retry-After" not in reply.headers
+
+
+def test_a_frozen_server_is_unhealthy_at_once(gateway: Gateway) -> None:
+    gateway.stub.thawed.clear()
+    for client in gateway.clients.values():
+        assert client.get("/health").status_code == 503
+    gateway.stub.thawed.set()
+    assert gateway.clients["osediff"].get("/health").status_code == 200
+
+
+def test_gateways_with_outputs_of_their_own_draw_cameras_of_their_own(tmp_path: Path) -> None:
+    drawn = []
+    for name in ("one", "two", "one"):
+        folder = tmp_path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with Gateway(folder, seed=None) as gateway:
+            (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+            drawn.append(entry["rand_params"])
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 # Fuzz

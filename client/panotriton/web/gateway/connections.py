@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from panotriton.client.client import Client
+from panotriton.errors import ConnectError, ModelUnavailable
 
-__all__ = ["Connection", "SharedConnection"]
+__all__ = ["Connection", "PatientConnection", "SharedConnection"]
+
+_PAUSE_S = 0.25
 
 
 class Connection(Protocol):
@@ -28,6 +32,38 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Let go of the connection."""
+
+
+class PatientConnection:
+    """Waits for a server that is away before its caller is told, who might go on with the next group."""
+
+    def __init__(self, connection: Connection, wait_s: float) -> None:
+        self._connection = connection
+        self._wait_s = wait_s
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str] | Mapping[str, int],
+    ) -> dict[str, NDArray[Any]]:
+        """See `Client.infer`; again until `wait_s` have passed: the models keep nothing of a request."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return self._connection.infer(model, inputs, outputs)
+            except (ConnectError, ModelUnavailable):
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_PAUSE_S)
+
+    def ready(self) -> bool:
+        """See `Client.ready`; does not wait."""
+        return self._connection.ready()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._connection.close()
 
 
 class SharedConnection:

@@ -21,7 +21,18 @@ from panotriton.errors import (
     ServerBusy,
 )
 
-__all__ = ["ForbiddenPath", "Reply", "answer_failures", "describe", "failure", "status_of"]
+__all__ = [
+    "ForbiddenPath",
+    "Reply",
+    "answer_failures",
+    "describe",
+    "failure",
+    "retry_later",
+    "status_of",
+]
+
+
+_RETRY_AFTER_S = 5
 
 
 class ForbiddenPath(InvalidInput):
@@ -79,7 +90,12 @@ async def _unforeseen(request: Request, error: Exception) -> Reply:
 
 def failure(message: str, status: int) -> Reply:
     """The one shape of every failure."""
-    return Reply({"error": message}, status)
+    return Reply({"error": message}, status, retry_later(status))
+
+
+def retry_later(status: int) -> dict[str, str]:
+    """The headers of a reply: after a 503, when to ask again."""
+    return {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else {}
 
 
 def describe(errors: Sequence[Any], whole: str = "the body") -> str:
