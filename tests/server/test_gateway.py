@@ -12,7 +12,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +31,20 @@ PANORAMAS = [ROOT / "data" / "panoramas" / f"{name}.jpg" for name in ("courtyard
 COMMAND = [sys.executable, "-m", "panotriton", "gateway"]
 ANY_PORTS = ["--preprocess-port=0", "--osediff-port=0", "--quality-port=0"]
 CROP, BETWEEN, THRESHOLD = 64, 2, 0.5
+
+
+def example(name: str) -> ModuleType:
+    """An example as its user's interpreter would load it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paths = example("gateway_paths")
+post = paths.post
 
 
 @pytest.fixture(scope="module")
@@ -88,124 +101,11 @@ def client(quick_server: LocalServer) -> Iterator[Client]:
         yield connected
 
 
-def post(url: str, body: Any) -> Any:
-    """The way old clients ask: JSON there and back."""
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as reply:
-        return json.load(reply)
-
-
-class OldClient:
-    """What an orchestrator of the three file-path services does: HTTP, paths, and files of its own."""
-
-    def __init__(self, urls: dict[str, str]) -> None:
-        self.urls = urls
-
-    def call(self, service: str, endpoint: str, body: Any) -> list[Any]:
-        reply = post(f"{self.urls[service]}/{endpoint}", body)
-        assert reply["success"] is True
-        return list(reply["results"])
-
-    def process(self, panoramas: list[Path], group_id: int) -> list[dict[str, Any]]:
-        """Finish a group; returns its kept intervals."""
-        pairs = []
-        for path in panoramas:
-            body = {"image_path": str(path), "group_id": group_id, "is_first": path is panoramas[0]}
-            pairs += self.call("preprocess", "preprocess_for_group", body)
-        folder = Path(pairs[0]["pair_image"]).parent.parent
-        sharp = self.sharpen([pair["pair_image"] for pair in pairs], folder)
-        for pair, path in zip(pairs, sharp, strict=True):
-            pair["pair_image"] = path
-        scored = self.call("quality", "evaluate_pairs", {"pairs_data": pairs})
-        splits = [split(pair, folder) for pair in passed(scored)]
-        self.describe(splits, panoramas[1], folder)
-        body = {
-            "split_results": splits,
-            "panorama1_path": str(panoramas[0]),
-            "panorama2_path": str(panoramas[1]),
-            "group_id": group_id,
-            "num_interpolations": BETWEEN,
-        }
-        groups = self.call("preprocess", "generate_interpolated_images", body)
-        self.sharpen_views(
-            [view for group in groups for view in group["interpolated_images"]], folder
-        )
-        result = assemble(splits, groups)
-        (folder / "group_info.json").write_text(json.dumps({"group_id": group_id}))
-        (folder.parent / "results.json").write_text(json.dumps(result))
-        return result
-
-    def sharpen(self, paths: list[str], folder: Path) -> list[str]:
-        body = {"input_paths": paths, "output_dir": str(folder), "align_method": "adain"}
-        results = self.call("osediff", "super_resolution_batch", body)
-        assert all(result["success"] for result in results)
-        return [result["output_path"] for result in results]
-
-    def sharpen_views(self, views: list[Any], folder: Path) -> None:
-        target = folder / "interpolated_sr"
-        target.mkdir()
-        for view, path in zip(views, self.sharpen([v["path"] for v in views], folder), strict=True):
-            view["super_resolved"] = shutil.move(path, target / Path(path).name)
-
-    def describe(self, splits: list[Any], second: Path, folder: Path) -> None:
-        (folder / "descriptions").mkdir()
-        mine = [entry for entry in splits if Path(entry["pair_image"]).stem.startswith(second.stem)]
-        body = {"image_paths": [entry["right_image"] for entry in mine]}
-        for entry, result in zip(
-            mine, self.call("quality", "generate_descriptions", body), strict=True
-        ):
-            entry["description"] = result["description"]
-        (folder / "descriptions" / "panorama2_right_descriptions.json").write_text(json.dumps(mine))
-
-
-def passed(scored: list[Any]) -> list[Any]:
-    """The pairs of intervals whose lowest score reaches the threshold, as the old filter had it."""
-    intervals = defaultdict(list)
-    for pair in scored:
-        intervals[pair.get("interval", 0)].append(pair)
-    kept = []
-    for pairs in intervals.values():
-        scores = [float(p["final_score"]) for p in pairs if p.get("final_score") is not None]
-        if scores and min(scores) >= THRESHOLD:
-            kept += pairs
-    return kept
-
-
-def split(pair: Any, folder: Path) -> dict[str, Any]:
-    image = cv2.imread(pair["pair_image"])
-    (folder / "interpolated").mkdir(exist_ok=True)
-    middle = image.shape[1] // 2
-    entry = dict(pair)
-    for side, half in (("left", image[:, :middle]), ("right", image[:, middle:])):
-        path = folder / "interpolated" / f"{Path(pair['pair_image']).stem}_{side}.jpg"
-        cv2.imwrite(str(path), half)
-        entry[f"{side}_image"] = str(path)
-    return entry
-
-
-def assemble(splits: list[Any], groups: list[Any]) -> list[dict[str, Any]]:
-    intervals: dict[int, dict[str, Any]] = defaultdict(dict)
-    for entry, group in zip(splits, groups, strict=True):
-        views = sorted(group["interpolated_images"], key=lambda view: view["weight_idx"])
-        intervals[entry["interval"]][group["panorama"]] = {
-            "images": [
-                entry["left_image"],
-                *(str(view["super_resolved"]) for view in views),
-                entry["right_image"],
-            ],
-            "params": [entry["main_params"], *(v["params"] for v in views), entry["rand_params"]],
-            "description": entry.get("description"),
-        }
-    return [
-        {"interval": interval, **panoramas} for interval, panoramas in sorted(intervals.items())
-    ]
-
-
 @pytest.fixture(scope="module")
 def old_group(gateway: Running) -> list[dict[str, Any]]:
-    return OldClient(gateway.urls).process(PANORAMAS, 1)
+    client = paths.PathClient(gateway.urls, BETWEEN, THRESHOLD)
+    made: list[dict[str, Any]] = client.process(PANORAMAS, 1)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +154,6 @@ def test_an_old_client_finishes_a_group_with_the_old_layout(
         "interpolated": 2 * kept * (2 + BETWEEN),
         "interpolated_sr": 2 * kept * BETWEEN,
     }
-    assert (folder / "group_info.json").exists()
-    assert (gateway.output / "results.json").exists()
     for entry in old_group:
         for p, panorama in enumerate(("panorama1", "panorama2")):
             images = [Path(path).relative_to(folder) for path in entry[panorama]["images"]]
@@ -347,16 +245,6 @@ def test_the_tensor_twins_give_the_pipelines_images(
     rights = np.stack([i.sequences[1].images[-1] for i in new_group.intervals])
     replies = post(f"{urls['quality']}/generate_descriptions_tensor", tensor(rights))["results"]
     assert [r["description"] for r in replies] == [i.description for i in new_group.intervals]
-
-
-def example(name: str) -> ModuleType:
-    """An example as its user's interpreter would load it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_numpy_example(gateway: Running, client: Client) -> None:
