@@ -29,7 +29,7 @@ from filehop import client as filehop
 from panotriton.client.client import Client
 from panotriton.pipeline.camera import sample_cameras
 from panotriton.server.launch import LocalServer
-from panotriton.web.gateway import stages
+from panotriton.web.gateway import triton
 
 PANORAMAS = [script.PANORAMAS / f"{name}.jpg" for name in ("city", "forest")]
 COMMAND = [sys.executable, "-m", "panotriton", "gateway"]
@@ -222,19 +222,19 @@ class Native(Tensors):
 
     def preprocess(self):
         """Two panoramas to 16 pairs."""
-        self.pairs = stages.preprocess(self.client, list(self.panoramas), CAMERAS, self.crop_size)
+        self.pairs = triton.preprocess(self.client, list(self.panoramas), CAMERAS, self.crop_size)
 
     def super_resolve(self):
         """16 pairs to 16 sharp ones."""
-        self.sharp = stages.super_resolve(self.client, self.pairs)
+        self.sharp = np.stack([sharp.numpy() for sharp in self.client.upscale(list(self.pairs))])
 
     def score(self):
         """16 sharp pairs to scores."""
-        stages.score(self.client, self.sharp)
+        self.client.score(list(self.sharp))
 
     def interpolate(self):
         """Two intervals of both panoramas to 36 views."""
-        stages.interpolate(self.client, list(self.panoramas), KEPT, 9, self.crop_size)
+        triton.interpolate(self.client, list(self.panoramas), KEPT, 9, self.crop_size)
 
 
 def measure(ways, runs):

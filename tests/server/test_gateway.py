@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,24 +51,27 @@ post = paths.post
 
 
 @pytest.fixture(scope="module")
-def quick_server(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalServer]:
-    """A server whose super-resolution works at a quarter of the usual size, so that groups take seconds."""
+def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
     copy = tmp_path_factory.mktemp("quick") / "repository"
     shutil.copytree(repository, copy)
     settings = copy / "osediff" / "1" / "osediff.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
-    with LocalServer(copy) as running:
+    return copy
+
+
+@pytest.fixture(scope="module")
+def quick_server(quick_repository: Path) -> Iterator[LocalServer]:
+    with LocalServer(quick_repository) as running:
         yield running
 
 
 class Running:
     """A gateway process: the URL of each service, and the folder that it writes to."""
 
-    def __init__(self, url: str, output: Path) -> None:
+    def __init__(self, url: str, output: Path, root: Path = PANORAMAS[0].parent) -> None:
         self.output = output
-        roots = [f"--root={PANORAMAS[0].parent}"]
+        roots = [f"--root={root}"]
         options = ["--url", url, "--output", str(output), "--crop-size", str(CROP)]
         command = [*COMMAND, *options, *roots, *ANY_PORTS, "--seed=7", "--shared-memory"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -315,3 +321,172 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
     error = refused("-o", str(tmp_path), "--root", str(tmp_path / "none"), *ANY_PORTS)
     assert f"root {tmp_path}/none: No such file" in error
+
+
+# Runs of many groups
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders of panoramas."""
+    root = tmp_path_factory.mktemp("folders")
+    for folder, names in (("a", ("city", "forest")), ("b", ("interior", "sunset"))):
+        (root / folder).mkdir()
+        for name in names:
+            shutil.copy(PANORAMAS[0].with_name(f"{name}.jpg"), root / folder)
+    return [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    quick_server: LocalServer, folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output of three groups that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    running = Running(quick_server.grpc_url, output, folders[0].parent)
+    paths.PathClient(running.urls, BETWEEN, THRESHOLD).run(output, folders, sample_n=3)
+    running.stop(signal.SIGINT)
+    return output
+
+
+def files(output: Path, groups: int) -> dict[str, bytes]:
+    """What a run has left of its first groups, by path; the output's own name left out."""
+    return {
+        str(path.relative_to(output)): path.read_bytes().replace(str(output).encode(), b"out")
+        for number in range(1, groups + 1)
+        for path in sorted((output / f"group_{number:04d}").rglob("*"))
+        if path.is_file()
+    }
+
+
+def kept(output: Path) -> list[int]:
+    """How many intervals each group has kept."""
+    infos = sorted(output.glob("group_*/group_info.json"))
+    return [len(json.loads(info.read_text())["kept"]) for info in infos]
+
+
+class Stage:
+    """A server on one port and a gateway before it, which are killed and started again."""
+
+    def __init__(self, repository: Path, output: Path, root: Path) -> None:
+        self._repository, self._output, self._root = repository, output, root
+        self.server = LocalServer(repository)
+
+    def __enter__(self) -> Stage:
+        self.server.__enter__()
+        self.gateway = Running(self.server.grpc_url, self._output, self._root)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.gateway.process.kill()
+        self.gateway.process.communicate()
+        self.server.stop()
+        for region in Path("/dev/shm").glob(f"panotriton_{self.gateway.process.pid}_*"):
+            region.unlink()  # what a killed gateway cannot remove
+
+    def kill_server(self) -> None:
+        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.stop()
+
+    def restart_server(self) -> None:
+        self.server = LocalServer(self._repository, grpc_port=self.server.grpc_port)
+        self.server.__enter__()
+
+
+class Doomed(paths.PathClient):  # type: ignore[misc, name-defined]
+    """Kills the gateway and the server while it waits for the answer to one of its calls."""
+
+    def __init__(self, stage: Stage, call: int) -> None:
+        super().__init__(stage.gateway.urls, BETWEEN, THRESHOLD)
+        self._stage, self._calls_left = stage, call
+
+    def call(self, service: str, endpoint: str, body: Any) -> list[Any]:
+        self._calls_left -= 1
+        ask = super().call
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, service, endpoint, body)
+            if not self._calls_left:
+                time.sleep(0.2)  # into the work
+                self._stage.gateway.process.kill()
+                os.kill(self._stage.server.pid, signal.SIGKILL)
+            return list(answer.result())
+
+
+@pytest.mark.parametrize(("mode", "call"), [("sample_n", 9), ("target_n", 10)])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
+    quick_repository: Path,
+    folders: list[Path],
+    whole_run: Path,
+    tmp_path: Path,
+    mode: str,
+    call: int,
+) -> None:
+    counts = kept(whole_run)
+    goal = 2 if mode == "sample_n" else counts[0] + 1
+    output, root = tmp_path / "out", folders[0].parent
+    with Stage(quick_repository, output, root) as stage, pytest.raises(OSError):
+        Doomed(stage, call).run(output, folders, **{mode: goal})
+    assert [path.parent.name for path in output.glob("*/group_info.json")] == ["group_0001"]
+    assert (output / "group_0002" / "error.json").exists()
+    first = files(output, 1)
+    with Stage(quick_repository, output, root) as stage:
+        client = paths.PathClient(stage.gateway.urls, BETWEEN, THRESHOLD)
+        client.run(output, folders, **{mode: goal})
+    done = len(kept(output))
+    assert files(output, 1) == first
+    assert files(output, done) == files(whole_run, done)
+    names = {path.name for path in output.iterdir()}
+    assert names == {"results.json", *(f"group_{number:04d}" for number in range(1, done + 1))}
+    results = json.loads((output / "results.json").read_text())
+    assert [entry["group_id"] for entry in results] == list(range(1, done + 1))
+    total = [sum(counts[:number]) for number in range(done + 1)]
+    assert done == goal if mode == "sample_n" else total[done - 1] < goal <= total[done]
+
+
+def test_no_group_number_is_lost_while_the_server_is_away(
+    quick_repository: Path, folders: list[Path], whole_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with Stage(quick_repository, output, folders[0].parent) as stage:
+        client = paths.PathClient(stage.gateway.urls, BETWEEN, THRESHOLD)
+        client.run(output, folders, sample_n=1)
+        stage.kill_server()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            client.run(output, folders, sample_n=2)
+        with caught.value as reply:
+            assert reply.status == 503
+            assert int(reply.headers["Retry-After"]) > 0
+        assert (output / "group_0002" / "error.json").exists()
+        stage.restart_server()
+        client.run(output, folders, sample_n=2)
+    assert files(output, 2) == files(whole_run, 2)
+    assert {path.name for path in output.glob("group_*")} == {"group_0001", "group_0002"}
+
+
+def test_a_frozen_server_does_not_hold_health(
+    quick_repository: Path, tmp_path: Path, folders: list[Path]
+) -> None:
+    with Stage(quick_repository, tmp_path / "out", folders[0].parent) as stage:
+        url = f"{stage.gateway.urls['quality']}/health"
+        os.kill(stage.server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(url, timeout=5)
+            with caught.value as reply:
+                assert reply.status == 503
+        finally:
+            os.kill(stage.server.pid, signal.SIGCONT)
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            assert reply.status == 200
+
+
+def test_one_service_has_a_process_of_its_own(tmp_path: Path) -> None:
+    command = [*COMMAND, "-o", str(tmp_path), *ANY_PORTS, "--service", "quality"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [next(process.stdout), next(process.stdout)]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert lines[0].split()[0] == "quality"
+    assert lines[1].startswith("ready")
+    assert process.returncode == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from panotriton.client.client import Client
-from panotriton.errors import ConnectError, ModelUnavailable
+from panotriton.errors import ConnectError, ModelUnavailable, SharedMemoryError
 
 __all__ = ["Connection", "PatientConnection", "SharedConnection"]
 
@@ -72,7 +73,8 @@ class SharedConnection:
     def __init__(self, client: Client, max_bytes: int) -> None:
         self._client = client
         # One thread's pool is never full; what is waited for is only a last call when the gateway stops.
-        self._memory = client.shared_memory(max_bytes, wait_s=1.0)
+        self._new_memory = partial(client.shared_memory, max_bytes, wait_s=1.0)
+        self._memory = self._new_memory()
 
     def infer(
         self,
@@ -80,8 +82,16 @@ class SharedConnection:
         inputs: Mapping[str, NDArray[Any]],
         outputs: Sequence[str] | Mapping[str, int],
     ) -> dict[str, NDArray[Any]]:
-        """See `Client.infer`."""
-        return self._client.infer(model, inputs, outputs, via=self._memory)
+        """See `Client.infer`. Raises ConnectError, too, where no region can be registered any more."""
+        try:
+            return self._client.infer(model, inputs, outputs, via=self._memory)
+        except (ConnectError, ModelUnavailable, SharedMemoryError) as error:
+            # A server that was started again knows none of the regions, and calls them not found.
+            self._memory.close()
+            self._memory = self._new_memory()
+            if isinstance(error, SharedMemoryError) and not self._client.ready():
+                raise ConnectError(str(error)) from error
+            raise
 
     def ready(self) -> bool:
         """See `Client.ready`."""
