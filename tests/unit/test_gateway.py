@@ -996,16 +996,16 @@ def test_a_path_twice_in_a_batch_is_made_once_and_succeeds_twice(gateway: Gatewa
 
 def test_a_malformed_entry_fails_alone(gateway: Gateway) -> None:
     path = str(gateway.image("a.png"))
-    body = {"input_paths": [5, path, ""]}
+    body = {"input_paths": [5, path, "", "\0.png"]}
     results = gateway.post("/super_resolution_batch", body)["results"]
-    assert [entry["success"] for entry in results] == [False, True, False]
+    assert [entry["success"] for entry in results] == [False, True, False, False]
     assert results[0]["error"] == "the entry is 5; input should be a valid string"
     pairs = [None, {"pair_image": path, "interval": 2}, {"pair_image": 7, "interval": 3}]
     results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
     assert [entry.get("interval") for entry in results] == [None, 2, None]
     assert "pair_image is 7" in results[2]["error"]
-    results = gateway.post("/generate_descriptions", {"image_paths": [path, {}]})["results"]
-    assert [bool(entry["description"]) for entry in results] == [True, False]
+    results = gateway.post("/generate_descriptions", {"image_paths": [path, {}, "\0"]})["results"]
+    assert [bool(entry["description"]) for entry in results] == [True, False, False]
     wide = split("a", 1, main_params=camera(vfov=150.0))
     lost = {name: value for name, value in split("a", 1).items() if name != "rand_params"}
     results = interpolate(gateway, [wide, split("a", 2), lost], 1)

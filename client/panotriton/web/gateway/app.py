@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -24,6 +25,7 @@ from panotriton.web.gateway.workers import Workers
 
 __all__ = ["SERVICES", "Settings", "create_apps"]
 
+_LOG = logging.getLogger(__name__)
 # Service → its routers and its port by custom.
 SERVICES = {"preprocess": 5000, "osediff": 5001, "quality": 5002}
 _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
@@ -54,7 +56,9 @@ def create_apps(
     wait = partial(PatientConnection, wait_s=settings.wait_s)
     watch = connect or (lambda: Client(settings.url, timeout_s=_WATCH_TIMEOUT_S))
     work = connect or (lambda: _connect(settings))
-    roots = Roots(settings.roots, settings.output, groups_home(settings.output))
+    home = groups_home(settings.output)
+    roots = Roots(settings.roots, settings.output, home)
+    _LOG.info("groups lie in %s; group g draws from seed %d + g", home, settings.first_seed())
     with Workers(lambda: wait(work()), watch, settings.threads, settings.max_waiting) as workers:
         context = Context(settings, roots, workers)
         yield {name: _create_app(name, context) for name in SERVICES}

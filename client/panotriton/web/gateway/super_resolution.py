@@ -29,7 +29,7 @@ from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
-from panotriton.web.gateway.failures import Reply
+from panotriton.web.gateway.failures import ForbiddenPath, Reply
 from panotriton.web.gateway.files import check_name, write_images
 from panotriton.web.gateway.portions import Image, Portions
 from panotriton.web.gateway.schemas import SuperResolutionReply, SuperResolutionRequest
@@ -120,9 +120,12 @@ def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | I
 def _target(
     context: Context, folder: Path, path: str, taken: dict[Path, Path]
 ) -> Path | InvalidInput:
-    target, image = folder / Path(path).name, context.roots.check(path)
+    target = folder / Path(path).name
     try:
+        image = context.roots.check(path)
         check_name(target)
+    except ForbiddenPath:
+        raise
     except InvalidInput as error:
         return error
     if taken.setdefault(target, image) != image:
