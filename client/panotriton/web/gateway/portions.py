@@ -15,7 +15,7 @@ from panotriton.errors import InferenceFailed, InvalidInput
 from panotriton.web.gateway.files import read_portions
 from panotriton.web.gateway.paths import Roots
 
-__all__ = ["Portions"]
+__all__ = ["Image", "Portions"]
 
 _LOG = logging.getLogger(__name__)
 # Where an answer is due, the last portion that fits should leave little time over.
