@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,25 +36,42 @@ ANY_PORTS = ["--preprocess-port=0", "--osediff-port=0", "--quality-port=0"]
 CROP, BETWEEN, THRESHOLD = 64, 2, 0.5
 
 
+def example(name: str) -> ModuleType:
+    """An example as its user's interpreter would load it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paths = example("gateway_paths")
+post = paths.post
+
+
 @pytest.fixture(scope="module")
-def quick_server(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalServer]:
-    """A server whose super-resolution works at a quarter of the usual size, so that groups take seconds."""
+def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
     copy = tmp_path_factory.mktemp("quick") / "repository"
     shutil.copytree(repository, copy)
     settings = copy / "osediff" / "1" / "osediff.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
-    with LocalServer(copy) as running:
+    return copy
+
+
+@pytest.fixture(scope="module")
+def quick_server(quick_repository: Path) -> Iterator[LocalServer]:
+    with LocalServer(quick_repository) as running:
         yield running
 
 
 class Running:
     """A gateway process: the URL of each service, and the folder that it writes to."""
 
-    def __init__(self, url: str, output: Path) -> None:
+    def __init__(self, url: str, output: Path, root: Path = PANORAMAS[0].parent) -> None:
         self.output = output
-        roots = [f"--root={PANORAMAS[0].parent}"]
+        roots = [f"--root={root}"]
         options = ["--url", url, "--output", str(output), "--crop-size", str(CROP)]
         command = [*COMMAND, *options, *roots, *ANY_PORTS, "--seed=7", "--shared-memory"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -88,124 +107,11 @@ def client(quick_server: LocalServer) -> Iterator[Client]:
         yield connected
 
 
-def post(url: str, body: Any) -> Any:
-    """The way old clients ask: JSON there and back."""
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as reply:
-        return json.load(reply)
-
-
-class OldClient:
-    """What an orchestrator of the three file-path services does: HTTP, paths, and files of its own."""
-
-    def __init__(self, urls: dict[str, str]) -> None:
-        self.urls = urls
-
-    def call(self, service: str, endpoint: str, body: Any) -> list[Any]:
-        reply = post(f"{self.urls[service]}/{endpoint}", body)
-        assert reply["success"] is True
-        return list(reply["results"])
-
-    def process(self, panoramas: list[Path], group_id: int) -> list[dict[str, Any]]:
-        """Finish a group; returns its kept intervals."""
-        pairs = []
-        for path in panoramas:
-            body = {"image_path": str(path), "group_id": group_id, "is_first": path is panoramas[0]}
-            pairs += self.call("preprocess", "preprocess_for_group", body)
-        folder = Path(pairs[0]["pair_image"]).parent.parent
-        sharp = self.sharpen([pair["pair_image"] for pair in pairs], folder)
-        for pair, path in zip(pairs, sharp, strict=True):
-            pair["pair_image"] = path
-        scored = self.call("quality", "evaluate_pairs", {"pairs_data": pairs})
-        splits = [split(pair, folder) for pair in passed(scored)]
-        self.describe(splits, panoramas[1], folder)
-        body = {
-            "split_results": splits,
-            "panorama1_path": str(panoramas[0]),
-            "panorama2_path": str(panoramas[1]),
-            "group_id": group_id,
-            "num_interpolations": BETWEEN,
-        }
-        groups = self.call("preprocess", "generate_interpolated_images", body)
-        self.sharpen_views(
-            [view for group in groups for view in group["interpolated_images"]], folder
-        )
-        result = assemble(splits, groups)
-        (folder / "group_info.json").write_text(json.dumps({"group_id": group_id}))
-        (folder.parent / "results.json").write_text(json.dumps(result))
-        return result
-
-    def sharpen(self, paths: list[str], folder: Path) -> list[str]:
-        body = {"input_paths": paths, "output_dir": str(folder), "align_method": "adain"}
-        results = self.call("osediff", "super_resolution_batch", body)
-        assert all(result["success"] for result in results)
-        return [result["output_path"] for result in results]
-
-    def sharpen_views(self, views: list[Any], folder: Path) -> None:
-        target = folder / "interpolated_sr"
-        target.mkdir()
-        for view, path in zip(views, self.sharpen([v["path"] for v in views], folder), strict=True):
-            view["super_resolved"] = shutil.move(path, target / Path(path).name)
-
-    def describe(self, splits: list[Any], second: Path, folder: Path) -> None:
-        (folder / "descriptions").mkdir()
-        mine = [entry for entry in splits if Path(entry["pair_image"]).stem.startswith(second.stem)]
-        body = {"image_paths": [entry["right_image"] for entry in mine]}
-        for entry, result in zip(
-            mine, self.call("quality", "generate_descriptions", body), strict=True
-        ):
-            entry["description"] = result["description"]
-        (folder / "descriptions" / "panorama2_right_descriptions.json").write_text(json.dumps(mine))
-
-
-def passed(scored: list[Any]) -> list[Any]:
-    """The pairs of intervals whose lowest score reaches the threshold, as the old filter had it."""
-    intervals = defaultdict(list)
-    for pair in scored:
-        intervals[pair.get("interval", 0)].append(pair)
-    kept = []
-    for pairs in intervals.values():
-        scores = [float(p["final_score"]) for p in pairs if p.get("final_score") is not None]
-        if scores and min(scores) >= THRESHOLD:
-            kept += pairs
-    return kept
-
-
-def split(pair: Any, folder: Path) -> dict[str, Any]:
-    image = cv2.imread(pair["pair_image"])
-    (folder / "interpolated").mkdir(exist_ok=True)
-    middle = image.shape[1] // 2
-    entry = dict(pair)
-    for side, half in (("left", image[:, :middle]), ("right", image[:, middle:])):
-        path = folder / "interpolated" / f"{Path(pair['pair_image']).stem}_{side}.jpg"
-        cv2.imwrite(str(path), half)
-        entry[f"{side}_image"] = str(path)
-    return entry
-
-
-def assemble(splits: list[Any], groups: list[Any]) -> list[dict[str, Any]]:
-    intervals: dict[int, dict[str, Any]] = defaultdict(dict)
-    for entry, group in zip(splits, groups, strict=True):
-        views = sorted(group["interpolated_images"], key=lambda view: view["weight_idx"])
-        intervals[entry["interval"]][group["panorama"]] = {
-            "images": [
-                entry["left_image"],
-                *(str(view["super_resolved"]) for view in views),
-                entry["right_image"],
-            ],
-            "params": [entry["main_params"], *(v["params"] for v in views), entry["rand_params"]],
-            "description": entry.get("description"),
-        }
-    return [
-        {"interval": interval, **panoramas} for interval, panoramas in sorted(intervals.items())
-    ]
-
-
 @pytest.fixture(scope="module")
 def old_group(gateway: Running) -> list[dict[str, Any]]:
-    return OldClient(gateway.urls).process(PANORAMAS, 1)
+    client = paths.PathClient(gateway.urls, BETWEEN, THRESHOLD)
+    made: list[dict[str, Any]] = client.process(PANORAMAS, 1)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +160,6 @@ def test_an_old_client_finishes_a_group_with_the_old_layout(
         "interpolated": 2 * kept * (2 + BETWEEN),
         "interpolated_sr": 2 * kept * BETWEEN,
     }
-    assert (folder / "group_info.json").exists()
-    assert (gateway.output / "results.json").exists()
     for entry in old_group:
         for p, panorama in enumerate(("panorama1", "panorama2")):
             images = [Path(path).relative_to(folder) for path in entry[panorama]["images"]]
@@ -349,16 +253,6 @@ def test_the_tensor_twins_give_the_pipelines_images(
     assert [r["description"] for r in replies] == [i.description for i in new_group.intervals]
 
 
-def example(name: str) -> ModuleType:
-    """An example as its user's interpreter would load it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_numpy_example(gateway: Running, client: Client) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     sharp = example("gateway_numpy").super_resolve(gateway.urls["osediff"], images)
@@ -427,3 +321,172 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
     error = refused("-o", str(tmp_path), "--root", str(tmp_path / "none"), *ANY_PORTS)
     assert f"root {tmp_path}/none: No such file" in error
+
+
+# Runs of many groups
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders of panoramas."""
+    root = tmp_path_factory.mktemp("folders")
+    for folder, names in (("a", ("city", "forest")), ("b", ("interior", "sunset"))):
+        (root / folder).mkdir()
+        for name in names:
+            shutil.copy(PANORAMAS[0].with_name(f"{name}.jpg"), root / folder)
+    return [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    quick_server: LocalServer, folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output of three groups that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    running = Running(quick_server.grpc_url, output, folders[0].parent)
+    paths.PathClient(running.urls, BETWEEN, THRESHOLD).run(output, folders, sample_n=3)
+    running.stop(signal.SIGINT)
+    return output
+
+
+def files(output: Path, groups: int) -> dict[str, bytes]:
+    """What a run has left of its first groups, by path; the output's own name left out."""
+    return {
+        str(path.relative_to(output)): path.read_bytes().replace(str(output).encode(), b"out")
+        for number in range(1, groups + 1)
+        for path in sorted((output / f"group_{number:04d}").rglob("*"))
+        if path.is_file()
+    }
+
+
+def kept(output: Path) -> list[int]:
+    """How many intervals each group has kept."""
+    infos = sorted(output.glob("group_*/group_info.json"))
+    return [len(json.loads(info.read_text())["kept"]) for info in infos]
+
+
+class Stage:
+    """A server on one port and a gateway before it, which are killed and started again."""
+
+    def __init__(self, repository: Path, output: Path, root: Path) -> None:
+        self._repository, self._output, self._root = repository, output, root
+        self.server = LocalServer(repository)
+
+    def __enter__(self) -> Stage:
+        self.server.__enter__()
+        self.gateway = Running(self.server.grpc_url, self._output, self._root)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.gateway.process.kill()
+        self.gateway.process.communicate()
+        self.server.stop()
+        for region in Path("/dev/shm").glob(f"panotriton_{self.gateway.process.pid}_*"):
+            region.unlink()  # what a killed gateway cannot remove
+
+    def kill_server(self) -> None:
+        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.stop()
+
+    def restart_server(self) -> None:
+        self.server = LocalServer(self._repository, grpc_port=self.server.grpc_port)
+        self.server.__enter__()
+
+
+class Doomed(paths.PathClient):  # type: ignore[misc, name-defined]
+    """Kills the gateway and the server while it waits for the answer to one of its calls."""
+
+    def __init__(self, stage: Stage, call: int) -> None:
+        super().__init__(stage.gateway.urls, BETWEEN, THRESHOLD)
+        self._stage, self._calls_left = stage, call
+
+    def call(self, service: str, endpoint: str, body: Any) -> list[Any]:
+        self._calls_left -= 1
+        ask = super().call
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, service, endpoint, body)
+            if not self._calls_left:
+                time.sleep(0.2)  # into the work
+                self._stage.gateway.process.kill()
+                os.kill(self._stage.server.pid, signal.SIGKILL)
+            return list(answer.result())
+
+
+@pytest.mark.parametrize(("mode", "call"), [("sample_n", 9), ("target_n", 10)])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
+    quick_repository: Path,
+    folders: list[Path],
+    whole_run: Path,
+    tmp_path: Path,
+    mode: str,
+    call: int,
+) -> None:
+    counts = kept(whole_run)
+    goal = 2 if mode == "sample_n" else counts[0] + 1
+    output, root = tmp_path / "out", folders[0].parent
+    with Stage(quick_repository, output, root) as stage, pytest.raises(OSError):
+        Doomed(stage, call).run(output, folders, **{mode: goal})
+    assert [path.parent.name for path in output.glob("*/group_info.json")] == ["group_0001"]
+    assert (output / "group_0002" / "error.json").exists()
+    first = files(output, 1)
+    with Stage(quick_repository, output, root) as stage:
+        client = paths.PathClient(stage.gateway.urls, BETWEEN, THRESHOLD)
+        client.run(output, folders, **{mode: goal})
+    done = len(kept(output))
+    assert files(output, 1) == first
+    assert files(output, done) == files(whole_run, done)
+    names = {path.name for path in output.iterdir()}
+    assert names == {"results.json", *(f"group_{number:04d}" for number in range(1, done + 1))}
+    results = json.loads((output / "results.json").read_text())
+    assert [entry["group_id"] for entry in results] == list(range(1, done + 1))
+    total = [sum(counts[:number]) for number in range(done + 1)]
+    assert done == goal if mode == "sample_n" else total[done - 1] < goal <= total[done]
+
+
+def test_no_group_number_is_lost_while_the_server_is_away(
+    quick_repository: Path, folders: list[Path], whole_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with Stage(quick_repository, output, folders[0].parent) as stage:
+        client = paths.PathClient(stage.gateway.urls, BETWEEN, THRESHOLD)
+        client.run(output, folders, sample_n=1)
+        stage.kill_server()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            client.run(output, folders, sample_n=2)
+        with caught.value as reply:
+            assert reply.status == 503
+            assert int(reply.headers["Retry-After"]) > 0
+        assert (output / "group_0002" / "error.json").exists()
+        stage.restart_server()
+        client.run(output, folders, sample_n=2)
+    assert files(output, 2) == files(whole_run, 2)
+    assert {path.name for path in output.glob("group_*")} == {"group_0001", "group_0002"}
+
+
+def test_a_frozen_server_does_not_hold_health(
+    quick_repository: Path, tmp_path: Path, folders: list[Path]
+) -> None:
+    with Stage(quick_repository, tmp_path / "out", folders[0].parent) as stage:
+        url = f"{stage.gateway.urls['quality']}/health"
+        os.kill(stage.server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(url, timeout=5)
+            with caught.value as reply:
+                assert reply.status == 503
+        finally:
+            os.kill(stage.server.pid, signal.SIGCONT)
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            assert reply.status == 200
+
+
+def test_one_service_has_a_process_of_its_own(tmp_path: Path) -> None:
+    command = [*COMMAND, "-o", str(tmp_path), *ANY_PORTS, "--service", "quality"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [next(process.stdout), next(process.stdout)]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert lines[0].split()[0] == "quality"
+    assert lines[1].startswith("ready")
+    assert process.returncode == 0

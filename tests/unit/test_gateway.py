@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -23,7 +25,13 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
-from panotriton.errors import ConnectError, InferenceFailed, InvalidInput, PanotritonError
+from panotriton.errors import (
+    ConnectError,
+    InferenceFailed,
+    InvalidInput,
+    ModelUnavailable,
+    PanotritonError,
+)
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 from panotriton.pipeline.group import interpolate_cameras, interpolate_views, make_pairs
 from panotriton.pipeline.images import SUFFIXES, decode_image
@@ -42,11 +50,14 @@ class Stub:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Tensors]] = []
         self.failure: Exception | None = None
+        self.away = 0  # so many calls fail; 0: all
         self.scores = 0.8
-        self.gate = threading.Event()
+        self.gate, self.thawed = threading.Event(), threading.Event()
         self.gate.set()
+        self.thawed.set()
 
     def ready(self) -> bool:
+        self.thawed.wait(30)
         return self.failure is None
 
     def close(self) -> None:
@@ -56,7 +67,10 @@ class Stub:
         self.gate.wait(30)
         self.calls.append((model, inputs))
         if self.failure:
-            raise self.failure
+            failure = self.failure
+            self.failure = None if self.away == 1 else failure
+            self.away -= 1
+            raise failure
         return {
             name: value for name, value in MODELS[model](self, inputs).items() if name in outputs
         }
@@ -109,30 +123,31 @@ MODELS: dict[str, Callable[[Stub, Tensors], Tensors]] = {
 
 
 class Spy:
-    """What the gateway's threads open, by where the descriptor really is."""
+    """What the gateway's threads open or pass through, by where the descriptor really is."""
 
     def __init__(self) -> None:
         self.opened: set[Path] = set()
+        self.passed: set[Path] = set()  # cannot be listed or read
         self._open = os.open
 
     def __call__(self, *arguments: Any, **options: Any) -> int:
         file = self._open(*arguments, **options)
         if threading.current_thread().name.startswith("gateway"):
-            self.opened.add(Path(f"/proc/self/fd/{file}").readlink())
+            kind = self.passed if arguments[1] & os.O_PATH else self.opened
+            kind.add(Path(f"/proc/self/fd/{file}").readlink())
         return file
 
 
 class Gateway:
     """The three apps over one stub, and the folders that they may open."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, output: str = "out", **options: Any) -> None:
         self.stub = Stub()
-        self.out, self.data, self.outside = (folder / n for n in ("out", "data", "outside"))
+        self.out, self.data, self.outside = (folder / n for n in (output, "data", "outside"))
         self.data.mkdir()
         self.outside.mkdir()
-        settings = Settings(
-            output=self.out, roots=(self.data,), crop_size=CROP, seed=SEED, **options
-        )
+        options = {"seed": SEED, "wait_s": 0.0} | options
+        settings = Settings(output=self.out, roots=(self.data,), crop_size=CROP, **options)
         self.spy = Spy()
         self._apps = create_apps(settings, connect=lambda: self.stub)
 
@@ -553,11 +568,6 @@ BAD = [
     ("/preprocess_for_group", {"image_path": "a", "group_id": -1}, ["group_id is -1", "greater"]),
     ("/preprocess_for_group", {"image_path": "a", "group_id": "x"}, ["group_id is 'x'", "integer"]),
     ("/super_resolution_batch", {"input_paths": []}, ["input_paths", "at least 1"]),
-    (
-        "/super_resolution_batch",
-        {"input_paths": ["a"], "align_method": "adian"},
-        ["align_method is 'adian'", "'adain', 'wavelet' or 'nofix'"],
-    ),
     ("/evaluate_pairs", {"pairs_data": [1]}, ["pairs_data.0 is 1"]),
     ("/generate_descriptions", {"image_paths": None}, ["image_paths is None"]),
     (
@@ -628,6 +638,8 @@ def test_a_failed_model_fails_its_images(gateway: Gateway) -> None:
         ({"crop_size": 63}, "crop_size is 63; expected 64 to 2048"),
         ({"seed": -1}, "seed is -1"),
         ({"upscale": 5}, "upscale is 5; expected 1 to 4"),
+        ({"jpeg_quality": 101}, "jpeg_quality is 101; expected 1 to 100"),
+        ({"answer_within_s": 0}, "answer_within_s is 0; expected more than 0"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, options: dict[str, int], says: str) -> None:
@@ -914,6 +926,247 @@ def test_the_api_page_tells_tensors_apart(gateway: Gateway) -> None:
             assert "422" not in operation["responses"]
 
 
+# What the file-path services did, and their client counts on
+
+
+def test_a_deleted_output_and_a_replaced_root_need_no_restart(gateway: Gateway) -> None:
+    gateway.preprocess(gateway.image("a.png"), 1, True)
+    shutil.rmtree(gateway.out)
+    gateway.data.rename(gateway.data.with_name("old"))
+    gateway.data.mkdir()
+    results = gateway.preprocess(gateway.image("b.png"), 1, True)
+    assert Path(results[0]["pair_image"]).is_file()
+
+
+def test_swapped_panoramas_take_over_the_folder_of_the_last_run(gateway: Gateway) -> None:
+    city, forest = gateway.image("city.png"), gateway.image("forest.png")
+    for first, second in ((city, forest), (forest, city), (city, forest)):
+        gateway.preprocess(first, 1, True)
+        for entry, drawn in zip(
+            gateway.preprocess(second, 1, False), sample_cameras(SEED + 1)[1], strict=True
+        ):
+            assert list(entry["main_params"].values()) == drawn[0].tolist()
+
+
+@pytest.mark.parametrize("content", [None, b"no image"])
+def test_a_panorama_that_cannot_be_read_leaves_its_groups_folder(
+    gateway: Gateway, content: bytes | None
+) -> None:
+    path = gateway.data / "broken.jpg"
+    if content:
+        path.write_bytes(content)
+    gateway.post("/preprocess_for_group", {"image_path": str(path), "group_id": 5}, 400)
+    assert list(gateway.out.rglob("*")) == [gateway.out / "group_0005"]
+
+
+def test_a_group_that_failed_without_the_server_is_asked_for_again(gateway: Gateway) -> None:
+    first, second = gateway.image("a.png"), gateway.image("b.png")
+    asked = {"image_path": str(first), "group_id": 1, "is_first": True}
+    gateway.stub.failure = ConnectError("gone")
+    gateway.post("/preprocess_for_group", asked, 503)
+    gateway.stub.failure = None
+    early = {"image_path": str(second), "group_id": 1, "is_first": False}
+    assert "no cameras yet" in gateway.post("/preprocess_for_group", early, 400)["error"]
+    assert len(gateway.preprocess(first, 1, True)) == 8
+    assert len(gateway.preprocess(second, 1, False)) == 8
+
+
+def test_an_output_called_preprocess_has_its_groups_beside_it(tmp_path: Path) -> None:
+    with Gateway(tmp_path, "run/preprocess_output") as gateway:
+        (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+        group = tmp_path / "run" / "group_0001"
+        assert entry["pair_image"] == str(group / "pairs" / "a_yaw01_pair.jpg")
+        body = {"input_paths": [entry["pair_image"]], "output_dir": str(group)}
+        (sharp,) = gateway.post("/super_resolution_batch", body)["results"]
+        assert sharp["output_path"] == str(group / "osediff" / "a_yaw01_pair.jpg")
+        for outside in (tmp_path / "run", tmp_path / "run" / "group_x", tmp_path / "x"):
+            gateway.post("/super_resolution_batch", body | {"output_dir": str(outside)}, 403)
+
+
+def test_a_linked_output_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with Gateway(tmp_path) as gateway:
+        (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+        group = tmp_path / "out" / "group_0001"
+        assert entry["pair_image"] == str(group / "pairs" / "a_yaw01_pair.jpg")
+        body = {"input_paths": [entry["pair_image"]], "output_dir": str(group)}
+        (sharp,) = gateway.post("/super_resolution_batch", body)["results"]
+        assert sharp["output_path"] == str(group / "osediff" / "a_yaw01_pair.jpg")
+        (views,) = interpolate(gateway, [split("a", 1, f"{group}/interpolated/")], 1)
+        assert Path(views["interpolated_images"][0]["path"]).parent == group / "interpolated"
+    assert (tmp_path / "disk" / "group_0001" / "pairs").is_dir()
+
+
+@pytest.mark.parametrize("asked", [0, 4, 4.0, "4"])
+def test_a_group_is_a_whole_number_however_it_is_written(gateway: Gateway, asked: Any) -> None:
+    results = gateway.preprocess(gateway.image("a.png"), asked, True)
+    assert {(type(entry["group_id"]), entry["group_id"]) for entry in results} == {
+        (int, int(asked))
+    }
+    assert (gateway.out / f"group_{int(asked):04d}").is_dir()
+
+
+@pytest.mark.parametrize("asked", ["adian", None, 5, ["adain"]])
+def test_an_unknown_alignment_is_none_with_a_warning(gateway: Gateway, asked: Any) -> None:
+    body = {"input_paths": [str(gateway.image("a.png"))], "align_method": asked}
+    reply = gateway.post("/super_resolution_batch", body)
+    assert reply["results"][0]["success"] is True
+    expected = f"align_method is {asked!r}; expected one of adain, wavelet, nofix: took nofix"
+    assert reply["warning"] == expected
+    known = gateway.post("/super_resolution_batch", body | {"align_method": "wavelet"})
+    assert "warning" not in known
+    aligned = [inputs["ALIGN"].tolist() for _, inputs in gateway.stub.calls]
+    assert aligned == [[b"nofix"], [b"wavelet"]]
+
+
+def test_a_path_twice_in_a_batch_is_made_once_and_succeeds_twice(gateway: Gateway) -> None:
+    path = gateway.image("a.png")
+    body = {"input_paths": [str(path), f"{gateway.data}/../data/a.png", str(path)]}
+    results = gateway.post("/super_resolution_batch", body)["results"]
+    made = {"success": True, "output_path": str(gateway.out / "osediff" / "a.png")}
+    assert results == [made] * 3
+    assert [len(inputs["IMAGES"]) for _, inputs in gateway.stub.calls] == [1]
+
+
+def test_a_malformed_entry_fails_alone(gateway: Gateway) -> None:
+    path = str(gateway.image("a.png"))
+    body = {"input_paths": [5, path, "", "\0.png"]}
+    results = gateway.post("/super_resolution_batch", body)["results"]
+    assert [entry["success"] for entry in results] == [False, True, False, False]
+    assert results[0]["error"] == "the entry is 5; input should be a valid string"
+    pairs = [None, {"pair_image": path, "interval": 2}, {"pair_image": 7, "interval": 3}]
+    results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert [entry.get("interval") for entry in results] == [None, 2, None]
+    assert "pair_image is 7" in results[2]["error"]
+    results = gateway.post("/generate_descriptions", {"image_paths": [path, {}, "\0"]})["results"]
+    assert [bool(entry["description"]) for entry in results] == [True, False, False]
+    wide = split("a", 1, main_params=camera(vfov=150.0))
+    lost = {name: value for name, value in split("a", 1).items() if name != "rand_params"}
+    results = interpolate(gateway, [wide, split("a", 2), lost], 1)
+    assert [len(entry["interpolated_images"]) for entry in results] == [0, 1, 0]
+    assert "main_params.vfov is 150.0" in results[0]["error"]
+    assert "rand_params is missing" in results[2]["error"]
+
+
+def test_fewer_than_no_views_are_none(gateway: Gateway) -> None:
+    (result,) = interpolate(gateway, [split("a", 1)], -1)
+    assert result["success"] is True
+    assert result["interpolated_images"] == []
+
+
+def test_what_else_a_camera_holds_comes_back(gateway: Gateway) -> None:
+    ends = {"main_params": camera() | {"name": "x"}, "rand_params": camera() | {"seen": [1, None]}}
+    (result,) = interpolate(gateway, [split("a", 1, **ends)], 1)
+    assert {name: result[name] for name in ends} == ends
+
+
+def test_a_call_holds_the_largest_group(gateway: Gateway) -> None:
+    paths = [str(gateway.image("a.png"))] * (2 * 8 * 257)
+    for endpoint, body in (
+        ("/super_resolution_batch", {"input_paths": paths}),
+        ("/evaluate_pairs", {"pairs_data": [{"pair_image": path} for path in paths]}),
+        ("/generate_descriptions", {"image_paths": paths}),
+    ):
+        assert len(gateway.post(endpoint, body)["results"]) == len(paths)
+    (name,) = body
+    error = gateway.post(endpoint, {name: [*paths, "x"]}, 400)["error"]
+    assert "at most 4112 items" in error
+    assert len(interpolate(gateway, [split("a", 1)] * 65, 0)) == 65
+
+
+def test_images_by_path_may_be_as_small_as_tensors(gateway: Gateway) -> None:
+    tiny, small = str(gateway.image("tiny.png", 8, 8)), str(gateway.image("small.png", 28, 28))
+    (sharp,) = gateway.post("/super_resolution_batch", {"input_paths": [tiny]})["results"]
+    assert read(sharp["output_path"]).shape == (16, 16, 3)
+    pairs = [{"pair_image": small}, {"pair_image": tiny}]
+    one, two = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+    assert one["final_score"] == "0.8"
+    assert "at least 28 px" in two["error"]
+
+
+def test_a_long_batch_says_how_far_it_is(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [str(gateway.image(f"{i}.png", 64, 64)) for i in range(20)]
+    with caplog.at_level("INFO", "panotriton.web.gateway"):
+        gateway.post("/super_resolution_batch", {"input_paths": paths})
+    first, last = caplog.messages
+    assert re.fullmatch(
+        r"super_resolution_batch: 16 of 20 images in \d+ s, about \d+ s to go", first
+    )
+    assert last.startswith("super_resolution_batch: 20 of 20 images")
+
+
+def test_an_answer_that_is_due_has_what_is_done(tmp_path: Path) -> None:
+    with Gateway(tmp_path, answer_within_s=1e-6) as gateway:
+        paths = [str(gateway.image(f"{i}.png")) for i in range(6)]
+        results = gateway.post("/super_resolution_batch", {"input_paths": paths})["results"]
+        assert [entry["success"] for entry in results] == [True] * 4 + [False] * 2
+        assert "not done within 1e-06 s" in results[4]["error"]
+        assert sorted(path.name for path in (gateway.out / "osediff").iterdir()) == [
+            f"{i}.png" for i in range(4)
+        ]
+        pairs = [{"pair_image": path, "interval": 1} for path in paths]
+        results = gateway.post("/evaluate_pairs", {"pairs_data": pairs})["results"]
+        assert [entry.get("interval") for entry in results] == [1] * 4 + [None] * 2
+
+
+def test_jpeg_files_have_the_quality_that_was_asked_for(tmp_path: Path) -> None:
+    for quality in (95, 40):
+        (tmp_path / str(quality)).mkdir()
+        with Gateway(tmp_path / str(quality), jpeg_quality=quality) as gateway:
+            image = read(gateway.image("a.png").rename(gateway.data / "a.jpg"))
+            body = {"input_paths": [str(gateway.data / "a.jpg")]}
+            (entry,) = gateway.post("/super_resolution_batch", body)["results"]
+            sharp = cv2.cvtColor(image.repeat(2, axis=0).repeat(2, axis=1), cv2.COLOR_RGB2BGR)
+            expected = cv2.imencode(".jpg", sharp, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+            assert Path(entry["output_path"]).read_bytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("failure", [ConnectError("gone"), ModelUnavailable("not loaded yet")])
+def test_a_request_waits_for_a_server_that_is_away(tmp_path: Path, failure: Exception) -> None:
+    with Gateway(tmp_path, wait_s=60.0) as gateway:
+        gateway.stub.failure, gateway.stub.away = failure, 2
+        assert len(gateway.preprocess(gateway.image("a.png"), 1, True)) == 8
+        assert len(gateway.stub.calls) == 3
+
+
+def test_a_server_that_stays_away_is_503_and_says_when_to_ask_again(tmp_path: Path) -> None:
+    with Gateway(tmp_path, wait_s=0.3) as gateway:
+        gateway.stub.failure = ConnectError("gone")
+        body = {"image_path": str(gateway.image("a.png")), "group_id": 1}
+        reply = gateway.clients["preprocess"].post("/preprocess_for_group", json=body)
+        assert reply.status_code == 503
+        assert int(reply.headers["Retry-After"]) > 0
+        assert len(gateway.stub.calls) > 1
+        reply = gateway.clients["preprocess"].get("/health")
+        assert int(reply.headers["Retry-After"]) > 0
+        gateway.stub.failure = None
+        reply = gateway.clients["preprocess"].get("/health")
+        assert "Retry-After" not in reply.headers
+
+
+def test_a_frozen_server_is_unhealthy_at_once(gateway: Gateway) -> None:
+    gateway.stub.thawed.clear()
+    for client in gateway.clients.values():
+        assert client.get("/health").status_code == 503
+    gateway.stub.thawed.set()
+    assert gateway.clients["osediff"].get("/health").status_code == 200
+
+
+def test_gateways_with_outputs_of_their_own_draw_cameras_of_their_own(tmp_path: Path) -> None:
+    drawn = []
+    for name in ("one", "two", "one"):
+        folder = tmp_path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with Gateway(folder, seed=None) as gateway:
+            (entry, *_) = gateway.preprocess(gateway.image("a.png"), 1, True)
+            drawn.append(entry["rand_params"])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 # Fuzz
 
 
@@ -932,6 +1185,8 @@ def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]
             yield gateway
         for path in gateway.spy.opened:
             assert path.is_relative_to(gateway.data) or path.is_relative_to(gateway.out)
+        for path in gateway.spy.passed:
+            assert gateway.data.is_relative_to(path) or gateway.out.is_relative_to(path)
         assert sorted(gateway.outside.rglob("*")) == before
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def roots(tree: Path) -> Iterator[Roots]:
-    with Roots([tree / "inside"]) as opened:
-        yield opened
+def roots(tree: Path) -> Roots:
+    return Roots([tree / "inside"])
 
 
 def names(folder: Path) -> list[str]:
@@ -144,18 +144,55 @@ def test_a_root_must_exist(tmp_path: Path) -> None:
         Roots([tmp_path, tmp_path / "none"])
 
 
-def test_the_roots_are_let_go(tree: Path) -> None:
+def test_nothing_is_held_open(tree: Path) -> None:
     def descriptors() -> int:
         return len(names(Path("/proc/self/fd")))
 
     before = descriptors()
-    with Roots([tree / "inside", tree / "inside", tree]) as roots:
-        assert roots.read(f"{tree}/outside/file") == SECRET
-        with pytest.raises(InvalidInput):
-            roots.read(f"{tree}/outside/none")
-        roots.write(tree / "new" / "file", b"")
-        assert descriptors() == before + 2
+    roots = Roots([tree / "inside", tree / "inside", tree])
+    assert roots.read(f"{tree}/outside/file") == SECRET
+    with pytest.raises(InvalidInput):
+        roots.read(f"{tree}/outside/none")
+    roots.write(tree / "new" / "file", b"")
     assert descriptors() == before
+
+
+def test_a_root_that_was_replaced_is_the_new_folder(roots: Roots, tree: Path) -> None:
+    (tree / "inside").rename(tree / "old")
+    with pytest.raises(InvalidInput, match="No such file"):
+        roots.read(f"{tree}/inside/in/file")
+    with pytest.raises(InvalidInput, match="No such file"):
+        roots.write(tree / "inside" / "new", b"")
+    (tree / "inside").mkdir()
+    (tree / "inside" / "file").write_bytes(b"later")
+    assert roots.read(f"{tree}/inside/file") == b"later"
+    roots.write(tree / "inside" / "new", b"")
+    assert names(tree / "inside") == ["file", "new"]
+
+
+def test_an_output_that_is_gone_is_made_again(tree: Path) -> None:
+    output = tree / "above" / "output"
+    roots = Roots([], output)
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="No such file"):
+            roots.read(f"{output}/group/file")
+        roots.write(output / "group" / "file", INSIDE)
+        assert roots.read(f"{output}/group/file") == INSIDE
+        shutil.rmtree(tree / "above")
+
+
+@pytest.mark.parametrize("name", ["inside", "inside/in"])
+def test_a_root_that_became_a_link_is_not_followed(tree: Path, name: str) -> None:
+    roots = Roots([tree / "inside" / "in"])
+    (tree / name).rename(tree / "kept")
+    (tree / name).symlink_to(tree / "outside")
+    (tree / "outside" / "in").mkdir()
+    (tree / "outside" / "in" / "file").write_bytes(SECRET)
+    with pytest.raises(ForbiddenPath):
+        roots.read(f"{tree}/inside/in/file")
+    with pytest.raises(ForbiddenPath):
+        roots.write(tree / "inside" / "in" / "new", b"")
+    assert names(tree / "outside" / "in") == ["file"]
 
 
 PARTS = st.sampled_from(
@@ -203,6 +240,22 @@ def thief(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr("panotriton.web.gateway.paths.os.path.realpath", resolve_and_swap)
 
     return arm
+
+
+def test_a_root_swapped_for_a_link_after_the_check_is_not_read(
+    roots: Roots, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = os.path.realpath
+
+    def resolve_and_swap(path: Any) -> str:
+        real = resolve(path)
+        (tree / "inside").rename(tree / "kept")
+        (tree / "inside").symlink_to(tree / "outside")
+        return real
+
+    monkeypatch.setattr("panotriton.web.gateway.paths.os.path.realpath", resolve_and_swap)
+    with pytest.raises(ForbiddenPath, match="not safe to follow"):
+        roots.read(f"{tree}/inside/file")
 
 
 @pytest.mark.parametrize("name", ["in", "in/file"])

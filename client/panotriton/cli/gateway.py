@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ examples:
   panotriton gateway -o out --root /data/panoramas      ports 5000, 5001, 5002 on 127.0.0.1
   panotriton gateway -o out --root /data --url gpu1:8001 --threads 8
   panotriton gateway -o out --root /data --shared-memory  the server runs on this machine
+  panotriton gateway -o out --service osediff           one of the three in a process of its own
+  panotriton gateway -o out --root /data --answer-within 280 --jpeg-quality 75
   panotriton gateway -o out --preprocess-port 0 --osediff-port 0 --quality-port 0    any free ports
 """
 _MB = 1 << 20
+_PORTS = {"preprocess": 5000, "osediff": 5001, "quality": 5002}
 
 
 def add_parser(commands: Any) -> None:
@@ -49,7 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--url", default="localhost:8001", help="gRPC of the server (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    for service, port in (("preprocess", 5000), ("osediff", 5001), ("quality", 5002)):
+    for service, port in _PORTS.items():
         parser.add_argument(
             f"--{service}-port",
             type=int,
@@ -58,12 +62,31 @@ def add_parser(commands: Any) -> None:
             help="%(default)s; 0: a free one",
         )
     parser.add_argument(
-        "--seed", type=int, default=0, help="group g draws from seed + g (%(default)s)"
+        "--service",
+        choices=_PORTS,
+        action="append",
+        help="serve this one only; repeatable (all three)",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="group g draws from seed + g (a number made of the output's path)"
     )
     add_option(parser, "crop_size", "side in px")
     add_option(parser, "upscale", f"1 to {MAX_UPSCALE}")
     parser.add_argument(
         "--threads", type=int, default=4, help="requests at work at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--answer-within",
+        type=float,
+        metavar="S",
+        help="answer a list of images by then with what is done (when all is)",
+    )
+    parser.add_argument(
+        "--jpeg-quality",
+        type=int,
+        default=95,
+        metavar="Q",
+        help="of .jpg files, 1 to 100 (%(default)s)",
     )
     parser.add_argument(
         "--max-body-mb",
@@ -96,18 +119,26 @@ def run(options: argparse.Namespace) -> int:
         crop_size=options.crop_size,
         upscale=options.upscale,
         threads=options.threads,
+        answer_within_s=options.answer_within,
+        jpeg_quality=options.jpeg_quality,
         max_body_bytes=options.max_body_mb * _MB,
         shared_memory=options.shared_memory,
     )
-    ports = {
-        "preprocess": options.preprocess_port,
-        "osediff": options.osediff_port,
-        "quality": options.quality_port,
-    }
+    ports = {name: getattr(options, f"{name}_port") for name in options.service or _PORTS}
+    _log_progress()
     with create_apps(settings) as apps:
-        serve(apps, options.host, ports, _started)
+        serve({name: apps[name] for name in ports}, options.host, ports, _started)
     print("stopped")
     return 0
+
+
+def _log_progress() -> None:
+    """How far lists of images are, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("panotriton.web.gateway")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
 
 
 def _started(urls: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 
 from panotriton import __version__
 from panotriton.client.aio import AsyncClient
-from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.groups import layout
 from panotriton.groups.folder import base_name, fill_group, process_command, read_result, write_json
 from panotriton.groups.patience import Outages
@@ -146,7 +146,7 @@ class Dataset:
                 raise InvalidInput(f"{name} is {value}; expected 1 or more")
         if self.retry_failed not in RETRY:
             raise InvalidInput(
-                f"retry_failed is {self.retry_failed!r}; expected {', '.join(RETRY)}"
+                f"retry_failed is {quoted(self.retry_failed)}; expected {', '.join(RETRY)}"
             )
         Options(**self.options).check()
         self._pairs = pair_order(len(self.panoramas), self.seed)

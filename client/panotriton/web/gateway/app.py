@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Response
 
@@ -11,10 +13,11 @@ from panotriton import __version__
 from panotriton.client.client import Client
 from panotriton.errors import ConnectError, InvalidInput
 from panotriton.web.gateway import interpolate, preprocess, quality, super_resolution
-from panotriton.web.gateway.connections import Connection, SharedConnection
+from panotriton.web.gateway.connections import Connection, PatientConnection, SharedConnection
 from panotriton.web.gateway.context import Context, Settings
 from panotriton.web.gateway.docs import FAILURES
-from panotriton.web.gateway.failures import Reply, answer_failures
+from panotriton.web.gateway.failures import Reply, answer_failures, retry_later
+from panotriton.web.gateway.groups import groups_home
 from panotriton.web.gateway.limits import BodyLimit
 from panotriton.web.gateway.paths import Roots
 from panotriton.web.gateway.schemas import Health
@@ -22,6 +25,7 @@ from panotriton.web.gateway.workers import Workers
 
 __all__ = ["SERVICES", "Settings", "create_apps"]
 
+_LOG = logging.getLogger(__name__)
 # Service → its routers and its port by custom.
 SERVICES = {"preprocess": 5000, "osediff": 5001, "quality": 5002}
 _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
@@ -30,6 +34,7 @@ _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
     "quality": (quality.router,),
 }
 _MAX_SHARED_BYTES = 4 << 30  # a thread's; made as requests need it
+_WATCH_TIMEOUT_S = 0.8  # of a question to the server, so that /health can answer within a second
 _ABOUT = """\
 Endpoints that take paths open files below the gateway's roots only. Those that end in `_tensor` do the \
 same work on tensors. Images are RGB. Every failure is `{"error": "…"}`.
@@ -48,11 +53,13 @@ def create_apps(
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"output {settings.output} cannot be made: {error.strerror}") from error
-    connect = connect or (lambda: _connect(settings))
-    with (
-        Roots([settings.output, *settings.roots]) as roots,
-        Workers(connect, settings.threads, settings.max_waiting) as workers,
-    ):
+    wait = partial(PatientConnection, wait_s=settings.wait_s)
+    watch = connect or (lambda: Client(settings.url, timeout_s=_WATCH_TIMEOUT_S))
+    work = connect or (lambda: _connect(settings))
+    home = groups_home(settings.output)
+    roots = Roots(settings.roots, settings.output, home)
+    _LOG.info("groups lie in %s; group g draws from seed %d + g", home, settings.first_seed())
+    with Workers(lambda: wait(work()), watch, settings.threads, settings.max_waiting) as workers:
         context = Context(settings, roots, workers)
         yield {name: _create_app(name, context) for name in SERVICES}
 
@@ -90,11 +97,12 @@ def _health(service: str, context: Context) -> APIRouter:
 
     @routes.get("/health", response_model=Health, responses={503: FAILURES[503]})
     async def health() -> Response:
-        """Whether the Triton server behind is ready, asked on a thread of its own."""
+        """Whether the Triton server behind is ready; answered within a second, come what may."""
         try:
             await context.check_health()
         except ConnectError as error:
-            return Reply({"status": "unhealthy", "service": service, "error": str(error)}, 503)
+            content = {"status": "unhealthy", "service": service, "error": str(error)}
+            return Reply(content, 503, retry_later(503))
         return Reply({"status": "healthy", "service": service})
 
     return routes

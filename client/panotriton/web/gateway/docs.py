@@ -14,7 +14,7 @@ _FAILED = {
     403: "A path is outside the roots.",
     413: "The body is too large.",
     500: "A model failed, or a file could not be written.",
-    503: "The Triton server is not there or busy: try again later.",
+    503: "The Triton server is not there or busy: try again after the seconds of Retry-After.",
 }
 FAILURES: dict[int | str, dict[str, Any]] = {
     **{status: {"model": Error, "description": text} for status, text in _FAILED.items()},

@@ -22,7 +22,18 @@ from panotriton.errors import (
     brief,
 )
 
-__all__ = ["ForbiddenPath", "Reply", "answer_failures", "describe", "failure", "status_of"]
+__all__ = [
+    "ForbiddenPath",
+    "Reply",
+    "answer_failures",
+    "describe",
+    "failure",
+    "retry_later",
+    "status_of",
+]
+
+
+_RETRY_AFTER_S = 5
 
 
 class ForbiddenPath(InvalidInput):
@@ -82,13 +93,18 @@ async def _unforeseen(request: Request, error: Exception) -> Reply:
 
 def failure(message: str, status: int) -> Reply:
     """The one shape of every failure."""
-    return Reply({"error": message}, status)
+    return Reply({"error": message}, status, retry_later(status))
 
 
-def describe(errors: Sequence[Any]) -> str:
-    """One line on the first of pydantic's errors: the field, what came and what was expected."""
+def retry_later(status: int) -> dict[str, str]:
+    """The headers of a reply: after a 503, when to ask again."""
+    return {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else {}
+
+
+def describe(errors: Sequence[Any], whole: str = "the body") -> str:
+    """One line on the first of pydantic's errors: the field of `whole`, what came, what was expected."""
     error = errors[0]
-    where = ".".join(str(part) for part in error["loc"] if part != "body") or "the body"
+    where = ".".join(str(part) for part in error["loc"] if part != "body") or whole
     if error["type"] == "missing":
         return f"{where} is missing; expected as the API page (/docs) says"
     if error["type"] == "json_invalid":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,59 +15,72 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from panotriton.errors import InvalidInput, PanotritonError, brief
-from panotriton.groups.folder import JPEG_QUALITY
-from panotriton.pipeline.contract import MAX_SR_PIXELS
 from panotriton.pipeline.images import SUFFIXES, decode_image
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 
-__all__ = ["check_name", "read_image", "read_images", "write_images"]
+__all__ = ["Decode", "check_name", "read_image", "read_portions", "write_images"]
 
-# What OpenCV writes, faster, and how; Pillow the rest of `SUFFIXES`.
-_OPTIONS = {
-    ".jpg": (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY),
-    ".jpeg": (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY),
-    ".png": (),
-    ".webp": (cv2.IMWRITE_WEBP_QUALITY, JPEG_QUALITY),
-}
+_WEBP_QUALITY = 95
+# What OpenCV does not write, or not as well.
 _PILLOW: dict[str, dict[str, Any]] = {
-    ".avif": {"format": "AVIF", "quality": JPEG_QUALITY},
+    ".avif": {"format": "AVIF", "quality": _WEBP_QUALITY},
     ".bmp": {"format": "BMP"},
     ".tif": {"format": "TIFF", "compression": "tiff_adobe_deflate"},
     ".tiff": {"format": "TIFF", "compression": "tiff_adobe_deflate"},
 }
 
 U8 = NDArray[np.uint8]
+Decode = Callable[[str, bytes], U8]
 
 
-def read_image(roots: Roots, path: str, max_aspect: float = math.inf) -> U8:
+# Of one portion, unless a single image has more; they are held in memory with what is made of them.
+_PORTION_PIXELS = 1 << 26
+
+
+def read_image(roots: Roots, path: str, decode: Decode = decode_image) -> U8:
     """The pixels (H, W, 3); their number is checked before they are decoded."""
-    return decode_image(path, roots.read(path), max_aspect=max_aspect)
+    return decode(path, roots.read(path))
 
 
-def read_images(
-    roots: Roots, paths: Sequence[str], max_aspect: float = math.inf
-) -> list[U8 | InvalidInput]:
-    """Each file's pixels or what is wrong with it. A path outside the roots fails them all."""
-    for path in paths:
-        roots.check(path)
-    images: list[U8 | InvalidInput] = []
+def read_portions(
+    roots: Roots, sources: Sequence[str | InvalidInput], most: int, decode: Decode
+) -> Iterator[list[U8 | InvalidInput]]:
+    """Each file's pixels or what is wrong with it, in order; up to `most` at once, as memory allows.
+
+    sources: paths, or what is known to be wrong. A path outside the roots fails them all, before the first.
+    """
+    for source in sources:
+        if isinstance(source, str):
+            _check_allowed(roots, source)
+    portion: list[U8 | InvalidInput] = []
     pixels = 0
-    for path in paths:
-        image = _attempt(roots, path, max_aspect)
-        pixels += 0 if isinstance(image, InvalidInput) else image.shape[0] * image.shape[1]
-        if pixels > MAX_SR_PIXELS:
-            raise InvalidInput(
-                f"the files up to {brief(path)} have {pixels / 1e6:.0f} megapixels; expected at most "
-                f"{MAX_SR_PIXELS / 1e6:.0f} a request: send fewer at once"
-            )
-        images.append(image)
-    return images
+    for source in sources:
+        image = _attempt(roots, source, decode)
+        size = 0 if isinstance(image, InvalidInput) else image.shape[0] * image.shape[1]
+        if portion and (len(portion) == most or pixels + size > _PORTION_PIXELS):
+            yield portion
+            portion, pixels = [], 0
+        portion.append(image)
+        pixels += size
+    if portion:
+        yield portion
 
 
-def _attempt(roots: Roots, path: str, max_aspect: float) -> U8 | InvalidInput:
+def _check_allowed(roots: Roots, path: str) -> None:
     try:
-        return read_image(roots, path, max_aspect)
+        roots.check(path)
+    except ForbiddenPath:
+        raise
+    except InvalidInput:
+        pass  # what is no path at all fails alone
+
+
+def _attempt(roots: Roots, source: str | InvalidInput, decode: Decode) -> U8 | InvalidInput:
+    if isinstance(source, InvalidInput):
+        return source
+    try:
+        return read_image(roots, source, decode)
     except ForbiddenPath:
         raise
     except InvalidInput as error:
@@ -81,20 +93,26 @@ def check_name(path: Path) -> None:
         raise InvalidInput(f"{brief(path)} ends in no known format; expected {', '.join(SUFFIXES)}")
 
 
-def write_images(roots: Roots, images: Iterable[tuple[Path, U8]]) -> None:
+def write_images(roots: Roots, images: Iterable[tuple[Path, U8]], jpeg_quality: int) -> None:
     """Write (H, W, 3) images to their paths, each in one step, in the format of its name."""
+
+    def write(item: tuple[Path, U8]) -> None:
+        path, image = item
+        roots.write(path, _encode(path, image, jpeg_quality))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
-        list(pool.map(lambda item: roots.write(item[0], _encode(*item)), images))
+        list(pool.map(write, images))
 
 
-def _encode(path: Path, image: U8) -> bytes:
+def _encode(path: Path, image: U8, jpeg_quality: int) -> bytes:
     suffix = path.suffix.lower()
     if suffix in _PILLOW:
         memory = io.BytesIO()
         PILImage.fromarray(image).save(memory, **_PILLOW[suffix])
         return memory.getvalue()
+    options = (cv2.IMWRITE_JPEG_QUALITY, jpeg_quality, cv2.IMWRITE_WEBP_QUALITY, _WEBP_QUALITY)
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    ok, data = cv2.imencode(suffix, bgr, _OPTIONS[suffix])
+    ok, data = cv2.imencode(path.suffix.lower(), bgr, options)
     if not ok:
         raise PanotritonError(f"cannot encode {path}")
     return data.tobytes()

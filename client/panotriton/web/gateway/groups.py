@@ -24,7 +24,7 @@ from panotriton.pipeline.contract import INTERVALS
 from panotriton.web.gateway.failures import ForbiddenPath
 from panotriton.web.gateway.paths import Roots
 
-__all__ = ["Groups", "Params", "camera_row", "params"]
+__all__ = ["Groups", "Params", "camera_row", "groups_home", "params"]
 
 F64 = NDArray[np.float64]
 Params = dict[str, float]
@@ -33,33 +33,50 @@ _MAX_STATE_BYTES = 64 << 10
 _LOCKS = 64
 
 
-class Groups:
-    """The groups below one output folder."""
+def groups_home(output: Path) -> Path:
+    """The folder that holds an output's groups; absolute, its links not resolved.
 
-    def __init__(self, roots: Roots, output: Path, seed: int) -> None:
+    As the services had it: the output itself, or its parent where the output's path contains `preprocess`.
+    """
+    home = output.absolute()
+    return home.parent if "preprocess" in str(output) else home
+
+
+class Groups:
+    """The groups below one folder."""
+
+    def __init__(self, roots: Roots, home: Path, seed: int) -> None:
         self._roots = roots
-        self._output = output
+        self._home = home
         self._seed = seed
         # One lock per group keeps its two files together; groups may share one, which only costs time.
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def folder(self, group_id: int) -> Path:
-        """`output/group_0001`."""
-        return layout.group_folder(self._output, group_id)
+        """`home/group_0001`."""
+        return layout.group_folder(self._home, group_id)
+
+    def make_folder(self, group_id: int) -> None:
+        """Make the group's folder, where a client notes what became of the group."""
+        self._roots.make(self.folder(group_id))
 
     def first_cameras(self, group_id: int) -> F64:
-        """Draw the first panorama's cameras (8, left|right, 5) and keep them for the second."""
+        """Draw the first panorama's cameras (8, left|right, 5)."""
         cameras: F64 = self._drawn(group_id)[0]
+        return cameras
+
+    def keep_cameras(self, group_id: int, cameras: F64) -> None:
+        """Keep the first panorama's cameras (8, left|right, 5) for the second."""
         with self._lock(group_id):
             self._write_rows(group_id, layout.RIGHT_PARAMS, cameras[:, 1])
             self._write_rows(group_id, layout.LEFT_1_PARAMS, cameras[:, 0])
-        return cameras
 
     def second_cameras(self, group_id: int, base: str) -> F64:
         """The second panorama's cameras (8, left|right, 5), from what the first left in the folder.
 
         base: what the second panorama's files are named after. Raises InvalidInput where the first
-        panorama has not been here, or has the same name and would lose its files.
+        panorama has not been here, or has the same name and would lose its files; what an earlier
+        run left of that name may be overwritten.
         """
         with self._lock(group_id):
             right = self._read_rows(group_id, layout.RIGHT_PARAMS)
@@ -85,11 +102,16 @@ class Groups:
         return self._locks[group_id % _LOCKS]
 
     def _check_base(self, group_id: int, base: str, left_1: F64) -> None:
+        name = layout.params(base, 1, "left")
         try:
-            taken = self._read(group_id, layout.params(base, 1, "left"))
+            taken = self._read(group_id, name)
         except InvalidInput:
             return  # no such file: the name is free
-        if taken == params(left_1[0]):
+        # The first panorama's files are written after the state; older ones are of an earlier run.
+        current = self._written_ns(group_id, name) >= self._written_ns(
+            group_id, layout.LEFT_1_PARAMS
+        )
+        if current and taken == params(left_1[0]):
             raise InvalidInput(
                 f"the second panorama of group {group_id} is called {base} like the first; expected "
                 "another name, since their files go to one folder: rename or copy it"
@@ -119,6 +141,9 @@ class Groups:
                 f"group {group_id} has no cameras yet ({error}); expected its first panorama before "
                 "the second: send it with is_first true"
             ) from error
+
+    def _written_ns(self, group_id: int, name: str) -> int:
+        return self._roots.modified_ns(str(self.folder(group_id) / name))
 
     def _write_rows(self, group_id: int, name: str, rows: F64) -> None:
         self._write(group_id, name, [params(row) for row in rows])

@@ -103,8 +103,10 @@ def _interpolate_files(context: Context, client: Connection, request: Interpolat
         for p, column in enumerate(indices):
             for k, index in enumerate(column):
                 views[index] = _write(context, splits[index].left, crops[k, p], cameras[k, p])
-    entries = enumerate(request.split_results)
-    results = [_result(e, splits.get(i), views.get(i, []), errors.get(i)) for i, e in entries]
+    results = [
+        _failed(entry, errors[i]) if i in errors else _result(splits[i], views[i])
+        for i, entry in enumerate(request.split_results)
+    ]
     return {"success": True, "results": results}
 
 
@@ -113,9 +115,13 @@ def _splits(
 ) -> tuple[dict[int, _Split], dict[int, str]]:
     """The good entries by index, and what is wrong with the others."""
     folder = context.groups.folder(request.group_id)
+    # An entry that is malformed is what is wrong with it.
+    entries: Sequence[SplitEntry | InvalidInput] = request.split_results
     splits, errors = {}, {}
-    for index, entry in enumerate(request.split_results):
+    for index, entry in enumerate(entries):
         try:
+            if isinstance(entry, InvalidInput):
+                raise entry
             splits[index] = _split(context, entry, bases, folder)
         except ForbiddenPath:
             raise
@@ -134,7 +140,7 @@ def _split(context: Context, entry: SplitEntry, bases: Sequence[str], folder: Pa
         )
     # As the file-path services found it: in the path of the split image.
     group = layout.enclosing_group(entry.left_image)
-    folder = context.roots.check(group) if group else folder
+    folder = context.roots.absolute(group) if group else folder
     # a and a_yaw_b both begin a_yaw_b_yaw01: the longer name is meant.
     panorama = max(holders, key=lambda p: len(bases[p]))
     left = Path(entry.left_image).stem or layout.end_name(stem, "left")
@@ -173,24 +179,28 @@ def _write(context: Context, left: Path, crops: U8, cameras: F64) -> Views:
     """Write one entry's views (N, S, S, 3); returns what the reply says of them."""
     names = [layout.between_name(left.name, i) for i in range(1, len(crops) + 1)]
     paths = [left.with_name(f"{name}.jpg") for name in names]
-    write_images(context.roots, zip(paths, crops, strict=True))
+    write_images(context.roots, zip(paths, crops, strict=True), context.settings.jpeg_quality)
     return [
         {"path": str(path), "weight_idx": i, "params": params(row)}
         for i, (path, row) in enumerate(zip(paths, cameras, strict=True), start=1)
     ]
 
 
-def _result(
-    entry: SplitEntry, split: _Split | None, views: Views, error: str | None
-) -> dict[str, Any]:
-    outcome: dict[str, Any] = {"success": True} if split else {"success": False, "error": error}
-    return {
-        "panorama": f"panorama{split.panorama + 1}" if split else None,
-        "interval": entry.interval,
-        "interpolated_images": views,
-        "main_params": entry.main_params.model_dump(),
-        "rand_params": entry.rand_params.model_dump(),
-    } | outcome
+def _result(split: _Split, views: Views) -> dict[str, Any]:
+    facts = {"panorama": f"panorama{split.panorama + 1}", "interpolated_images": views}
+    return _echo(split.entry) | facts | {"success": True}
+
+
+def _failed(entry: SplitEntry | InvalidInput, error: str) -> dict[str, Any]:
+    echo = dict.fromkeys(_ECHOED) if isinstance(entry, InvalidInput) else _echo(entry)
+    return echo | {"panorama": None, "interpolated_images": [], "success": False, "error": error}
+
+
+_ECHOED = ("interval", "main_params", "rand_params")
+
+
+def _echo(entry: SplitEntry) -> dict[str, Any]:
+    return entry.model_dump(include=set(_ECHOED))
 
 
 def _interpolate_tensor(

@@ -65,18 +65,24 @@ def router(context: Context) -> APIRouter:
 
 
 def _crop_file(context: Context, client: Connection, request: PreprocessRequest) -> Any:
+    groups, group_id = context.groups, request.group_id
+    context.roots.check(request.image_path)
+    groups.make_folder(
+        group_id
+    )  # first: where the panorama is no good, the client says so in there
     panorama = read_image(context.roots, request.image_path)
     base = Path(request.image_path).stem
-    groups, group_id = context.groups, request.group_id
     cameras = (
         groups.first_cameras(group_id)
         if request.is_first
         else groups.second_cameras(group_id, base)
     )
     pairs = triton.preprocess(client, [panorama], cameras[None], context.settings.crop_size)
+    if request.is_first:  # not before: the second would take a first that failed for done
+        groups.keep_cameras(group_id, cameras)
     folder = groups.folder(group_id)
     paths = [folder / layout.pair(base, interval) for interval in range(1, INTERVALS + 1)]
-    write_images(context.roots, zip(paths, pairs, strict=True))
+    write_images(context.roots, zip(paths, pairs, strict=True), context.settings.jpeg_quality)
     files = groups.write_params(group_id, base, cameras)
     return {"success": True, "results": _pairs(group_id, cameras, paths, files)}
 

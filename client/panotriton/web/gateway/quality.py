@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,8 +13,8 @@ from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
-from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
-from panotriton.pipeline.images import check_images
+from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX
+from panotriton.pipeline.images import check_images, decode_image
 from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import triton
@@ -20,7 +22,7 @@ from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint
 from panotriton.web.gateway.failures import Reply
-from panotriton.web.gateway.files import read_images
+from panotriton.web.gateway.portions import Portions
 from panotriton.web.gateway.schemas import (
     DescribeReply,
     DescribeRequest,
@@ -34,6 +36,8 @@ from panotriton.web.gateway.tensors import Incoming, TensorOptions
 
 __all__ = ["router"]
 
+_DECODE = partial(decode_image, min_side_px=MIN_QWEN_SIDE_PX, max_aspect=MAX_QWEN_ASPECT)
+
 
 class ScoreOptions(TensorOptions):
     pass
@@ -46,12 +50,14 @@ def router(context: Context) -> APIRouter:
     @routes.post("/evaluate_pairs", response_model=EvaluateReply, responses=FAILURES)
     async def evaluate_pairs(request: EvaluateRequest) -> Response:
         """Score pair images. A bad one fails alone and says so in its entry."""
-        return Reply(await context.run(_score_files, request))
+        portions = context.portions("evaluate_pairs")
+        return Reply(await context.run(partial(_score_files, portions), request))
 
     @routes.post("/generate_descriptions", response_model=DescribeReply, responses=FAILURES)
     async def generate_descriptions(request: DescribeRequest) -> Response:
         """Describe images in two or three sentences. A bad one fails alone."""
-        return Reply(await context.run(_describe_files, request))
+        portions = context.portions("generate_descriptions")
+        return Reply(await context.run(partial(_describe_files, portions), request))
 
     @routes.post(
         "/evaluate_pairs_tensor",
@@ -76,18 +82,33 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-def _score_files(context: Context, client: Connection, request: EvaluateRequest) -> Any:
-    paths = [pair.pair_image or pair.super_resolved or "" for pair in request.pairs_data]
-    images = read_images(context.roots, [path for path in paths if path], MAX_QWEN_ASPECT)
-    found = iter(images)
-    missing = InvalidInput("pair_image is missing; expected the path of a pair image")
-    scores = triton.each(client, [next(found) if path else missing for path in paths], calls.score)
-    entries = zip(request.pairs_data, paths, scores, strict=True)
+def _score_files(
+    portions: Portions, context: Context, client: Connection, request: EvaluateRequest
+) -> Any:
+    # An entry that is malformed is what is wrong with it.
+    pairs: Sequence[PairEntry | InvalidInput] = request.pairs_data
+    paths = [_pair_path(pair) for pair in pairs]
+    scores: list[Score | Failure] = portions.outcomes(
+        *(context.roots, paths, MAX_QWEN_IMAGES, _DECODE),
+        lambda images: triton.each(client, images, calls.score),
+    )
+    entries = zip(pairs, map(_shown, paths), scores, strict=True)
     return {"success": True, "results": [_scored(*entry) for entry in entries]}
 
 
-def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any]:
-    if isinstance(score, Failure):
+def _pair_path(pair: PairEntry | InvalidInput) -> str | InvalidInput:
+    if isinstance(pair, InvalidInput):
+        return pair
+    missing = InvalidInput("pair_image is missing; expected the path of a pair image")
+    return pair.pair_image or pair.super_resolved or missing
+
+
+def _shown(path: str | InvalidInput) -> str:
+    return path if isinstance(path, str) else ""
+
+
+def _scored(pair: PairEntry | InvalidInput, path: str, score: Score | Failure) -> dict[str, Any]:
+    if isinstance(score, Failure) or isinstance(pair, InvalidInput):
         # Without its interval: a caller's filter then leaves it out instead of keeping it unscored.
         return {"success": False, "error": str(score), "image_path": path}
     echo = pair.model_dump(include={"interval", "main_params", "rand_params", "yaw_interval"})
@@ -95,11 +116,16 @@ def _scored(pair: PairEntry, path: str, score: Score | Failure) -> dict[str, Any
     return {"pair_image": path, "final_score": None if final is None else str(final)} | echo
 
 
-def _describe_files(context: Context, client: Connection, request: DescribeRequest) -> Any:
-    images = read_images(context.roots, request.image_paths, MAX_QWEN_ASPECT)
-    descriptions = triton.each(client, images, calls.describe)
+def _describe_files(
+    portions: Portions, context: Context, client: Connection, request: DescribeRequest
+) -> Any:
+    paths: Sequence[str | InvalidInput] = request.image_paths
+    descriptions: list[Description | Failure] = portions.outcomes(
+        *(context.roots, paths, MAX_QWEN_IMAGES, _DECODE),
+        lambda images: triton.each(client, images, calls.describe),
+    )
     now = time.time()
-    pairs = zip(request.image_paths, descriptions, strict=True)
+    pairs = zip(map(_shown, paths), descriptions, strict=True)
     return {
         "success": True,
         "results": [

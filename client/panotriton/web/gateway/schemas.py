@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, JsonValue
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    WrapValidator,
+)
 
+from panotriton.errors import InvalidInput
 from panotriton.pipeline.camera import LIMITS
-from panotriton.pipeline.contract import DEFAULTS, MAX_INTERPOLATIONS, Alignment
+from panotriton.pipeline.contract import ALIGNMENTS, DEFAULTS, INTERVALS, MAX_INTERPOLATIONS
+from panotriton.web.gateway.failures import describe
 
 __all__ = [
     "CameraParams",
@@ -36,18 +47,51 @@ def _finite(value: JsonValue) -> JsonValue:
     return value
 
 
+T = TypeVar("T")
+
+# All images of the largest group, both ends of its sequences included.
+_MOST_ENTRIES = 2 * INTERVALS * (MAX_INTERPOLATIONS + 2)
+
+
+def _each_alone(values: Any, validate: Callable[[Any], list[T]]) -> list[T | InvalidInput]:
+    """What is wrong with a malformed entry in its place, so that it fails alone; one at least is good."""
+    try:
+        return list(validate(values))
+    except ValidationError as error:
+        wrong: dict[Any, InvalidInput] = {}
+        for found in error.errors(include_url=False):
+            index, *inner = found["loc"] or (None,)
+            wrong.setdefault(index, InvalidInput(describe([found | {"loc": inner}], "the entry")))
+        if None in wrong or len(wrong) == len(values):
+            raise
+    good = iter(validate([value for index, value in enumerate(values) if index not in wrong]))
+    return [wrong[index] if index in wrong else next(good) for index in range(len(values))]
+
+
+Entries = Annotated[
+    list[T], Field(min_length=1, max_length=_MOST_ENTRIES), WrapValidator(_each_alone)
+]
 # What a caller passes along to find again in the reply.
 Echo = Annotated[JsonValue, AfterValidator(_finite)]
 FilePath = Annotated[
     str,
     Field(min_length=1, description="Below a root; a relative one starts where the gateway does."),
 ]
-GroupId = Annotated[int, Field(ge=0, le=999_999_999, description="Folder group_0001 is 1.")]
+GroupId = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=999_999_999,
+        description='Folder group_0001 is 1. 4, 4.0 and "4" are all 4, in the reply, too.',
+    ),
+]
 
 
 class CameraParams(BaseModel):
-    """A camera, angles in degrees."""
+    """A camera, angles in degrees. What else it holds comes back as it came."""
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Echo]
     yaw: float = Field(ge=LIMITS["yaw"][0], le=LIMITS["yaw"][1])
     pitch: float = Field(ge=LIMITS["pitch"][0], le=LIMITS["pitch"][1])
     roll: float = Field(ge=LIMITS["roll"][0], le=LIMITS["roll"][1])
@@ -91,11 +135,13 @@ class SplitEntry(BaseModel):
 
 
 class InterpolateRequest(BaseModel):
-    split_results: list[SplitEntry] = Field(min_length=1, max_length=64)
+    split_results: Entries[SplitEntry]
     panorama1_path: FilePath
     panorama2_path: FilePath
     group_id: GroupId
-    num_interpolations: int = Field(DEFAULTS.interpolations, ge=0, le=MAX_INTERPOLATIONS)
+    num_interpolations: Annotated[int, AfterValidator(lambda count: max(count, 0))] = Field(
+        DEFAULTS.interpolations, le=MAX_INTERPOLATIONS, description="Below 1: no views."
+    )
 
 
 class View(BaseModel):
@@ -108,8 +154,8 @@ class InterpolateResult(BaseModel):
     panorama: Literal["panorama1", "panorama2"] | None
     interval: JsonValue
     interpolated_images: list[View]
-    main_params: CameraParams
-    rand_params: CameraParams
+    main_params: CameraParams | None
+    rand_params: CameraParams | None
     success: bool
     error: str | None = Field(None, description="Present where success is false.")
 
@@ -120,11 +166,14 @@ class InterpolateReply(BaseModel):
 
 
 class SuperResolutionRequest(BaseModel):
-    input_paths: list[FilePath] = Field(min_length=1, max_length=1024)
+    input_paths: Entries[FilePath]
     output_dir: str | None = Field(
         None, description="Results go to its folder osediff. Left out: the gateway's output folder."
     )
-    align_method: Alignment = "adain"
+    align_method: JsonValue = Field(
+        DEFAULTS.align,
+        description=f"{', '.join(ALIGNMENTS)}; anything else is nofix, and the reply has a warning.",
+    )
 
 
 class SuperResolutionResult(BaseModel):
@@ -136,6 +185,7 @@ class SuperResolutionResult(BaseModel):
 class SuperResolutionReply(BaseModel):
     success: bool
     results: list[SuperResolutionResult]
+    warning: str | None = Field(None, description="Present where align_method is none of ours.")
 
 
 class PairEntry(BaseModel):
@@ -148,7 +198,7 @@ class PairEntry(BaseModel):
 
 
 class EvaluateRequest(BaseModel):
-    pairs_data: list[PairEntry] = Field(min_length=1, max_length=1024)
+    pairs_data: Entries[PairEntry]
 
 
 class EvaluateResult(BaseModel):
@@ -171,7 +221,7 @@ class EvaluateReply(BaseModel):
 
 
 class DescribeRequest(BaseModel):
-    image_paths: list[FilePath] = Field(min_length=1, max_length=1024)
+    image_paths: Entries[FilePath]
 
 
 class DescribeResult(BaseModel):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,20 +14,33 @@ from pydantic import Field
 from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, quoted
 from panotriton.groups import layout
-from panotriton.pipeline.contract import DEFAULTS, MAX_UPSCALE, MIN_SR_SIDE_PX, Alignment, Options
+from panotriton.pipeline.contract import (
+    ALIGNMENTS,
+    DEFAULTS,
+    MAX_UPSCALE,
+    MIN_SR_SIDE_PX,
+    Alignment,
+    Options,
+)
+from panotriton.pipeline.images import decode_image
 from panotriton.pipeline.results import Upscaled
 from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
 from panotriton.web.gateway.docs import FAILURES, tensor_endpoint, tensor_reply
-from panotriton.web.gateway.failures import Reply
-from panotriton.web.gateway.files import check_name, read_images, write_images
+from panotriton.web.gateway.failures import ForbiddenPath, Reply
+from panotriton.web.gateway.files import check_name, write_images
+from panotriton.web.gateway.portions import Image, Portions
 from panotriton.web.gateway.schemas import SuperResolutionReply, SuperResolutionRequest
 from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
 
 __all__ = ["router"]
+
+_DECODE = partial(decode_image, min_side_px=MIN_SR_SIDE_PX)
+
+_MOST_AT_ONCE = 16  # as many as a group has pairs: full batches of tiles, and results soon on disk
 
 
 class SuperResolutionOptions(TensorOptions):
@@ -41,7 +56,8 @@ def router(context: Context) -> APIRouter:
     @routes.post("/super_resolution_batch", response_model=SuperResolutionReply, responses=FAILURES)
     async def super_resolution_batch(request: SuperResolutionRequest) -> Response:
         """Sharpen images; images of one size go to the model together. A bad one fails alone."""
-        return Reply(await context.run(_sharpen_files, request))
+        portions = context.portions("super_resolution_batch")
+        return Reply(await context.run(partial(_sharpen_files, portions), request))
 
     @routes.post(
         "/super_resolution_tensor",
@@ -59,47 +75,74 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-def _sharpen_files(context: Context, client: Connection, request: SuperResolutionRequest) -> Any:
+def _sharpen_files(
+    portions: Portions, context: Context, client: Connection, request: SuperResolutionRequest
+) -> Any:
+    align, warning = _alignment(request.align_method)
     targets = _targets(context, request)
-    loaded = read_images(context.roots, request.input_paths)
-    images = [
-        image if isinstance(target, Path) else target
-        for image, target in zip(loaded, targets, strict=True)
-    ]
-    options = Options(upscale=context.settings.upscale, align=request.align_method)
-    plan = partial(calls.upscale, options=options)
-    results: list[Upscaled | Failure] = triton.each(client, images, plan)
-    outcomes = list(zip(targets, results, strict=True))
-    good = [(t, s.numpy()) for t, s in outcomes if isinstance(t, Path) and isinstance(s, Upscaled)]
-    write_images(context.roots, good)
-    return {"success": True, "results": [_result(*outcome) for outcome in outcomes]}
+    entries = zip(targets, request.input_paths, strict=True)
+    paths = {target: path for target, path in entries if isinstance(target, Path)}
+    plan = partial(calls.upscale, options=Options(upscale=context.settings.upscale, align=align))
+    waiting = iter(paths)
+
+    def sharpen(images: list[Image]) -> list[Path | Failure]:
+        made: list[Upscaled | Failure] = triton.each(client, images, plan)
+        outcomes = list(zip(islice(waiting, len(made)), made, strict=True))
+        good = [(path, sharp.numpy()) for path, sharp in outcomes if isinstance(sharp, Upscaled)]
+        write_images(context.roots, good, context.settings.jpeg_quality)
+        return [path if isinstance(sharp, Upscaled) else sharp for path, sharp in outcomes]
+
+    sources = list(paths.values())
+    made = portions.outcomes(context.roots, sources, _MOST_AT_ONCE, _DECODE, sharpen)
+    found = dict(zip(paths, made, strict=True))
+    results = [_result(found[t] if isinstance(t, Path) else t) for t in targets]
+    return {"success": True, "results": results} | warning
+
+
+def _alignment(asked: object) -> tuple[str, dict[str, str]]:
+    """The alignment, and for the reply what was asked in vain."""
+    if isinstance(asked, str) and asked in ALIGNMENTS:
+        return asked, {}
+    names = ", ".join(ALIGNMENTS)
+    return "nofix", {"warning": f"align_method is {quoted(asked)}; expected one of {names}: took nofix"}
 
 
 def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
     """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
-    folder = context.roots.check(request.output_dir or str(context.settings.output)) / layout.SHARP
-    taken: set[Path] = set()
-    return [_target(folder / Path(path).name, taken) for path in request.input_paths]
+    output = request.output_dir or str(context.settings.output)
+    folder = context.roots.absolute(output) / layout.SHARP
+    # An entry that is malformed is what is wrong with it.
+    entries: Sequence[str | InvalidInput] = request.input_paths
+    taken: dict[Path, Path] = {}  # result → the image that it is of
+    return [
+        entry if isinstance(entry, InvalidInput) else _target(context, folder, entry, taken)
+        for entry in entries
+    ]
 
 
-def _target(target: Path, taken: set[Path]) -> Path | InvalidInput:
+def _target(
+    context: Context, folder: Path, path: str, taken: dict[Path, Path]
+) -> Path | InvalidInput:
+    target = folder / Path(path).name
     try:
+        image = context.roots.check(path)
         check_name(target)
+    except ForbiddenPath:
+        raise
     except InvalidInput as error:
         return error
-    if target in taken:
+    if taken.setdefault(target, image) != image:
         return InvalidInput(
             f"{target.name} is the name of another image of this request; expected distinct names, "
             "since results keep them: send it in a request of its own, with another output_dir"
         )
-    taken.add(target)
     return target
 
 
-def _result(target: Path | InvalidInput, outcome: object) -> dict[str, Any]:
+def _result(outcome: Path | Failure) -> dict[str, Any]:
     if isinstance(outcome, Failure):
         return {"success": False, "output_path": None, "error": str(outcome)}
-    return {"success": True, "output_path": str(target)}
+    return {"success": True, "output_path": str(outcome)}
 
 
 def _sharpen_tensor(

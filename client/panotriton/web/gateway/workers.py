@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from panotriton.errors import ServerBusy
@@ -15,6 +15,8 @@ __all__ = ["Workers"]
 
 T = TypeVar("T")
 
+_READY_TIMEOUT_S = 0.9
+
 
 class Workers:
     """Runs work on `threads` threads; up to `max_waiting` more requests wait for one.
@@ -23,11 +25,19 @@ class Workers:
     both the connections and the memory.
     """
 
-    def __init__(self, connect: Callable[[], Connection], threads: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        watch: Callable[[], Connection],
+        threads: int,
+        max_waiting: int,
+    ) -> None:
         self._connect = connect
+        self._watch = watch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gateway")
         # Health must answer while all the others are at work.
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="gateway-health")
+        self._question: Future[bool] | None = None
         self._places = threading.BoundedSemaphore(threads + max_waiting)
         self._limit = threads + max_waiting
         self._own = threading.local()
@@ -52,20 +62,26 @@ class Workers:
             )
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, lambda: work(self._client()))
+            return await loop.run_in_executor(self._pool, lambda: work(self._client(self._connect)))
         except asyncio.CancelledError:  # only the end of the gateway cancels; its caller is told
             raise ServerBusy("the gateway is stopping; try again when it is back") from None
         finally:
             self._places.release()
 
     async def ready(self) -> bool:
-        """Whether the server answers and all its models are ready."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._watcher, lambda: self._client().ready())
+        """Whether the server answers, soon, and all its models are ready."""
+        if (
+            self._question is None or self._question.done()
+        ):  # one at a time: a frozen server piles none up
+            self._question = self._watcher.submit(lambda: self._client(self._watch).ready())
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self._question), _READY_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            return False
 
-    def _client(self) -> Connection:
+    def _client(self, connect: Callable[[], Connection]) -> Connection:
         client: Connection | None = getattr(self._own, "client", None)
         if client is None:
-            client = self._own.client = self._connect()
+            client = self._own.client = connect()
             self._clients.append(client)
         return client
