@@ -146,6 +146,11 @@ class Conversation:
         except BaseException as error:
             if late:
                 pool._leave(slot, late[0])
+            elif isinstance(error, (InvalidInput, ModelUnavailable)) and slot.name in str(error):
+                pool._forget_unknown(slot)
+                raise ServerUnavailable(
+                    f"another server answers at {self.url}, which has no part in this memory: {error}"
+                ) from error
             else:
                 pool._done(slot, reusable=finished(error))
             raise

@@ -334,6 +334,15 @@ class Pool:
             self._changed.notify_all()
         slot.close()
 
+    def _forget_unknown(self, slot: Slot) -> None:
+        """A slot that was registered at a server that is gone, as were all that are idle or kept back."""
+        with self._changed:
+            self._collect()
+            gone = [slot, *self._idle, *self._lost]
+            self._idle, self._lost = [], set()
+        for each in gone:
+            self._forget(each)
+
     def _done(self, slot: Slot, *, reusable: bool) -> None:
         with self._changed:
             self._busy.discard(slot)
