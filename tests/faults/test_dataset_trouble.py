@@ -37,7 +37,7 @@ def undisturbed(victim: Victim, tmp_path_factory: pytest.TempPathFactory) -> dic
     return content(output)
 
 
-@pytest.mark.parametrize(("seed", "protocol"), zip(range(6), ["grpc", "http"] * 3, strict=True))
+@pytest.mark.parametrize(("seed", "protocol"), list(enumerate(["grpc", "http"] * 3)))
 def test_a_run_outlasts_its_server(
     victim: Victim,
     undisturbed: dict[str, bytes],

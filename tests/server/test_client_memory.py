@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -21,7 +22,7 @@ import torch
 from panotriton import Client
 from panotriton.cli import main
 from panotriton.client.shared_memory import FOLDER, SharedMemory
-from panotriton.errors import SharedMemoryError
+from panotriton.errors import RequestTimeout, SharedMemoryError
 from panotriton.server.launch import LocalServer
 
 MIB = 1 << 20
@@ -185,6 +186,35 @@ def test_an_interrupted_call_is_not_followed_by_another_in_its_memory(client: Cl
     ):  # the server may be writing until its request ends, not longer
         time.sleep(0.6)
         client.unregister(name)
+
+
+def test_the_memory_of_calls_that_timed_out_comes_back(
+    client: Client, standin: LocalServer
+) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    with (
+        Client(client.url, protocol=client.protocol, timeout_s=0.2) as hasty,
+        hasty.shared_memory(2 * MIB, wait_s=30) as memory,  # two slots
+    ):
+        late = 0
+        for _ in range(8):
+            with contextlib.suppress(RequestTimeout):
+                hasty.upscale(image, prompt="slow", via=memory)
+                late -= 1
+            late += 1
+            client.upscale(image)  # so that time goes by
+        assert late
+        assert memory.allocated_bytes <= 2 * MIB
+        for _ in range(60):  # until the last late one has been answered
+            with contextlib.suppress(RequestTimeout):
+                hasty.statistics("echo")
+            with memory._changed:
+                memory._collect()
+            if not memory._lost:
+                break
+            time.sleep(0.2)
+    assert regions(os.getpid()) == []
+    assert registered(client, os.getpid()) == []
 
 
 @pytest.mark.gpu

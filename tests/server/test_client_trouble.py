@@ -162,6 +162,25 @@ def test_what_was_lost_with_its_server_is_sent_once_more(victim: Victim, protoco
         assert ended == [(512, 512)]
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_memory_is_registered_anew_at_a_server_that_was_started_anew(
+    victim: Victim, protocol: str
+) -> None:
+    url = victim.grpc_url if protocol == "grpc" else victim.http_url
+    with (
+        Client(url, protocol=protocol, retries=9) as client,
+        client.shared_memory(4 << 20) as memory,
+    ):
+        assert client.upscale(IMAGE, via=memory).image.size == (16, 16)
+        victim.restart()
+        for _ in range(2):
+            assert client.upscale(IMAGE, via=memory).image.size == (16, 16)
+        assert memory.allocated_bytes == 1 << 20
+        assert len(client.regions()) == 1
+    with Client(url, protocol=protocol) as client:
+        assert client.regions() == []
+
+
 def test_a_dead_process_of_a_model_is_the_servers_trouble(victim: Victim) -> None:
     victim.kill_stub("osediff_unet")
     try:

@@ -147,43 +147,69 @@ class Conversation:
         if not places.nbytes:
             return await self._exchange(call)
         slot = await pool._take(places.nbytes)
+        late: list[Pending] = []
         try:
-            tensors = await self._exchange(call, slot, places)
+            tensors = await self._exchange(call, slot, places, late)
         except BaseException as error:
-            pool._done(slot, reusable=finished(error))
+            if late:
+                pool._leave(slot, late[0])
+            elif isinstance(error, (InvalidInput, ModelUnavailable)) and slot.name in str(error):
+                pool._forget_unknown(slot)
+                raise ServerUnavailable(
+                    f"another server answers at {self.url}, which has no part in this memory: {error}"
+                ) from error
+            else:
+                pool._done(slot, reusable=finished(error))
             raise
         return pool._results(slot, tensors, places.outputs)
 
     async def _exchange(
-        self, call: Call[Any], slot: Any = None, places: Any = None
+        self,
+        call: Call[Any],
+        slot: Any = None,
+        places: Any = None,
+        late: list[Pending] | None = None,
     ) -> dict[str, Any]:
         inputs = wire.encode(self._transport.library, call.inputs, slot, places)
         outputs = wire.requested(self._transport.library, call.outputs, slot, places)
         timeout_s = self._timeout_s or call.timeout_s
         try:
-            pending = self._transport.begin(call.model, inputs, outputs, timeout_s)
-            result = await self._watched(pending, time.monotonic() + timeout_s)
+            pending = self._transport.begin(
+                call.model, inputs, outputs, timeout_s, lasting=late is not None
+            )
+            result = await self._watched(pending, time.monotonic() + timeout_s, late)
         except self._transport.failures as error:
             found = await self._mapped(error, timeout_s)
             raise await self._settled(call.model, found) from error
         return wire.decode(result, call.outputs, slot, places)
 
-    async def _watched(self, pending: Pending, deadline: float) -> Any:
+    async def _watched(
+        self, pending: Pending, deadline: float, late: list[Pending] | None = None
+    ) -> Any:
         """The answer. While it does not come, the server is asked whether it lives.
 
-        Pings and TCP know only that the machine does: a server that is stopped answers nobody.
+        Pings and TCP know only that the machine does: a server that is stopped answers nobody. A request
+        that has had its time is cancelled, or goes on and is put into `late`.
         """
         try:
             while not await resolved(pending.wait(min(WATCH_EVERY_S, deadline - time.monotonic()))):
-                if time.monotonic() >= deadline:
-                    raise TimeoutError
-                if not await self._is("is_server_live", SILENT_S):
-                    self._reached = False
-                    raise self._frozen()
+                if hopeless := await self._hopeless(deadline):
+                    if late is not None:
+                        late.append(pending)
+                    raise hopeless
             return pending.result()
         except BaseException:
-            pending.cancel()
+            if not late:
+                pending.cancel()
             raise
+
+    async def _hopeless(self, deadline: float) -> Exception | None:
+        if time.monotonic() >= deadline:
+            return TimeoutError()
+        if await self._is("is_server_live", SILENT_S):
+            return None
+        self._reached = False
+        return self._frozen()
 
     def _frozen(self) -> ServerUnavailable:
         return ServerUnavailable(

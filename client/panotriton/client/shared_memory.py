@@ -32,6 +32,7 @@ import numpy as np
 
 from panotriton.client.calls import Call
 from panotriton.client.pixels import Images
+from panotriton.client.transports.base import Pending
 from panotriton.client.twins import resolved, run
 from panotriton.errors import PanotritonError, SharedMemoryError
 
@@ -185,8 +186,9 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 class Pool:
     """Slots up to `max_bytes`: which are idle, in a call, or kept back. Thread-safe.
 
-    A slot whose request was cancelled or timed out is never used again, nor unregistered: the
-    server may still be writing to it. `panotriton doctor --fix` removes it when its process is gone.
+    A slot whose request timed out is kept back until the server has answered all the same, and then used
+    again. One whose request was cancelled is never used again, nor unregistered: the server may
+    still be writing to it. `panotriton doctor --fix` removes it when its process is gone.
     """
 
     def __init__(
@@ -316,8 +318,10 @@ class Pool:
     def _collect(self) -> None:
         while self._returned:
             slot = self._returned.popleft()
-            self._lent.discard(slot)
-            self._idle.append(slot)
+            if slot in self._lent or slot in self._lost:
+                self._lent.discard(slot)
+                self._lost.discard(slot)
+                self._idle.append(slot)
 
     def _full(self) -> SharedMemoryError:
         return SharedMemoryError(
@@ -332,6 +336,15 @@ class Pool:
             self._changed.notify_all()
         slot.close()
 
+    def _forget_unknown(self, slot: Slot) -> None:
+        """A slot that was registered at a server that is gone, as were all that are idle or kept back."""
+        with self._changed:
+            self._collect()
+            gone = [slot, *self._idle, *self._lost]
+            self._idle, self._lost = [], set()
+        for each in gone:
+            self._forget(each)
+
     def _done(self, slot: Slot, *, reusable: bool) -> None:
         with self._changed:
             self._busy.discard(slot)
@@ -342,6 +355,13 @@ class Pool:
             self._changed.notify_all()
         if not reusable:
             slot.close()  # the name goes at once, the pages when the server lets go of them
+
+    def _leave(self, slot: Slot, request: Pending) -> None:
+        """A slot whose request nobody waits for: it comes back when the server has answered."""
+        with self._changed:
+            self._busy.discard(slot)
+            self._lost.add(slot)
+        request.abandon(lambda: self._take_back(slot))
 
     def _results(
         self, slot: Slot, tensors: dict[str, Any], outputs: Mapping[str, Any]
@@ -380,7 +400,7 @@ class Pool:
             owned, late = [*self._idle, *self._lent], list(self._busy)
             self._idle, self._lent, self._busy = [], set(), set()
             self._lost.update(late)
-        for slot in late:
+        for slot in self._lost:
             slot.close()
         return owned
 

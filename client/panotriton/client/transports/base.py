@@ -44,12 +44,14 @@ class Pending(Protocol):
     """A request that is out.
 
     wait: whether the answer has come within so many seconds; an asynchronous one's is awaited. result:
-    the answer, or raises why there is none. cancel: nobody wants it any more.
+    the answer, or raises why there is none. cancel: nobody wants it any more. abandon: neither, but it
+    goes on, for it may touch memory of ours; `ended` is called from any thread when it does no more.
     """
 
     def wait(self, seconds: float) -> Any: ...
     def result(self) -> Any: ...
     def cancel(self) -> None: ...
+    def abandon(self, ended: Callable[[], None]) -> None: ...
 
 
 Watch = Callable[[Pending], Awaitable[Any]]
@@ -72,6 +74,9 @@ class Awaited:
 
     def cancel(self) -> None:
         self._task.cancel()
+
+    def abandon(self, ended: Callable[[], None]) -> None:
+        self._task.add_done_callback(lambda task: ended())
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,16 @@ class Transport:
         options = self.options(within_s) | named
         return await resolved(getattr(self.connection, question)(*arguments, **options))
 
-    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
-        """Send one inference, whose answer is tritonclient's result."""
+    def begin(
+        self,
+        model: str,
+        inputs: list[Any],
+        outputs: list[Any],
+        timeout_s: float,
+        *,
+        lasting: bool = False,
+    ) -> Pending:
+        """Send one inference, whose answer is tritonclient's result. lasting: it may be abandoned."""
         raise NotImplementedError
 
     def stream(

@@ -69,6 +69,11 @@ class _Grpc(Transport):
     def options(self, timeout_s: float) -> dict[str, Any]:
         return super().options(timeout_s) | {"client_timeout": timeout_s}
 
+    def infer_options(self, timeout_s: float, lasting: bool) -> dict[str, Any]:
+        """For an inference; of a lasting one the server is told how long it may take, gRPC is not."""
+        options = self.call_options(timeout_s)
+        return options | {"client_timeout": None} if lasting else options
+
     def stream_options(self, timeout_s: float) -> dict[str, Any]:
         """For a stream, however many responses it has."""
         return {"headers": dict(self.headers), "stream_timeout": timeout_s}
@@ -105,7 +110,12 @@ class _Queued:
     def __init__(self, start: Callable[[Callable[[Any, Any], None]], Any]) -> None:
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._answer: tuple[Any, Any] = (None, None)
-        self._call = start(lambda result, error: self._answers.put((result, error)))
+        self._ended: Callable[[], None] = lambda: None
+        self._call = start(self._answered)
+
+    def _answered(self, result: Any, error: Any) -> None:
+        self._answers.put((result, error))
+        self._ended()
 
     def wait(self, seconds: float) -> bool:
         try:
@@ -124,6 +134,11 @@ class _Queued:
         if self._call is not None:  # a stream is stopped as a whole
             self._call.cancel()
 
+    def abandon(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
+        if not self._answers.empty():  # just now
+            ended()
+
 
 class Blocking(_Grpc):
     """One connection for all threads."""
@@ -136,9 +151,17 @@ class Blocking(_Grpc):
     def connection(self) -> Any:
         return self._shared
 
-    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
+    def begin(
+        self,
+        model: str,
+        inputs: list[Any],
+        outputs: list[Any],
+        timeout_s: float,
+        *,
+        lasting: bool = False,
+    ) -> Pending:
         """Asynchronous underneath, so that whatever interrupts the wait cancels the request."""
-        options = self.call_options(timeout_s) | {"outputs": outputs}
+        options = self.infer_options(timeout_s, lasting) | {"outputs": outputs}
         infer = self.connection.async_infer
         return _Queued(lambda answered: infer(model, inputs, answered, **options))
 
@@ -169,8 +192,16 @@ class Asynchronous(_Grpc):
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
-        options = self.call_options(timeout_s) | {"outputs": outputs}
+    def begin(
+        self,
+        model: str,
+        inputs: list[Any],
+        outputs: list[Any],
+        timeout_s: float,
+        *,
+        lasting: bool = False,
+    ) -> Pending:
+        options = self.infer_options(timeout_s, lasting) | {"outputs": outputs}
         return Awaited(self.connection.infer(model, inputs, **options))
 
     async def stream(

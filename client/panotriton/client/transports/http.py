@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import threading
 from collections.abc import Callable
@@ -56,7 +55,15 @@ class _Http(Transport):
             pending.cancel()
             raise
 
-    def begin(self, model: str, inputs: list[Any], outputs: list[Any], timeout_s: float) -> Pending:
+    def begin(
+        self,
+        model: str,
+        inputs: list[Any],
+        outputs: list[Any],
+        timeout_s: float,
+        *,
+        lasting: bool = False,
+    ) -> Pending:
         options = self.call_options(timeout_s) | {"outputs": outputs}
         return self._start("infer", model, inputs, **options)
 
@@ -91,8 +98,13 @@ class _Spawned:
 
     def cancel(self) -> None:
         if not self._greenlet.ready():
-            self._greenlet.kill()
             self._discard()
+            self._greenlet.kill()
+
+    def abandon(self, ended: Callable[[], None]) -> None:
+        """It goes on whenever this thread waits for another answer."""
+        self._discard()
+        self._greenlet.link(lambda greenlet: ended())
 
 
 class Blocking(_Http):
@@ -123,9 +135,6 @@ class Blocking(_Http):
         """A connection with a request that nobody waits for is not used again."""
         if getattr(self._local, "connection", None) is connection:
             del self._local.connection
-        with contextlib.suppress(ValueError):  # the client was closed meanwhile
-            self._connections.remove(connection)
-            connection.close()
 
 
 class Asynchronous(_Http):
