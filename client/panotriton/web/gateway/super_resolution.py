@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -101,7 +102,8 @@ def _alignment(asked: object) -> tuple[str, dict[str, str]]:
     if isinstance(asked, str) and asked in ALIGNMENTS:
         return asked, {}
     names = ", ".join(ALIGNMENTS)
-    return "nofix", {"warning": f"align_method is {asked!r}; expected one of {names}: took nofix"}
+    got = reprlib.repr(asked)
+    return "nofix", {"warning": f"align_method is {got}; expected one of {names}: took nofix"}
 
 
 def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
