@@ -463,21 +463,18 @@ def test_no_group_number_is_lost_while_the_server_is_away(
     assert {path.name for path in output.glob("group_*")} == {"group_0001", "group_0002"}
 
 
-def test_a_frozen_server_does_not_hold_health(
-    quick_repository: Path, tmp_path: Path, folders: list[Path]
-) -> None:
-    with Stage(quick_repository, tmp_path / "out", folders[0].parent) as stage:
-        url = f"{stage.gateway.urls['quality']}/health"
-        os.kill(stage.server.pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(url, timeout=5)
-            with caught.value as reply:
-                assert reply.status == 503
-        finally:
-            os.kill(stage.server.pid, signal.SIGCONT)
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            assert reply.status == 200
+def test_a_frozen_server_does_not_hold_health(gateway: Running, quick_server: LocalServer) -> None:
+    url = f"{gateway.urls['quality']}/health"
+    os.kill(quick_server.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url, timeout=5)
+        with caught.value as reply:
+            assert reply.status == 503
+    finally:
+        os.kill(quick_server.pid, signal.SIGCONT)
+    with urllib.request.urlopen(url, timeout=5) as reply:
+        assert reply.status == 200
 
 
 def test_one_service_has_a_process_of_its_own(tmp_path: Path) -> None:
