@@ -1,4 +1,4 @@
-"""A full server says so at once: the real queues, in front of models that finish nothing until they are told."""
+"""A full server says so at once: the real queues, before models that finish nothing until they are told."""
 
 from __future__ import annotations
 
