@@ -105,13 +105,15 @@ def test_adapter_and_autoscaler_agree_on_names() -> None:
 
 def test_prometheus_scrapes_the_composed_server_and_loads_the_alerts() -> None:
     config = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())
-    (job,) = config["scrape_configs"]
-    (target,) = job["dns_sd_configs"]
+    targets = [t for job in config["scrape_configs"] for t in job["dns_sd_configs"]]
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    assert set(target["names"]) <= set(services)
+    assert {name for target in targets for name in target["names"]} <= set(services)
     mounts = " ".join(services["prometheus"]["volumes"])
     assert all(f":{path}:ro" in mounts for path in config["rule_files"])
-    assert job["job_name"] in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"][0]["expr"]
+    assert (
+        config["scrape_configs"][0]["job_name"]
+        in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"][0]["expr"]
+    )
 
 
 def test_no_alert_goes_silent_on_a_mig_slice() -> None:
