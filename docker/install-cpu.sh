@@ -8,7 +8,7 @@ set -eu
 source=$1 extras=$2 environment=$3 server=$4
 
 python3 -m venv "$environment"
-"$environment/bin/python" -m pip install "${source}[${extras}]"
+"$environment/bin/python" -m pip install -c "$source/constraints.txt" "${source}[${extras}]"
 
 packages=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 version=$("$environment/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -18,6 +18,9 @@ CHART = ROOT / "docker" / "chart"
 HELM = ROOT / "build" / "deploy" / "helm"
 RELEASES = ("1.35", "1.36", "1.37")
 
+# Kept as files under golden/, for a reviewable diff: python -m tests.deploy.golden rewrites them.
+GOLDEN = ("cpu", "default", "mig", "s3", "keda-zero", "gateway", "kserve")
+
 Manifest = dict[str, Any]
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,19 +36,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "networkPolicy": {"egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}]},
     },
     "gcs": {
-        "repository": {"source": "gcs", "gcs": {"address": "gs://bucket/models", "secret": "gcs"}}
+        "repository": {"source": "gcs", "gcs": {"address": "gs://bucket/models", "secret": "gcs"}},
+        "networkPolicy": {"egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}]},
     },
     "image": {"repository": {"source": "image", "image": {"reference": "models:1"}}},
     "export": {"repository": {"source": "export"}},
     "hpa": {"autoscaling": {"kind": "hpa"}},
     "keda": {"autoscaling": {"kind": "keda"}},
-    "gateway": {
-        "grpcRoute": {"enabled": True, "parentRefs": [{"name": "gw"}], "hostnames": ["a.example"]}
+    "keda-zero": {
+        "autoscaling": {
+            "kind": "keda",
+            "minReplicas": 0,
+            "keda": {
+                "triggers": [
+                    {
+                        "type": "redis",
+                        "metadata": {
+                            "address": "redis:6379",
+                            "listName": "groups",
+                            "listLength": "4",
+                        },
+                    }
+                ]
+            },
+        }
     },
-    "kserve": {"kserve": {"enabled": True}},
+    "gateway": {
+        "grpcRoute": {
+            "enabled": True,
+            "parentRefs": [{"name": "gw", "namespace": "gateways"}],
+            "proxyNamespace": "envoy-gateway-system",
+            "hostnames": ["a.example"],
+        }
+    },
+    "kserve": {"kserve": {"enabled": True}, "replicas": 3},
+    "kserve-keda": {"kserve": {"enabled": True}, "autoscaling": {"kind": "keda"}},
     "job": {"job": {"enabled": True, "inputClaim": "panoramas", "outputClaim": "groups"}},
     "observed": {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+        "dashboard": {"enabled": True},
+        "networkPolicy": {"egress": [{"ports": [{"port": 4318, "protocol": "TCP"}]}]},
         "server": {
             "otlp": {"url": "http://otel:4318/v1/traces"},
             "adminKeySecret": "admin",
@@ -54,14 +85,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "everywhere": {
-        "image": {"pullSecrets": ["registry"]},
+        "image": {"pullSecrets": ["registry"], "digest": f"sha256:{'0' * 64}"},
+        "strategy": {"maxSurge": "25%", "maxUnavailable": 0},
+        "podDisruptionBudget": {"maxUnavailable": "50%"},
+        "podLabels": {"team": "vision"},
+        "gpu": {"resource": "nvidia.com/gpu.shared", "count": 1},
+        "resources": {"limits": {"cpu": 16}},
+        "server": {
+            "env": [{"name": "A", "value": "b"}],
+            "extraVolumes": [{"name": "extra", "configMap": {"name": "extra"}}],
+            "extraVolumeMounts": [{"name": "extra", "mountPath": "/extra", "readOnly": True}],
+        },
         "runtimeClassName": "nvidia",
         "priorityClassName": "high",
         "podAnnotations": {"a": "b"},
         "serviceAccount": {"annotations": {"a": "b"}},
-        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+        "service": {
+            "type": "LoadBalancer",
+            "annotations": {"a": "b"},
+            "sourceCidrs": ["203.0.113.0/24"],
+        },
         "affinity": {"nodeAffinity": {}},
     },
+    "claim": {"gpu": {"claimTemplate": "one-gpu"}},
+    "tls": {"tls": {"secret": "certificates", "mutual": True}},
 }
 
 
@@ -123,7 +170,7 @@ def _pod_of_custom(manifest: Manifest) -> Manifest | None:
     """The pod that an InferenceService's predictor is, to be held against Kubernetes's own schema."""
     if manifest["kind"] != "InferenceService":
         return None
-    own = ("minReplicas", "maxReplicas", "labels")
+    own = ("minReplicas", "maxReplicas", "labels", "deploymentStrategy")
     spec = {k: v for k, v in manifest["spec"]["predictor"].items() if k not in own}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": spec}
 

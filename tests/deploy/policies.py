@@ -139,6 +139,13 @@ def one_owner_of_replicas(manifests: list[Manifest]) -> Iterator[str]:
             yield f"Deployment/{deployment['metadata']['name']} sets replicas beside an autoscaler"
 
 
+def no_versions_in_pods(manifests: list[Manifest]) -> Iterator[str]:
+    for manifest in _of_kind(manifests, "Deployment", "Job", "InferenceService"):
+        for label in ("app.kubernetes.io/version", "helm.sh/chart"):
+            if label in _labels(manifest):
+                yield f"{manifest['kind']}: {label} in the pod would roll every replica, and break a Job"
+
+
 def current_versions(manifests: list[Manifest]) -> Iterator[str]:
     for manifest in manifests:
         if manifest["apiVersion"] in _OLD:
@@ -192,6 +199,7 @@ POLICIES: dict[str, Policy] = {
         shared_memory,
         clients_share_no_memory,
         one_owner_of_replicas,
+        no_versions_in_pods,
         current_versions,
         disruption_budget,
         network_policy,

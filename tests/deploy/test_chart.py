@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy import charts, policies
+from tests.deploy import charts, golden, policies
 from tests.deploy.charts import CHART, HERE, RELEASES, VARIANTS, Manifest, helm, render, rendered
 
 FAULTS = yaml.safe_load((HERE / "broken" / "manifests.yaml").read_text())
@@ -58,7 +58,8 @@ def test_every_policy_has_a_fault() -> None:
 
 @pytest.mark.parametrize("bad", BAD_VALUES, ids=lambda bad: bad["says"])
 def test_wrong_values_are_refused_with_the_reason(bad: dict[str, Any]) -> None:
-    done = helm("template", "prod", str(CHART), values=bad["values"])
+    release = f"--kube-version={bad.get('release', RELEASES[-1])}"
+    done = helm("template", "prod", str(CHART), release, values=bad["values"])
     assert done.returncode != 0
     assert bad["says"] in done.stderr
 
@@ -107,3 +108,113 @@ def test_the_job_runs_all_shards_at_once_and_sends_to_every_replica() -> None:
     assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert "--server=prod-panotriton-headless.pano.svc:8001" in container["args"]
+
+
+@pytest.mark.parametrize("variant", charts.GOLDEN)
+def test_what_is_rendered_is_what_was_reviewed(variant: str) -> None:
+    """After a change that is meant: python -m tests.deploy.golden, and read the diff."""
+    assert golden.text(variant) == golden.path(variant).read_text()
+
+
+def one(kind: str, values: dict[str, Any], release: str = RELEASES[-1]) -> Manifest:
+    (found,) = (m for m in render(values, release) if m["kind"] == kind)
+    return found
+
+
+def test_the_grace_period_and_the_drain_follow_from_one_value() -> None:
+    for seconds in (60, 900):
+        values = {"shutdown": {"drainSeconds": 20, "longestGroupSeconds": seconds}}
+        pod = one("Deployment", values)["spec"]["template"]["spec"]
+        environment = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+        assert environment["PANOTRITON_EXIT_TIMEOUT_S"] == str(seconds)
+        assert pod["containers"][0]["lifecycle"]["preStop"] == {"sleep": {"seconds": 20}}
+        # ending what has nothing left to do takes the supervisor up to ten seconds
+        assert pod["terminationGracePeriodSeconds"] >= 20 + seconds + 15
+
+
+def callers(values: dict[str, Any]) -> list[Manifest]:
+    return list(one("NetworkPolicy", values)["spec"]["ingress"][0]["from"])
+
+
+def test_the_network_policy_lets_those_in_whom_the_other_values_send() -> None:
+    proxies = {"matchLabels": {"kubernetes.io/metadata.name": "envoy-gateway-system"}}
+    assert {"namespaceSelector": proxies} in callers(VARIANTS["gateway"])
+    assert {"ipBlock": {"cidr": "203.0.113.0/24"}} in callers(VARIANTS["everywhere"])
+    elsewhere = {"networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"a": "b"}}}]}}
+    shards = {
+        "app.kubernetes.io/instance": "prod",
+        "app.kubernetes.io/component": "dataset",
+    }
+    assert {"podSelector": {"matchLabels": shards}} in callers(VARIANTS["job"] | elsewhere)
+
+
+def test_a_load_balancer_keeps_the_callers_addresses() -> None:
+    (service,) = (
+        m["spec"]
+        for m in json.loads(rendered("everywhere"))
+        if m["kind"] == "Service" and m["spec"].get("clusterIP") != "None"
+    )
+    assert service["externalTrafficPolicy"] == "Local"
+    assert service["loadBalancerSourceRanges"] == ["203.0.113.0/24"]
+
+
+def test_kserve_keeps_the_replicas_or_leaves_them_to_keda() -> None:
+    fixed = one("InferenceService", VARIANTS["kserve"])
+    assert fixed["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "none"
+    predictor = fixed["spec"]["predictor"]
+    assert (predictor["minReplicas"], predictor["maxReplicas"]) == (3, 3)
+    scaled = one("InferenceService", VARIANTS["kserve-keda"])
+    assert scaled["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
+    target = one("ScaledObject", VARIANTS["kserve-keda"])["spec"]["scaleTargetRef"]["name"]
+    assert target == f"{scaled['metadata']['name']}-predictor"
+
+
+def test_keda_wakes_the_first_replica_by_a_queue_in_front() -> None:
+    spec = one("ScaledObject", VARIANTS["keda-zero"])["spec"]
+    assert spec["minReplicaCount"] == 0
+    assert spec["triggers"][-1]["type"] == "redis"
+    assert spec["fallback"]["replicas"] == 1  # Prometheus away is no reason to serve nobody
+
+
+def test_tmp_holds_the_copy_of_an_object_stores_models() -> None:
+    store = VARIANTS["s3"]["repository"] | {"downloadSize": "10Gi"}
+    values = VARIANTS["s3"] | {"repository": store, "tmp": {"size": "512Mi"}}
+    pod = one("Deployment", values)["spec"]["template"]["spec"]
+    (tmp,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "tmp")
+    assert tmp["sizeLimit"] == f"{10 * 1024 + 512}Mi"
+    resources = pod["containers"][0]["resources"]
+    assert resources["requests"]["ephemeral-storage"] == f"{(4 + 10) * 1024}Mi"
+    assert resources["limits"]["ephemeral-storage"] == f"{(16 + 10) * 1024}Mi"
+
+
+def test_values_that_people_need_arrive() -> None:
+    deployment = one("Deployment", VARIANTS["everywhere"])
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {
+        "maxSurge": "25%",
+        "maxUnavailable": 0,
+    }
+    template = deployment["spec"]["template"]
+    assert template["metadata"]["labels"]["team"] == "vision"
+    container = template["spec"]["containers"][0]
+    assert container["image"] == f"panotriton@sha256:{'0' * 64}"
+    assert container["resources"]["limits"]["cpu"] == 16
+    assert container["resources"]["limits"]["nvidia.com/gpu.shared"] == 1
+    assert container["volumeMounts"][-1]["mountPath"] == "/extra"
+    assert template["spec"]["volumes"][-1]["configMap"] == {"name": "extra"}
+    assert one("PodDisruptionBudget", VARIANTS["everywhere"])["spec"]["maxUnavailable"] == "50%"
+
+
+def test_a_claim_takes_the_place_of_the_device_plugin() -> None:
+    pod = one("Deployment", VARIANTS["claim"])["spec"]["template"]["spec"]
+    assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+    resources = pod["containers"][0]["resources"]
+    assert resources["claims"] == [{"name": "gpu"}]
+    assert "nvidia.com/gpu" not in resources["limits"]
+
+
+def test_image_volumes_where_the_feature_gate_is_vouched_for() -> None:
+    repository = VARIANTS["image"]["repository"]
+    image = repository["image"] | {"featureGate": True}
+    values = {"repository": repository | {"image": image}}
+    pod = one("Deployment", values, release="1.33")["spec"]["template"]["spec"]
+    assert pod["volumes"][-1]["image"]["reference"] == "models:1"

@@ -14,11 +14,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 
+import numpy as np
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
+from panotriton import Camera, Client, ConnectError, PanotritonError, Tls
 from panotriton.server.launch import find_installation
 from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import EXIT_GAVE_UP
@@ -26,6 +32,7 @@ from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 HEALTHCHECK = ROOT / "docker" / "healthcheck.py"
+AHEAD = Camera(0, 0, 0, 90, 0)
 ADMIN = {"panotriton-admin": "s3cret"}
 
 
@@ -36,6 +43,7 @@ class Running:
     metrics: str
     log: Path
     health: int
+    grpc: int
 
 
 def free_port() -> int:
@@ -98,7 +106,7 @@ def start(environment: dict[str, str], folder: Path, *arguments: str) -> Running
             text=True,
         )
     urls = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}/metrics"
-    return Running(process, *urls, log, health)
+    return Running(process, *urls, log, health, grpc)
 
 
 def wait_ready(server: Running) -> None:
@@ -234,6 +242,54 @@ def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
         stop(server)
 
 
+def stand_ins(folder: Path) -> Path:
+    """The pipeline around networks that take milliseconds, or long where the prompt is "slow"."""
+    spec = util.spec_from_file_location("standins", ROOT / "tests" / "server" / "standins.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return Path(made.build(folder))
+
+
+def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    own = {
+        "PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository")),
+        "PANOTRITON_LOAD_MODELS": "*",
+        "PANOTRITON_EXIT_TIMEOUT_S": "240",
+    }
+    server = start(environment | own, tmp_path)
+    panoramas = np.zeros((2, 64, 128, 3), np.uint8)
+    options = {"seed": 7, "crop_size": 64, "interpolations": 0}
+    try:
+        wait_ready(server)
+        with Client(f"127.0.0.1:{server.grpc}", retries=0) as client, ThreadPoolExecutor(1) as pool:
+            while ask_supervisor(server, "ready") != 200:
+                time.sleep(0.1)
+            group = pool.submit(client.process, *panoramas, prompt="slow", **options)
+            while not asked(server, "osediff_unet"):
+                assert not group.done()
+                time.sleep(0.1)
+            server.process.send_signal(signal.SIGTERM)
+            while client.ready():
+                time.sleep(0.1)
+            with pytest.raises(PanotritonError):
+                client.process(*panoramas, **options)
+            assert not group.done()
+            assert len(group.result(240).pairs) == 16
+        assert server.process.wait(60) == 0
+    finally:
+        stop(server)
+
+
+def asked(server: Running, model: str) -> bool:
+    """Whether a model has been asked anything yet."""
+    with urllib.request.urlopen(f"{server.http}/v2/models/{model}/stats", timeout=10) as reply:
+        return bool(json.load(reply)["model_stats"][0]["execution_count"])
+
+
 def test_a_dead_model_is_loaded_anew_and_a_dead_server_ends_the_container(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -313,6 +369,113 @@ def test_newer_releases_get_their_flags(environment: dict[str, str], tmp_path: P
     assert set(new) - set(old) >= {"--http-max-input-size=1073741824", "--allow-client-shm=false"}
 
 
+def test_what_a_config_leaves_out_is_not_guessed_and_pools_are_bounded(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    old = flags(environment, tmp_path, "")
+    assert {"--disable-auto-complete-config", "--grpc-infer-allocation-pool-size=4"} <= set(old)
+    assert not [flag for flag in old if "response-pool" in flag]
+    new = flags(environment, tmp_path, "  --grpc-max-response-pool-size <integer>")
+    assert "--grpc-max-response-pool-size=4" in new
+
+
+def network(folder: Path, kind: str) -> Path:
+    """A repository of one network."""
+    (folder / "osediff_unet").mkdir(parents=True)
+    (folder / "osediff_unet" / "config.pbtxt").write_text(
+        f'backend: "onnxruntime"\ninstance_group [ {{ kind: KIND_{kind} count: 1 }} ]\n'
+    )
+    return folder
+
+
+def begun(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """What the entrypoint says before a server that only ends."""
+    server = tmp_path / "tritonserver"
+    server.write_text("#!/bin/sh\nexit 0\n")
+    server.chmod(0o755)
+    return subprocess.run(
+        ["sh", str(ENTRYPOINT)],
+        env=environment | {"TRITONSERVER": str(server)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_gpu_that_no_network_would_use_is_no_start(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    asked = environment | {"PANOTRITON_GPU": "true"}
+    idle = asked | {"PANOTRITON_REPOSITORY": str(network(tmp_path / "idle", "CPU"))}
+    done = begun(idle, tmp_path)
+    assert done.returncode == 2
+    assert "is KIND_CPU and leaves the GPU idle: panotriton export --preset small" in done.stderr
+    assert "--provider cuda" in done.stderr
+    assert "GPU idle" not in begun(idle | {"PANOTRITON_GPU": "false"}, tmp_path).stderr
+    used = asked | {"PANOTRITON_REPOSITORY": str(network(tmp_path / "used", "GPU"))}
+    assert "GPU idle" not in begun(used, tmp_path).stderr
+
+
+def test_numpy_2_is_no_start(environment: dict[str, str], tmp_path: Path) -> None:
+    package = tmp_path / "packages" / "numpy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "2.0.0"\n')
+    done = begun(environment | {"PYTHONPATH": str(package.parent)}, tmp_path)
+    assert done.returncode == 2
+    assert "python3 -m pip install 'numpy<2'" in done.stderr
+
+
+def test_a_limit_between_steps_goes_to_servers_that_know_it(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment = environment | {"PANOTRITON_MAX_INFLIGHT": "16", "TMPDIR": str(tmp_path)}
+    done = begun(environment, tmp_path)
+    assert "knows no max_inflight_requests" in done.stderr
+    assert not (tmp_path / "panotriton-repository").exists()
+    started = flags(environment, tmp_path, "max_inflight_requests")
+    (chosen,) = (f.partition("=")[2] for f in started if f.startswith("--model-repository="))
+    config = Path(chosen, "panorama", "config.pbtxt").read_text()
+    read = text_format.Parse(config, model_config_pb2.ModelConfig())
+    assert read.ensemble_scheduling.max_inflight_requests == 16
+    assert Path(chosen, "preprocess", "1", "model.py").is_file()
+
+
+def certificates(folder: Path) -> None:
+    """ca.crt, and tls.* and caller.* that it signed, for localhost."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, cwd=folder, capture_output=True)
+
+    new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+    openssl(*new, "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
+    for name in ("tls", "caller"):
+        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost")
+        files = ("-keyout", f"{name}.key", "-out", f"{name}.crt")
+        openssl(*new, "-subj", f"/CN={name}", *signed, *files)
+
+
+@pytest.mark.parametrize("mutual", ["false", "true"])
+def test_tls_and_callers_certificates(
+    environment: dict[str, str], tmp_path: Path, mutual: str
+) -> None:
+    certificates(tmp_path)
+    tls = {"PANOTRITON_TLS_FOLDER": str(tmp_path), "PANOTRITON_TLS_MUTUAL": mutual}
+    tls |= {"PANOTRITON_LOAD_MODELS": "crop"}
+    server = start(environment | tls, tmp_path)
+    try:
+        wait_ready(server)
+        url = f"localhost:{server.grpc}"
+        caller = Tls(tmp_path / "ca.crt", tmp_path / "caller.crt", tmp_path / "caller.key")
+        with Client(url, tls=caller) as client:
+            crops = client.crop(np.zeros((64, 128, 3), np.uint8), [AHEAD], size=64)
+            assert len(crops) == 1
+        for stranger in (None, Tls(tmp_path / "ca.crt"))[: 2 if mutual == "true" else 1]:
+            with Client(url, tls=stranger, retries=0) as client, pytest.raises(ConnectError):
+                client.crop(np.zeros((64, 128, 3), np.uint8), [AHEAD], size=64)
+    finally:
+        stop(server)
+
+
 def test_all_models_and_tracing_on_demand(environment: dict[str, str], tmp_path: Path) -> None:
     del (environment := dict(environment))["PANOTRITON_LOAD_MODELS"]
     plain = flags(environment, tmp_path, "")
@@ -336,6 +499,8 @@ def test_all_models_and_tracing_on_demand(environment: dict[str, str], tmp_path:
         ("PANOTRITON_ADMIN_KEY_FILE", "/nowhere", "missing or empty"),
         ("PANOTRITON_ADMIN_KEY_FILE", "/etc/passwd", "other characters than A-Z"),
         ("TRITONSERVER", "/nowhere", "not an executable"),
+        ("PANOTRITON_GPU", "yes", "expected true or false or auto"),
+        ("PANOTRITON_TLS_FOLDER", "/nowhere", "/nowhere/tls.crt is missing or empty"),
     ],
 )
 def test_a_wrong_setting_is_named(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from panotriton.server.engines import ENGINES
 from tests.deploy import images
 from tests.deploy.charts import HERE, ROOT
 from tests.deploy.test_entrypoint import start, status, stop, wait_ready
@@ -22,7 +23,7 @@ SERVERS = ("mounted", "baked", "cpu", "cpu-baked")
 
 def test_hadolint_and_shellcheck_are_content() -> None:
     assert images.lint("hadolint", DOCKERFILE) == ""
-    assert images.lint("shellcheck", DOCKER / "entrypoint.sh", DOCKER / "install-cpu.sh") == ""
+    assert images.lint("shellcheck", *sorted(DOCKER.glob("*.sh"))) == ""
 
 
 def test_hadolint_and_shellcheck_can_fail() -> None:
@@ -44,7 +45,64 @@ def test_each_rule_can_fail() -> None:
 
 def test_the_default_image_is_the_gpu_server_with_a_mounted_repository() -> None:
     assert list(images.stages(DOCKERFILE))[-1] == "mounted"
-    assert "tritonserver:${TRITON_RELEASE}-py3" in images.stages(DOCKERFILE)["gpu"].base
+    assert images.stages(DOCKERFILE)["gpu"].base == "${TRITON_IMAGE}"
+    assert (
+        "TRITON_IMAGE=nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3" in DOCKERFILE.read_text()
+    )
+
+
+def test_the_gpu_image_carries_networks_for_the_gpu() -> None:
+    found = images.stages(DOCKERFILE)
+    (copy,) = found["baked"].all_of("COPY")
+    source = copy.partition("--from=")[2].split()[0]
+    (export,) = found[source].all_of("RUN")
+    assert "--provider cuda" in export
+    assert "KIND_GPU" in ENGINES["cuda"].kind
+
+
+def test_every_install_keeps_to_the_tested_versions() -> None:
+    installs = [
+        text
+        for stage in images.stages(DOCKERFILE).values()
+        for text in stage.all_of("RUN")
+        if "pip install" in text
+    ]
+    assert len(installs) == 3
+    assert all("-c constraints.txt" in text for text in installs)
+    assert '-c "$source/constraints.txt"' in (DOCKER / "install-cpu.sh").read_text()
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^numpy==1\.", constraints, re.MULTILINE)
+
+
+def test_one_command_builds_on_digests_with_an_sbom_and_signs(tmp_path: Path) -> None:
+    """The real script, with a docker and a cosign that write down what they are asked."""
+    said = tmp_path / "said"
+    digest = f"sha256:{'a' * 64}"
+    for tool in ("docker", "cosign", "syft"):
+        script = tmp_path / tool
+        script.write_text(
+            f'#!/bin/sh\necho "{tool} $*" >>{said}\n'
+            f'case "$*" in *imagetools*) echo {digest} ;; esac\n'
+        )
+        script.chmod(0o755)
+    command = ["sh", str(DOCKER / "build.sh"), "registry.example/panotriton", "0.1.0", "cpu-baked"]
+    path = f"{tmp_path}:/usr/bin:/bin"
+    subprocess.run(command, check=True, env={"PATH": path})
+    calls = said.read_text()
+    (build,) = (line for line in calls.splitlines() if "buildx build" in line)
+    assert f"PYTHON_IMAGE=python:3.12-slim-bookworm@{digest}" in build
+    assert f"TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3@{digest}" in build
+    assert "--sbom=true" in build
+    assert "--provenance=mode=max" in build
+    assert "--target cpu-baked" in build
+    assert f"cosign sign --yes registry.example/panotriton@{digest}" in calls
+
+
+def test_the_build_command_names_what_it_expects() -> None:
+    command = ["sh", str(DOCKER / "build.sh"), "panotriton"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected REPOSITORY TAG TARGET" in done.stderr
 
 
 def test_what_is_copied_exists_and_reaches_the_builder() -> None:

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from panotriton.server.health import answer_probes
 from panotriton.server.launch import LocalServer
+from panotriton.server.supervise import Supervisor
 from tests.deploy import queries
 from tests.deploy.charts import HERE, ROOT, rendered, server_models
 from tests.deploy.queries import Served
 
-DASHBOARD = ROOT / "docker/grafana/dashboards/panotriton.json"
-ALERTS = ROOT / "docker/prometheus/alerts.yml"
+DASHBOARD = ROOT / "docker/chart/files/dashboards/panotriton.json"
+ALERTS = ROOT / "docker/chart/files/alerts.yml"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,10 @@ def served() -> Iterator[Served]:
     """The metrics of a server with the flags that the entrypoint gives it."""
     models, flags = ["decode", "select"], ["--metrics-config=summary_latencies=true"]
     with LocalServer(ROOT / "model_repository", load_models=models, extra_args=flags) as server:
-        yield queries.served_metrics(metrics_page(server.metrics_url))
+        supervisor = Supervisor(server, drain_s=1.0)
+        with answer_probes(supervisor, "127.0.0.1", 0) as port:
+            own = metrics_page(f"http://127.0.0.1:{port}/metrics")
+        yield queries.served_metrics(metrics_page(server.metrics_url) + own)
 
 
 def metrics_page(url: str) -> str:
@@ -100,13 +105,33 @@ def test_adapter_and_autoscaler_agree_on_names() -> None:
 
 def test_prometheus_scrapes_the_composed_server_and_loads_the_alerts() -> None:
     config = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())
-    (job,) = config["scrape_configs"]
-    (target,) = job["dns_sd_configs"]
+    targets = [t for job in config["scrape_configs"] for t in job["dns_sd_configs"]]
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    assert set(target["names"]) <= set(services)
+    assert {name for target in targets for name in target["names"]} <= set(services)
     mounts = " ".join(services["prometheus"]["volumes"])
     assert all(f":{path}:ro" in mounts for path in config["rule_files"])
-    assert job["job_name"] in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"][0]["expr"]
+    assert (
+        config["scrape_configs"][0]["job_name"]
+        in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"][0]["expr"]
+    )
+
+
+def test_no_alert_goes_silent_on_a_mig_slice() -> None:
+    """There the server has no metrics of its GPU, and what reads a missing series never fires."""
+    assert not [query for query in queries.of_alerts(ALERTS) if "nv_gpu_" in query]
+
+
+def test_the_chart_carries_alerts_and_dashboard() -> None:
+    manifests = {manifest["kind"]: manifest for manifest in json.loads(rendered("observed"))}
+    rule = manifests["PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    dashboards = [
+        m for m in json.loads(rendered("observed")) if "panotriton.json" in m.get("data", {})
+    ]
+    (dashboard,) = dashboards
+    assert json.loads(dashboard["data"]["panotriton.json"]) == json.loads(DASHBOARD.read_text())
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def test_every_alert_says_what_to_do() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from panotriton.errors import InferenceFailed, InvalidInput
+from panotriton.errors import InferenceFailed, InvalidInput, ServerBusy
 from panotriton.pipeline.camera import sample_cameras
 from panotriton.pipeline.contract import (
     DEFAULTS,
@@ -55,6 +55,7 @@ Tensors = dict[str, NDArray[Any]]
 _GONE = re.compile(
     r"Stub process '\w+' is not healthy|Model '\w+' is not ready|has no available versions"
 )
+_FULL = "Exceeds maximum queue size"
 
 
 class Cancelled(Exception):
@@ -95,7 +96,7 @@ def _answer(result: Tensors | BaseException) -> Any:
         return _failure(str(result), pb_utils.TritonError.INVALID_ARG)
     if isinstance(result, InferenceFailed):
         return _failure(str(result), pb_utils.TritonError.INTERNAL)
-    if isinstance(result, Unavailable):
+    if isinstance(result, (ServerBusy, Unavailable)):
         return _failure(str(result), pb_utils.TritonError.UNAVAILABLE)
     if isinstance(result, Cancelled):
         return _failure("cancelled", pb_utils.TritonError.CANCELLED)
@@ -195,8 +196,8 @@ def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
     """Send one request to another model of this server and wait for it without blocking others.
 
-    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message, or
-    Unavailable where it has died or is being replaced.
+    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message,
+    Unavailable where it has died or is being replaced, or ServerBusy where its queue is full.
     """
     request = pb_utils.InferenceRequest(
         model_name=model,
@@ -211,6 +212,8 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
 
 def failed(model: str, message: str) -> Exception:
     """What to raise for another model's error; 24.10 gives it no code that would tell the two apart."""
+    if _FULL in message:
+        return ServerBusy(f"{model}: {message}")
     gone = _GONE.search(message) is not None
     return (Unavailable if gone else InferenceFailed)(f"{model}: {message}")
 

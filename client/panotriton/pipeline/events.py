@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.errors import InferenceFailed, InvalidInput, PanotritonError
+from panotriton.errors import InferenceFailed, InvalidInput, PanotritonError, ServerBusy
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.quality import Quality
 from panotriton.pipeline.results import quality
@@ -129,7 +129,8 @@ Tensors = Mapping[str, NDArray[Any]]
 def event_from_tensors(tensors: Tensors) -> Event:
     """One response of `panorama_stream` as a value.
 
-    Raises InvalidInput where the model refused the request, InferenceFailed where it failed.
+    Raises ServerBusy where the server is full, InvalidInput where the model refused the request,
+    InferenceFailed where it failed.
     """
     content = json.loads(tensors["EVENT"].item())
     kind = content.pop("event")
@@ -138,7 +139,11 @@ def event_from_tensors(tensors: Tensors) -> Event:
     return _EVENTS[kind](content, tensors)
 
 
-_ERRORS: dict[str, type[PanotritonError]] = {"refused": InvalidInput, "failed": InferenceFailed}
+_ERRORS: dict[str, type[PanotritonError]] = {
+    "busy": ServerBusy,
+    "refused": InvalidInput,
+    "failed": InferenceFailed,
+}
 
 
 def _scored(content: dict[str, Any], tensors: Tensors) -> Event:

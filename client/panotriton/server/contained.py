@@ -76,7 +76,8 @@ def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Serve until a signal or until only a new container helps; the exit code."""
     port = environment["PANOTRITON_HTTP_PORT"]
     host = environment["PANOTRITON_HOST"]
-    here = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
+    asked = environment["PANOTRITON_HTTP_HOST"]
+    here = "127.0.0.1" if asked == "0.0.0.0" else asked  # noqa: S104
     key = os.environ.pop("PANOTRITON_ADMIN_KEY", "")
     server = Contained(command, f"{here}:{port}", key)
     supervisor = Supervisor(

@@ -9,6 +9,24 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end }}
 
+{{/* Without versions: in a pod they would roll every replica, and break a Job, though nothing else changed. */}}
+{{- define "panotriton.podLabels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- with .Values.podLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "panotriton.image" -}}
+{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag }}{{ end -}}
+{{- end }}
+
+{{/* What runs: Deployments of the chart, or of KServe. */}}
+{{- define "panotriton.deployment" -}}
+{{ include "panotriton.fullname" . }}{{ if .Values.kserve.enabled }}-predictor{{ end }}
+{{- end }}
+
 {{- define "panotriton.labels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -37,9 +55,33 @@ fsGroup: 1000
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{/* Seconds from the preStop hook to SIGKILL: draining, requests in flight, and a margin to exit in. */}}
+{{/* Seconds from the preStop hook to SIGKILL: leaving the endpoints, groups in flight, and a margin to exit in. */}}
 {{- define "panotriton.graceSeconds" -}}
-{{ add .Values.shutdown.drainSeconds .Values.shutdown.exitTimeoutSeconds 15 }}
+{{ add .Values.shutdown.drainSeconds .Values.shutdown.longestGroupSeconds 30 }}
+{{- end }}
+
+{{/* A quantity of bytes in whole Mi, rounded down. */}}
+{{- define "panotriton.mebibytes" -}}
+{{- $units := dict "k" 0.00095367431640625 "M" 0.95367431640625 "G" 953.67431640625 "T" 953674.31640625 "Ki" 0.0009765625 "Mi" 1.0 "Gi" 1024.0 "Ti" 1048576.0 -}}
+{{- $unit := regexFind "[A-Za-z]+$" . -}}
+{{- $factor := 0.00000095367431640625 -}}
+{{- if $unit }}{{ $factor = get $units $unit }}{{ end -}}
+{{ mulf (trimSuffix $unit . | float64) $factor | floor | int64 }}
+{{- end }}
+
+{{/* Mi that the copy of an object store's models adds to /tmp. */}}
+{{- define "panotriton.downloadMebibytes" -}}
+{{- if has .Values.repository.source (list "s3" "gcs") }}{{ include "panotriton.mebibytes" .Values.repository.downloadSize }}{{ else }}0{{ end -}}
+{{- end }}
+
+{{/* Requests or limits, ephemeral storage with room for the copy. */}}
+{{- define "panotriton.resourceList" -}}
+{{- $list := deepCopy .list -}}
+{{- $more := include "panotriton.downloadMebibytes" .root | int64 -}}
+{{- with index $list "ephemeral-storage" -}}
+{{- if $more }}{{ $_ := set $list "ephemeral-storage" (printf "%dMi" (add $more (include "panotriton.mebibytes" .))) }}{{ end -}}
+{{- end -}}
+{{- toYaml $list }}
 {{- end }}
 
 {{- define "panotriton.repositoryAddress" -}}
@@ -57,4 +99,14 @@ sum(nv_inference_pending_request_count{namespace="{{ .Release.Namespace }}",pod=
      none finished yet, what has waited is one group's. */}}
 {{- define "panotriton.queueQuery" -}}
 sum(rate(nv_inference_queue_duration_us{namespace="{{ .Release.Namespace }}",pod=~"{{ include "panotriton.fullname" . }}-.*",model=~"{{ .Values.autoscaling.models }}"}[5m])) / 1e6 / clamp_min(sum(rate(nv_inference_request_success{namespace="{{ .Release.Namespace }}",pod=~"{{ include "panotriton.fullname" . }}-.*",model="panorama"}[5m])), 0.0033) or vector(0)
+{{- end }}
+
+{{/* With TLS the server has no HTTP, and gRPC is no clear-text HTTP/2. */}}
+{{- define "panotriton.servicePorts" -}}
+{{- if .Values.tls.secret -}}
+- {name: grpc, port: 8001, targetPort: grpc}
+{{- else -}}
+- {name: http, port: 8000, targetPort: http, appProtocol: http}
+- {name: grpc, port: 8001, targetPort: grpc, appProtocol: kubernetes.io/h2c}
+{{- end }}
 {{- end }}

@@ -1,4 +1,4 @@
-{{/* The server's pod, shared by the Deployment and KServe's predictor. */}}
+{{/* The server's pod, shared by the Deployment and KServe's predictor. validate.yaml refuses what cannot work. */}}
 
 {{- define "panotriton.pod" -}}
 serviceAccountName: {{ include "panotriton.serviceAccount" . }}
@@ -36,6 +36,10 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "panotriton.selector" $ | nindent 8 }}
 {{- end }}
+{{- with .Values.gpu.claimTemplate }}
+resourceClaims:
+  - {name: gpu, resourceClaimTemplateName: {{ . }}}
+{{- end }}
 {{- if eq .Values.repository.source "export" }}
 initContainers:
   - name: export
@@ -58,12 +62,19 @@ volumes:
   - name: shm
     emptyDir: {medium: Memory, sizeLimit: {{ .Values.shm.size }}}
   - name: tmp
-    emptyDir: {sizeLimit: {{ .Values.tmp.size }}}
+    emptyDir: {sizeLimit: {{ add (include "panotriton.mebibytes" .Values.tmp.size) (include "panotriton.downloadMebibytes" .) }}Mi}
 {{- include "panotriton.repositoryVolume" . | nindent 2 }}
+{{- with .Values.tls.secret }}
+  - name: tls
+    secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- with .Values.server.extraVolumes }}
+{{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "panotriton.container" -}}
-image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+image: {{ include "panotriton.image" (mergeOverwrite (deepCopy .Values.image) (dict "tag" (.Values.image.tag | default .Chart.AppVersion))) | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- with .Values.server.extraArgs }}
 args: {{- toYaml . | nindent 2 }}
@@ -97,30 +108,42 @@ livenessProbe:
   timeoutSeconds: 10
   failureThreshold: 6
 lifecycle:
-  # Endpoints are removed while this sleeps: no new request meets a server that unloads its models.
+  # Endpoints are removed while this sleeps: no new request meets a server that drains. SIGTERM comes after it; the
+  # supervisor then waits for the groups in flight.
   preStop:
     sleep: {seconds: {{ .Values.shutdown.drainSeconds }}}
 securityContext: {{- include "panotriton.containerSecurity" . | nindent 2 }}
 resources:
-  requests: {{- toYaml .Values.resources.requests | nindent 4 }}
-  limits: {{- toYaml .Values.resources.limits | nindent 4 }}
-    {{- if .Values.gpu.count }}
+  requests: {{- include "panotriton.resourceList" (dict "root" . "list" .Values.resources.requests) | nindent 4 }}
+  limits: {{- include "panotriton.resourceList" (dict "root" . "list" .Values.resources.limits) | nindent 4 }}
+    {{- if and .Values.gpu.count (not .Values.gpu.claimTemplate) }}
     {{ required "gpu.resource is empty; expected nvidia.com/gpu or a MIG slice, or gpu.count 0" .Values.gpu.resource }}: {{ .Values.gpu.count }}
     {{- end }}
+  {{- if .Values.gpu.claimTemplate }}
+  claims: [{name: gpu}]
+  {{- end }}
 volumeMounts:
   - {name: shm, mountPath: /dev/shm}
   - {name: tmp, mountPath: /tmp}
 {{- include "panotriton.repositoryMount" . | nindent 2 }}
+{{- if .Values.tls.secret }}
+  - {name: tls, mountPath: /run/secrets/tls, readOnly: true}
+{{- end }}
+{{- with .Values.server.extraVolumeMounts }}
+{{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "panotriton.environment" -}}
 - {name: PANOTRITON_REPOSITORY, value: {{ include "panotriton.repositoryAddress" . | quote }}}
 - {name: PANOTRITON_LOAD_MODELS, value: {{ .Values.server.loadModels | quote }}}
 - {name: PANOTRITON_MAX_REQUEST_BYTES, value: {{ int64 .Values.server.maxRequestBytes | quote }}}
-- {name: PANOTRITON_EXIT_TIMEOUT_S, value: {{ .Values.shutdown.exitTimeoutSeconds | quote }}}
+- {name: PANOTRITON_EXIT_TIMEOUT_S, value: {{ .Values.shutdown.longestGroupSeconds | quote }}}
 - {name: PANOTRITON_LOG_VERBOSE, value: {{ .Values.server.logVerbose | quote }}}
 # Callers are in other pods: none of them shares this pod's memory.
 - {name: PANOTRITON_CLIENT_SHM, value: "false"}
+# With a GPU, networks that were all exported for the CPU are a mistake: the start fails.
+- {name: PANOTRITON_GPU, value: {{ if or .Values.gpu.claimTemplate .Values.gpu.count }}"true"{{ else }}"false"{{ end }}}
 # Threads by the limit; libraries would count the node's cores.
 - name: OMP_NUM_THREADS
   valueFrom: {resourceFieldRef: {resource: limits.cpu}}
@@ -129,6 +152,10 @@ volumeMounts:
 - {name: PANOTRITON_OTLP_URL, value: {{ .url | quote }}}
 - {name: PANOTRITON_TRACE_RATE, value: {{ .rate | quote }}}
 {{- end }}
+{{- end }}
+{{- if .Values.tls.secret }}
+- {name: PANOTRITON_TLS_FOLDER, value: /run/secrets/tls}
+- {name: PANOTRITON_TLS_MUTUAL, value: {{ .Values.tls.mutual | quote }}}
 {{- end }}
 {{- if .Values.server.adminKeySecret }}
 - {name: PANOTRITON_ADMIN_KEY_FILE, value: /run/secrets/panotriton/key}

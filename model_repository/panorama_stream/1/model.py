@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, ServerBusy
 from panotriton.models.requests import (
     Cancelled,
     answers,
@@ -33,6 +33,8 @@ class TritonPythonModel:
         # Not the model `osediff`: a cancel does not reach requests that one model has sent to another, and
         # here it must stop an image between two tiles.
         self._resolver = SuperResolver.of_model(args)
+        parameters = json.loads(args["model_config"])["parameters"]
+        self._most = self._places = int(parameters["max_groups"]["string_value"])
 
     async def execute(self, requests):
         await asyncio.gather(*map(self._answer, requests))
@@ -41,15 +43,30 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         run = _Run(request, sender, self._resolver)
         try:
-            await run.run()
+            with self._place():
+                await run.run()
         except Cancelled:
             pass  # nobody is left to tell
+        except ServerBusy as error:
+            run.end("busy", error)
         except InvalidInput as error:
             run.end("refused", error)
         except Exception as error:
             answers([error])  # logs what is unexpected
             run.end("failed", error)
         run.close()
+
+    @contextlib.contextmanager
+    def _place(self):
+        if not self._places:
+            raise ServerBusy(
+                f"{self._most} groups are in work, as many as max_groups; try again later"
+            )
+        self._places -= 1
+        try:
+            yield
+        finally:
+            self._places += 1
 
 
 class _Run:
