@@ -17,6 +17,7 @@ from panotriton.pipeline.camera import (
     crop,
     interval_bounds,
     lerp,
+    rotation,
     sample_cameras,
 )
 
@@ -118,3 +119,105 @@ def test_a_bad_camera_names_its_field_and_limits(field: str, value: float) -> No
 def test_crop_refuses_what_is_no_panorama(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="panorama is"):
         crop(image, Camera(0, 0, 0, 90, 0))
+
+
+NAMES = ["city", "courtyard", "forest", "interior", "sunrise", "sunset"]
+VIEWS = {
+    "ahead": Camera(20, 0, 0, 70, 0.3),
+    "seam": Camera(179, 5, 10, 90, 0.5),
+    "up": Camera(10, 85, 0, 90, 0),
+    "down": Camera(-170, -80, 30, 60, 0.8),
+}
+
+
+def supersampled(
+    image: np.ndarray, camera: Camera, size: int, rows: slice = slice(0, None)
+) -> np.ndarray:
+    """Those rows of a view: means of 4 × 4 bilinear samples inside each pixel, float64 (R, size, 3)."""
+    height, width = image.shape[:2]
+    beyond = [row[:, (np.arange(width) + width // 2) % width] for row in (image[:1], image[-1:])]
+    whole = np.concatenate([beyond[0], image, beyond[1]]).astype(np.float64)
+    whole = np.concatenate([whole[:, -1:], whole, whole[:, :1]], axis=1)  # padded by 1 px
+    half = np.sin(np.radians(camera.vfov) / 2)
+    focal = size / 4 * (camera.xi + np.sqrt(1 - half**2)) / half
+    steps = ((np.arange(4 * size) + 0.5) / 4 - 0.5 - size / 2).reshape(size, 4) / focal
+    x, y = np.meshgrid(steps.ravel(), -steps[rows].ravel())
+    r2 = x**2 + y**2
+    a = (camera.xi + np.sqrt(1 + (1 - camera.xi**2) * r2)) / (r2 + 1)
+    x, y, z = np.moveaxis(np.stack([x * a, y * a, a - camera.xi], -1) @ rotation(camera).T, -1, 0)
+    column = (np.arctan2(x, z) + np.pi) / (2 * np.pi) * width + 0.5
+    row = (np.pi / 2 - np.arctan2(y, np.hypot(x, z))) / np.pi * height + 0.5
+    left, top = np.floor(column).astype(int), np.floor(row).astype(int)
+    right, below = (column - left)[..., None], (row - top)[..., None]
+    above = whole[top, left] * (1 - right) + whole[top, left + 1] * right
+    under = whole[top + 1, left] * (1 - right) + whole[top + 1, left + 1] * right
+    samples = above * (1 - below) + under * below
+    return samples.reshape(-1, 4, size, 4, 3).mean(axis=(1, 3))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((one - other) ** 2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sphere_of_the_panoramas_own_resolution_is_sharp_and_not_aliased(name: str) -> None:
+    image = panorama(name)
+    sphere = Sphere(image, 512, sphere_size=0)
+    rows = slice(0, None, 16)  # of 512; the whole view takes a second
+    for view, camera in VIEWS.items():
+        expected = supersampled(image, camera, 512, rows)
+        quality = psnr(sphere.crop(camera)[rows], expected)
+        assert quality >= 38, f"{view}: {quality:.1f} dB"
+        plain = psnr(crop(image, camera)[rows], expected)
+        assert quality > plain, f"{view}: {quality:.1f} dB, without it {plain:.1f}"
+
+
+def test_footprints_of_many_pixels_and_none() -> None:
+    """Fine noise seen from afar is its mean; seen closely, its pixels."""
+    image = np.random.default_rng(0).integers(0, 256, (512, 1024, 3), np.uint8)
+    wide = Sphere(image, 64, sphere_size=0).crop(Camera(0, 0, 0, 140, 0))[24:40, 24:40]
+    assert wide.std() < 12  # a sample alone has 74
+    camera = Camera(0, 0, 0, 30, 0)
+    close = Sphere(image, 512, sphere_size=0).crop(camera)
+    rows = slice(0, None, 16)
+    assert psnr(close[rows], supersampled(image, camera, 512, rows)) > 38
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_seam_is_as_any_other_place(name: str) -> None:
+    image = panorama(name)
+    turned = np.roll(image, 512, axis=1)  # by half of its 1024 columns
+    across = Sphere(image, 512, sphere_size=0).crop(Camera(180, 0, 0, 60, 0))
+    within = Sphere(turned, 512, sphere_size=0).crop(Camera(0, 0, 0, 60, 0))
+    assert np.abs(across.astype(np.int16) - within).max() <= 1
+    steps = np.abs(np.diff(across.astype(np.int16), axis=1)).mean(axis=(0, 2))  # column to column
+    assert steps[254:258].max() <= steps.max(initial=0, where=np.abs(np.arange(511) - 255.5) > 2)
+
+
+@pytest.mark.parametrize("pitch", [90, -90])
+def test_the_poles_have_no_spokes(pitch: int) -> None:
+    """A turn about the axis of the pole turns the view, to its very middle."""
+    sphere = Sphere(panorama("forest"), 256, sphere_size=0)
+    one, other = (sphere.crop(Camera(yaw, pitch, 0, 60, 0)) for yaw in (0, 180))
+    middle = np.s_[1:, 1:]  # the axis goes through pixel 128
+    turned = one[middle][::-1, ::-1]
+    assert psnr(turned.astype(float), other[middle]) > 38
+
+
+@pytest.mark.parametrize("shape", [(100, 100), (65, 301), (200, 64)])
+@pytest.mark.parametrize("sphere_size", [0, 300])
+def test_spheres_of_any_shape_keep_the_colours(shape: tuple[int, int], sphere_size: int) -> None:
+    image = np.full((*shape, 3), (200, 100, 50), np.uint8)
+    sphere = Sphere(image, 64, sphere_size)
+    assert sphere.image.shape[:2] == ((sphere_size, sphere_size) if sphere_size else shape)
+    for camera in VIEWS.values():
+        view = sphere.crop(camera)
+        assert np.abs(view.astype(np.int16) - image[0, 0]).max() <= 1
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_a_sphere_of_the_crops_size_is_the_default(size: int) -> None:
+    image, camera = panorama("city"), VIEWS["seam"]
+    expected = crop(image, camera, size)
+    np.testing.assert_array_equal(crop(image, camera, size, sphere_size=size), expected)
+    assert (crop(image, camera, size, sphere_size=0) != expected).any()

@@ -70,6 +70,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add_sr_arguments(parser)
     add_option(parser, "threshold", "0 to 1")
     add_option(parser, "interpolations", "in-between views")
+    add_sphere_option(parser)
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, about: str) -> None:
@@ -79,10 +80,25 @@ def add_option(parser: argparse.ArgumentParser, name: str, about: str) -> None:
     parser.add_argument(flag, type=type(default), default=default, help=f"{about} (%(default)s)")
 
 
+def add_sphere_option(parser: argparse.ArgumentParser) -> None:
+    """Add what views are cut from."""
+    parser.add_argument(
+        "--sphere",
+        "--sphere-size",
+        dest="sphere_size",
+        type=int,
+        metavar="PX",
+        default=DEFAULTS.sphere_size,
+        help="side that a panorama is resized to before views are cut from it; 0: its own resolution, "
+        "which is sharper (the side of a view)",
+    )
+
+
 def pipeline_options(options: argparse.Namespace) -> Options:
     """A group's options, those that the command has; raises InvalidInput, by their flags' names."""
     chosen = {name: getattr(options, name) for name in TENSORS if hasattr(options, name)}
-    return Options(**chosen).check({name: f"--{name.replace('_', '-')}" for name in TENSORS})
+    names = {name: f"--{name.replace('_', '-')}" for name in TENSORS}
+    return Options(**chosen).check(names | {"sphere_size": "--sphere"})
 
 
 def client_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         sample_n=options.sample_n,
         target_n=options.target_n,
         in_flight=options.in_flight,
-        options=asdict(pipeline_options(options)),
+        options=pipeline_options(options).chosen(),
         pages=options.report,
         facts=ask,
         retry_failed=options.retry_failed,

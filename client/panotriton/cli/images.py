@@ -16,6 +16,7 @@ from rich.text import Text
 
 from panotriton.cli.connection import (
     add_server_arguments,
+    add_sphere_option,
     add_sr_arguments,
     command,
     connected,
@@ -120,7 +121,7 @@ def _add_crop(commands: Any) -> None:
         "crop",
         "crop views from a panorama",
         "Write what cameras see of a panorama: one PNG per camera.",
-        "  panotriton crop a.jpg --camera 30,-10,0,90,0.4 -o views\n"
+        "  panotriton crop a.jpg --camera 30,-10,0,90,0.4 -o views --sphere 0\n"
         "  panotriton crop a.jpg --camera=-90,0,0,60,0 --camera 90,0,0,60,0 -o views --size 1024\n",
     )
     parser.add_argument("panorama", type=Path, metavar="PANORAMA", help=FORMATS)
@@ -135,6 +136,7 @@ def _add_crop(commands: Any) -> None:
     parser.add_argument(
         "--size", type=int, default=DEFAULTS.crop_size, help="side in px (%(default)s)"
     )
+    add_sphere_option(parser)
     _add_output(parser)
     add_server_arguments(parser)
     parser.set_defaults(run=_run_crop)
@@ -153,7 +155,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _run_upscale(options: argparse.Namespace) -> int:
     targets = dict(zip(options.images, _targets(options.output, _stems(options)), strict=True))
     check_folder(options.output)
-    chosen = asdict(pipeline_options(options))
+    chosen = pipeline_options(options).chosen()
     arguments = {name: chosen[name] for name in SR_OPTIONS}
 
     def ask(client: AsyncClient, path: Path) -> Awaitable[Any]:
@@ -180,7 +182,9 @@ def _run_crop(options: argparse.Namespace) -> int:
     console = console_for(options)
     with connected(options, console) as client, spinner(console) as progress:
         progress.add_task("cropping")
-        views = client.crop(options.panorama, options.camera, size=options.size)
+        views = client.crop(
+            options.panorama, options.camera, size=options.size, sphere_size=options.sphere_size
+        )
     with Results(options) as results:
         for path, view in zip(paths, views, strict=True):
             results.add(*_write(path, view))

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.panoramas:
         if not path.is_file():
             raise InvalidInput(f"{path} is not a file; expected a panorama ({FORMATS})")
-    chosen = {"seed": options.seed, **asdict(pipeline_options(options))}
+    chosen = {"seed": options.seed, **pipeline_options(options).chosen()}
     check_seed("--seed", options.seed)
     check_folder(options.output)
     bases = (base_name(options.panoramas[0]), base_name(options.panoramas[1]))

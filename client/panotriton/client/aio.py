@@ -85,6 +85,7 @@ class AsyncClient(Conversation):
         prompt: str = DEFAULTS.prompt,
         threshold: float = DEFAULTS.threshold,
         interpolations: int = DEFAULTS.interpolations,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         intermediates: bool = False,
         via: AsyncSharedMemory | None = None,
     ) -> Group:
@@ -94,7 +95,9 @@ class AsyncClient(Conversation):
             panorama_2,
             seed=seed,
             cameras=cameras,
-            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
+            options=Options(
+                crop_size, upscale, align, prompt, threshold, interpolations, sphere_size
+            ),
             intermediates=intermediates,
             cuda=on_gpu(via),
         )
@@ -113,6 +116,7 @@ class AsyncClient(Conversation):
         prompt: str = DEFAULTS.prompt,
         threshold: float = DEFAULTS.threshold,
         interpolations: int = DEFAULTS.interpolations,
+        sphere_size: int | None = DEFAULTS.sphere_size,
     ) -> AsyncIterator[Event]:
         """`Client.stream`; cancelling the task that iterates cancels the request."""
         inputs = calls.stream(
@@ -120,7 +124,9 @@ class AsyncClient(Conversation):
             panorama_2,
             seed=seed,
             cameras=cameras,
-            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
+            options=Options(
+                crop_size, upscale, align, prompt, threshold, interpolations, sphere_size
+            ),
         )
         return self._events(inputs)
 
@@ -259,6 +265,7 @@ class AsyncClient(Conversation):
         cameras: Camera,
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: AsyncSharedMemory | None = None,
     ) -> Cropped: ...
 
@@ -269,6 +276,7 @@ class AsyncClient(Conversation):
         cameras: Sequence[Camera],
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: AsyncSharedMemory | None = None,
     ) -> list[Cropped]: ...
 
@@ -278,10 +286,11 @@ class AsyncClient(Conversation):
         cameras: Any,
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: AsyncSharedMemory | None = None,
     ) -> Any:
         """`Client.crop`."""
-        plan = calls.crop(panorama, cameras, size=size, cuda=on_gpu(via))
+        plan = calls.crop(panorama, cameras, size=size, sphere_size=sphere_size, cuda=on_gpu(via))
         return await self._send_all(plan, via)
 
     async def infer(

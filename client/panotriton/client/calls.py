@@ -315,7 +315,14 @@ def _qwen_reader(cuda: bool) -> Callable[[str, Any], Any]:
     return partial(pixels, min_side_px=MIN_QWEN_SIDE_PX, max_aspect=MAX_QWEN_ASPECT, cuda=cuda)
 
 
-def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) -> Plan[Cropped]:
+def crop(
+    panorama: ImageLike,
+    cameras: Any,
+    *,
+    size: int,
+    sphere_size: int | None = None,
+    cuda: bool = False,
+) -> Plan[Cropped]:
     """Views of a panorama from one camera or a list."""
     wanted = [cameras] if isinstance(cameras, Camera) else list(cameras)
     for camera in wanted:
@@ -323,14 +330,14 @@ def crop(panorama: ImageLike, cameras: Any, *, size: int, cuda: bool = False) ->
             raise InvalidInput(
                 f"cameras holds a {type(camera).__name__}; expected panotriton.Camera"
             )
-    Options(crop_size=size).check({"crop_size": "size"})
+    options = Options(crop_size=size, sphere_size=sphere_size).check({"crop_size": "size"})
     image: dict[str, Value] = (
         {"ENCODED": encoded_panorama(panorama)}
         if is_file(panorama)
         else {"PANORAMA": Images((pixels("panorama", panorama, cuda=cuda),), alone=True)}
     )
     rows = np.array([camera.to_array() for camera in wanted]).reshape(-1, 5)
-    inputs = image | {"CAMERAS": rows, "CROP_SIZE": np.array([size], np.int32)}
+    inputs = image | {"CAMERAS": rows} | options.tensors("crop_size", "sphere_size")
 
     def decode(tensors: Tensors, timings: Timings) -> list[Cropped]:
         views = zip(tensors["CROPS"], wanted, strict=True)

@@ -105,6 +105,7 @@ class Client(Conversation):
         prompt: str = DEFAULTS.prompt,
         threshold: float = DEFAULTS.threshold,
         interpolations: int = DEFAULTS.interpolations,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         intermediates: bool = False,
         via: SharedMemory | None = None,
     ) -> Group:
@@ -115,6 +116,8 @@ class Client(Conversation):
         in [0, 1]; 64 px a side to 134 megapixels. Give `seed` (≥ 0) or `cameras` (2, 8, 2, 5), see
         `sample_cameras`; with neither, the seed is 0. crop_size: 64 to 2048 px. upscale: 1 to 4.
         align: adain, wavelet or nofix. threshold: 0 to 1. interpolations: 0 to 255 per sequence.
+        sphere_size: what views are cut from, None for the panorama resized to crop_size × crop_size, 0 for
+        the panorama at its own resolution, without aliasing: sharper; or 64 to 8192 px, see `Sphere`.
         `intermediates` also fetches the images before super-resolution.
         """
         call = calls.process(
@@ -122,7 +125,9 @@ class Client(Conversation):
             panorama_2,
             seed=seed,
             cameras=cameras,
-            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
+            options=Options(
+                crop_size, upscale, align, prompt, threshold, interpolations, sphere_size
+            ),
             intermediates=intermediates,
             cuda=on_gpu(via),
         )
@@ -141,6 +146,7 @@ class Client(Conversation):
         prompt: str = DEFAULTS.prompt,
         threshold: float = DEFAULTS.threshold,
         interpolations: int = DEFAULTS.interpolations,
+        sphere_size: int | None = DEFAULTS.sphere_size,
     ) -> Iterator[Event]:
         """The pipeline of `process`, each part as soon as it is done: see `panotriton.events`.
 
@@ -153,7 +159,9 @@ class Client(Conversation):
             panorama_2,
             seed=seed,
             cameras=cameras,
-            options=Options(crop_size, upscale, align, prompt, threshold, interpolations),
+            options=Options(
+                crop_size, upscale, align, prompt, threshold, interpolations, sphere_size
+            ),
         )
         return iterate(self._events(inputs))
 
@@ -304,6 +312,7 @@ class Client(Conversation):
         cameras: Camera,
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: SharedMemory | None = None,
     ) -> Cropped: ...
 
@@ -314,6 +323,7 @@ class Client(Conversation):
         cameras: Sequence[Camera],
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: SharedMemory | None = None,
     ) -> list[Cropped]: ...
 
@@ -323,13 +333,16 @@ class Client(Conversation):
         cameras: Any,
         *,
         size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
         via: SharedMemory | None = None,
     ) -> Any:
         """What one camera, or each of a list, sees of a panorama: (size, size, 3), 64 to 2048 px.
 
-        `panotriton.crop` does the same on this machine. A path is sent as it is.
+        sphere_size: as for `process`. `panotriton.crop` does the same on this machine. A path is sent as
+        it is.
         """
-        return run(self._send_all(calls.crop(panorama, cameras, size=size, cuda=on_gpu(via)), via))
+        plan = calls.crop(panorama, cameras, size=size, sphere_size=sphere_size, cuda=on_gpu(via))
+        return run(self._send_all(plan, via))
 
     def infer(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.pipeline.contract import DEFAULTS, INTERVALS
+from panotriton.pipeline.mipmap import Mipmap
 
 __all__ = [
     "CAMERA_FIELDS",
@@ -140,24 +141,44 @@ def lerp_arrays(a: NDArray[np.float64], b: NDArray[np.float64], w: Any) -> NDArr
     return mixed.clip(np.minimum(a, b), np.maximum(a, b))
 
 
-def crop(panorama: Image, camera: Camera, size: int = DEFAULTS.crop_size) -> Image:
+def crop(
+    panorama: Image,
+    camera: Camera,
+    size: int = DEFAULTS.crop_size,
+    sphere_size: int | None = DEFAULTS.sphere_size,
+) -> Image:
     """Crop a panorama (H, W, 3) uint8 to a size × size view; see `Sphere` for many views of one."""
-    return Sphere(panorama, size).crop(camera)
+    return Sphere(panorama, size, sphere_size).crop(camera)
 
 
 class Sphere:
-    """A panorama made ready for any number of crops: resized once to size × size (INTER_AREA)."""
+    """A panorama made ready for any number of size × size crops.
 
-    def __init__(self, panorama: Image, size: int = DEFAULTS.crop_size) -> None:
+    sphere_size: None, or `size`: the panorama is resized to size × size (INTER_AREA) and sampled
+    bilinearly, as the contract has it. Any other: it is resized to sphere_size × sphere_size, or with 0 is
+    taken as it is, and sampled without aliasing by the local scale of each view, the seam and the poles as
+    any other place (`mipmap`). That takes some milliseconds a megapixel, once.
+    """
+
+    def __init__(
+        self,
+        panorama: Image,
+        size: int = DEFAULTS.crop_size,
+        sphere_size: int | None = DEFAULTS.sphere_size,
+    ) -> None:
         _check_panorama(panorama)
-        if panorama.shape[:2] != (size, size):
-            panorama = cv2.resize(panorama, (size, size), interpolation=cv2.INTER_AREA)
+        side = size if sphere_size is None else sphere_size
+        if side and panorama.shape[:2] != (side, side):
+            panorama = cv2.resize(panorama, (side, side), interpolation=cv2.INTER_AREA)
         self.image: Image = panorama
         self.size = size
+        self._mipmap = None if side == size else Mipmap(panorama, _largest_footprint(size))
 
     def crop(self, camera: Camera) -> Image:
         """Return the (size, size, 3) uint8 view."""
-        return self._sample(camera, Maps(self.size), out=None)
+        view = np.empty((self.size, self.size, 3), np.uint8)
+        self._sample(camera, Maps(self.size), out=view)
+        return view
 
     def crops(self, cameras: Sequence[Camera], out: Sequence[Image], threads: int = 1) -> None:
         """Fill out[i] (size, size, 3) uint8 with the view of cameras[i].
@@ -177,10 +198,24 @@ class Sphere:
         for camera, view in jobs:
             self._sample(camera, maps, out=view)
 
-    def _sample(self, camera: Camera, maps: Maps, out: Image | None) -> Image:
+    def _sample(self, camera: Camera, maps: Maps, out: Image) -> None:
+        if self._mipmap:
+            self._mipmap.sample(*maps.directions(camera), maps.footprint2(camera), out)
+            return
         x, y = maps.at(camera)
-        wrap = cv2.BORDER_WRAP
-        return np.asarray(cv2.remap(self.image, x, y, cv2.INTER_LINEAR, dst=out, borderMode=wrap))
+        cv2.remap(self.image, x, y, cv2.INTER_LINEAR, dst=out, borderMode=cv2.BORDER_WRAP)
+
+
+def _largest_footprint(size: int) -> float:
+    """Radians per pixel in the middle of the widest view, which no other pixel exceeds."""
+    return max(
+        (1 + xi) / _focal(Camera(0, 0, 0, LIMITS["vfov"][1], xi), size) for xi in LIMITS["xi"]
+    )
+
+
+def _focal(camera: Camera, size: int) -> float:
+    half = np.sin(np.radians(camera.vfov) / 2)
+    return float(0.5 * (size / 2) * (camera.xi + np.sqrt(1 - half**2)) / half)
 
 
 def _check_panorama(panorama: Image) -> None:
@@ -202,9 +237,15 @@ class Maps:
         self.scale, self.x, self.y, self.z, self.work = planes
 
     def at(self, camera: Camera) -> tuple[Plane, Plane]:
-        """Panorama coordinates (x, y) in pixels that each crop pixel samples, float32 (size, size)."""
-        half = np.sin(np.radians(camera.vfov) / 2)
-        focal = 0.5 * (self.size / 2) * (camera.xi + np.sqrt(1 - half**2)) / half
+        """Where each pixel samples a size × size panorama, in its pixels (x, y), float32 (size, size)."""
+        azimuth, polar = self.directions(camera)
+        azimuth *= np.float32((self.size - 1) / (2 * np.pi))
+        polar *= np.float32((self.size - 1) / np.pi)
+        return azimuth, polar
+
+    def directions(self, camera: Camera) -> tuple[Plane, Plane]:
+        """Azimuth, 0 to 2π from the panorama's left edge, and polar angle, 0 to π from its top."""
+        focal = _focal(camera, self.size)
         grid_x = self.index / focal  # (size,) varies along a row
         grid_y = -self.index / focal  # (size,) varies down a column
         self._sphere_scale(grid_x, grid_y, camera.xi)
@@ -212,6 +253,24 @@ class Maps:
         for plane, row in zip((self.x, self.y, self.z), matrix, strict=True):
             self._rotated(plane, row, grid_x, grid_y, camera.xi)
         return self._equirectangular()
+
+    def footprint2(self, camera: Camera) -> Plane:
+        """Mean square of a pixel's two extents on the sphere, radians², after `directions` of the camera.
+
+        The grid's r lies at the angle α from the axis, sin α = r·a and cos α = a - xi with `scale` a:
+        a step of 1/f on the grid is a/f on the sphere around the axis, and a²/(1 + xi·cos α)/f away from it.
+        """
+        a, away = self.scale, self.work  # both (size, size)
+        xi = np.float32(camera.xi)
+        np.multiply(a, xi, out=away)
+        away += 1 - xi * xi
+        np.divide(a, away, out=away)
+        np.multiply(away, away, out=away)
+        away += np.float32(1)
+        away *= a
+        away *= a
+        away *= np.float32(0.5 / _focal(camera, self.size) ** 2)
+        return np.asarray(away)
 
     def _sphere_scale(self, grid_x: Vector, grid_y: Vector, xi: float) -> None:
         """scale = (xi + √(1+(1-xi²)r²)) / (r²+1), which lifts a grid point onto the sphere."""
@@ -241,8 +300,6 @@ class Maps:
         np.negative(self.x, out=self.x)
         np.negative(self.z, out=self.z)
         azimuth = cv2.phase(self.z, self.x, angle=self.x)
-        azimuth *= np.float32((self.size - 1) / (2 * np.pi))
-        polar *= np.float32((self.size - 1) / np.pi)
         return azimuth, polar
 
 

@@ -7,7 +7,7 @@ Client, models, command line, gateway and live page all read them here. Cameras 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,7 @@ __all__ = [
     "MAX_QWEN_ASPECT",
     "MAX_QWEN_IMAGES",
     "MAX_SEED",
+    "MAX_SPHERE_SIZE",
     "MAX_SR_PIXELS",
     "MAX_UPSCALE",
     "MIN_QWEN_SIDE_PX",
@@ -53,6 +54,8 @@ ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
 MAX_UPSCALE = 4
 CROP_SIZES = (64, 2048)
 """Least and largest side of a crop, in px."""
+MAX_SPHERE_SIZE = 8192
+"""Largest side that a panorama is resized to before crops are cut from it, in px; the least is a crop's."""
 MAX_INTERPOLATIONS = 255
 MAX_SEED = 2**63 - 1
 
@@ -86,6 +89,7 @@ TENSORS = {
     "prompt": "PROMPT",
     "threshold": "THRESHOLD",
     "interpolations": "NUM_INTERPOLATIONS",
+    "sphere_size": "SPHERE_SIZE",
 }
 """Option → the request input that carries it."""
 SR_OPTIONS = ("upscale", "align", "prompt")
@@ -106,7 +110,8 @@ class Options:
 
     crop_size: of a view, px. upscale: factor of super-resolution. align: one of `ALIGNMENTS`. prompt:
     for super-resolution, behind the tags. threshold: what both scores of an interval have to reach.
-    interpolations: in-between views per sequence.
+    interpolations: in-between views per sequence. sphere_size: side in px that a panorama is resized to
+    before crops are cut from it, 0 for its own resolution; None: the crop's, see `camera.Sphere`.
     """
 
     crop_size: int = 512
@@ -115,6 +120,7 @@ class Options:
     prompt: str = ""
     threshold: float = 0.7
     interpolations: int = 9
+    sphere_size: int | None = None
 
     def check(self, names: Mapping[str, str] | None = None) -> Options:
         """Itself; raises InvalidInput for an option of the wrong type or out of range.
@@ -124,9 +130,17 @@ class Options:
         for field in fields(self):
             value = getattr(self, field.name)
             name = (names or {}).get(field.name, field.name)
-            _check_type(name, value, str(field.type))
+            if value is None and field.default is None:
+                continue
+            _check_type(name, value, _kind(field))
             if field.name in _RANGES:
                 _check_range(name, value, *_RANGES[field.name])
+        if self.sphere_size and not CROP_SIZES[0] <= self.sphere_size <= MAX_SPHERE_SIZE:
+            name = (names or {}).get("sphere_size", "sphere_size")
+            raise InvalidInput(
+                f"{name} is {brief(self.sphere_size)}; expected {CROP_SIZES[0]} to {MAX_SPHERE_SIZE} px, "
+                "or 0 for the panorama's own resolution"
+            )
         if self.align not in ALIGNMENTS:
             name = (names or {}).get("align", "align")
             raise InvalidInput(
@@ -134,15 +148,23 @@ class Options:
             )
         return self
 
+    def chosen(self) -> dict[str, Any]:
+        """By name, all but what is left to be completed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def completed(self) -> Options:
+        """The same with a sphere of the crop's size where none was chosen."""
+        return self if self.sphere_size is not None else replace(self, sphere_size=self.crop_size)
+
     def tensors(self, *only: str) -> dict[str, NDArray[Any]]:
-        """As the models take them, (1,) each: int32, float32 or bytes; all, or the named ones."""
-        types = {field.name: str(field.type) for field in fields(self)}
+        """As the models take them, (1,) each: int32, float32 or bytes; all chosen, or the named ones."""
+        kinds = {field.name: _kind(field) for field in fields(self)}
         return {
             TENSORS[name]: np.array(
-                [value.encode() if isinstance(value, str) else value], _DTYPES[types[name]]
+                [value.encode() if isinstance(value, str) else value], _DTYPES[kinds[name]]
             )
-            for name, value in asdict(self).items()
-            if name in (only or types)
+            for name, value in self.chosen().items()
+            if name in (only or kinds)
         }
 
 
@@ -153,6 +175,10 @@ def check_seed(name: str, seed: int) -> None:
     """Raise InvalidInput unless 0 ≤ seed < 2⁶³."""
     if not 0 <= seed <= MAX_SEED:
         raise InvalidInput(f"{name} is {brief(seed)}; expected 0 or more, below 2⁶³")
+
+
+def _kind(field: Field[Any]) -> str:
+    return str(field.type).removesuffix(" | None")
 
 
 def _check_type(name: str, value: Any, kind: str) -> None:

@@ -18,10 +18,13 @@ from panotriton.pipeline.images import check_panorama
 
 __all__ = [
     "check_cameras",
+    "crop_between",
+    "crop_pairs",
     "filter_intervals",
     "interpolate_cameras",
     "interpolate_views",
     "make_pairs",
+    "make_spheres",
 ]
 
 CAMERAS_SHAPE = (2, INTERVALS, 2, len(CAMERA_FIELDS))
@@ -51,19 +54,35 @@ def make_pairs(
     """Crop every pair image of a group.
 
     panoramas: two (H, W, 3) uint8; cameras: (2, 8, 2, 5).
-    Returns the pairs (16, S, 2S, 3), left crop | right crop, panorama 1's eight intervals first, and
-    the spheres (2, S, S, 3), the resized panoramas that `interpolate_views` samples again.
+    Returns the pairs, see `crop_pairs`, and the spheres (2, S, S, 3), the resized panoramas that
+    `interpolate_views` samples again.
     """
-    for number, panorama in enumerate(panoramas, start=1):
-        check_panorama(f"PANORAMA_{number}", panorama)
-    Options(crop_size=crop_size).check(TENSORS)
-    pairs = np.empty((2 * INTERVALS, crop_size, 2 * crop_size, 3), np.uint8)
-    spheres = [Sphere(panorama, crop_size) for panorama in panoramas]
+    spheres = make_spheres(panoramas, Options(crop_size=crop_size))
+    return crop_pairs(spheres, cameras), np.stack([sphere.image for sphere in spheres])
+
+
+def make_spheres(
+    panoramas: Sequence[U8], options: Options, names: Sequence[str] = ("PANORAMA_1", "PANORAMA_2")
+) -> list[Sphere]:
+    """Two panoramas (H, W, 3) uint8, each its own size, as crops of `crop_size` are cut from them.
+
+    A sphere's own image makes the same sphere again. names: what the caller calls them.
+    """
+    for name, panorama in zip(names, panoramas, strict=True):
+        check_panorama(name, panorama)
+    options.check(TENSORS)
+    return [Sphere(panorama, options.crop_size, options.sphere_size) for panorama in panoramas]
+
+
+def crop_pairs(spheres: Sequence[Sphere], cameras: F64) -> U8:
+    """Pair images (16, S, 2S, 3), left crop | right crop, panorama 1's eight intervals first."""
+    size = spheres[0].size
+    pairs = np.empty((2 * INTERVALS, size, 2 * size, 3), np.uint8)
     for p, sphere in enumerate(spheres):
-        halves = pairs[p * INTERVALS : (p + 1) * INTERVALS].reshape(INTERVALS, crop_size, 2, -1, 3)
+        halves = pairs[p * INTERVALS : (p + 1) * INTERVALS].reshape(INTERVALS, size, 2, -1, 3)
         views = [halves[k, :, side] for k in range(INTERVALS) for side in range(2)]
         sphere.crops(_cameras(cameras[p]), views, threads=_THREADS)
-    return pairs, np.stack([sphere.image for sphere in spheres])
+    return pairs
 
 
 def filter_intervals(
@@ -103,16 +122,22 @@ def interpolate_views(spheres: U8, between: F64) -> U8:
     """Crop the in-between views: spheres (2, S, S, 3), cameras (K, 2, N, 5) → (K·2·N, S, S, 3)."""
     if spheres.ndim != 4 or spheres.shape[0] != 2 or spheres.shape[1] != spheres.shape[2]:
         raise InvalidInput(f"SPHERES has shape {spheres.shape}; expected (2, S, S, 3)")
-    kept, _, count, _ = between.shape
     size = spheres.shape[1]
     if not CROP_SIZES[0] <= size <= CROP_SIZES[1]:
         raise InvalidInput(
             f"SPHERES has sides of {size} px; expected {CROP_SIZES[0]} to {CROP_SIZES[1]}"
         )
+    return crop_between([Sphere(sphere, size) for sphere in spheres], between)
+
+
+def crop_between(spheres: Sequence[Sphere], between: F64) -> U8:
+    """Views (K·2·N, S, S, 3) of two spheres from cameras (K, 2, N, 5), see `interpolate_cameras`."""
+    kept, _, count, _ = between.shape
+    size = spheres[0].size
     views = np.empty((kept, 2, count, size, size, 3), np.uint8)
-    for p in range(2):
+    for p, sphere in enumerate(spheres):
         flat = [view for interval in views[:, p] for view in interval]
-        Sphere(spheres[p], size).crops(_cameras(between[:, p]), flat, threads=_THREADS)
+        sphere.crops(_cameras(between[:, p]), flat, threads=_THREADS)
     return views.reshape(kept * 2 * count, size, size, 3)
 
 

@@ -21,9 +21,11 @@ class TritonPythonModel:
     @staticmethod
     def _crop(request):
         cameras = _cameras(required(request, "CAMERAS"))
-        size = read_options(request).crop_size
+        options = read_options(request)
+        size = options.crop_size
         views = np.empty((len(cameras), size, size, 3), np.uint8)
-        Sphere(read_panorama(request), size).crops(cameras, views, threads=os.cpu_count() or 1)
+        sphere = Sphere(read_panorama(request), size, options.sphere_size)
+        sphere.crops(cameras, views, threads=os.cpu_count() or 1)
         return {"CROPS": views}
 
 

@@ -2,13 +2,22 @@
 
 import cv2
 
-from panotriton.models.requests import read_options, required, respond
-from panotriton.pipeline.group import check_cameras, interpolate_cameras, interpolate_views
+from panotriton.errors import InvalidInput
+from panotriton.models.requests import optional, read_options, required, respond
+from panotriton.pipeline.group import (
+    check_cameras,
+    crop_between,
+    interpolate_cameras,
+    interpolate_views,
+    make_spheres,
+)
+
+_SPHERES = ("SPHERE_1", "SPHERE_2")
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        cv2.setNumThreads(1)  # interpolate_views brings its own threads, one per core
+        cv2.setNumThreads(1)  # crops bring their own threads, one per core
 
     def execute(self, requests):
         return respond(requests, self._interpolate)
@@ -18,7 +27,21 @@ class TritonPythonModel:
         cameras = required(request, "CAMERAS")
         check_cameras("CAMERAS", cameras)
         kept = required(request, "KEPT")
-        interpolations = read_options(request).interpolations
-        between = interpolate_cameras(cameras, kept, interpolations)
-        views = interpolate_views(required(request, "SPHERES"), between)
-        return {"INTERPOLATED": views, "INTERPOLATED_CAMERAS": between}
+        options = read_options(request)
+        between = interpolate_cameras(cameras, kept, options.interpolations)
+        return {
+            "INTERPOLATED": _views(request, between, options),
+            "INTERPOLATED_CAMERAS": between,
+        }
+
+
+def _views(request, between, options):
+    both = optional(request, "SPHERES")
+    apart = [image for name in _SPHERES if (image := optional(request, name)) is not None]
+    if both is not None and not apart:
+        return interpolate_views(both, between)
+    if both is None and len(apart) == len(_SPHERES):
+        return crop_between(make_spheres(apart, options, _SPHERES), between)
+    raise InvalidInput(
+        "SPHERE_1 and SPHERE_2, or SPHERES: send both of the first, or the last alone"
+    )

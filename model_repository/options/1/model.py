@@ -5,4 +5,4 @@ from panotriton.models.requests import read_options, respond
 
 class TritonPythonModel:
     def execute(self, requests):
-        return respond(requests, lambda request: read_options(request).tensors())
+        return respond(requests, lambda request: read_options(request).completed().tensors())

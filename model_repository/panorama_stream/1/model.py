@@ -82,18 +82,20 @@ class _Run:
         self._warnings, self._warned = [], False
 
     async def run(self):
-        self._options = read_options(self._request)
+        self._options = read_options(self._request).completed()
+        self._sizes = {
+            "CROP_SIZE": np.array([self._options.crop_size], np.int32),
+            "SPHERE_SIZE": np.array([self._options.sphere_size], np.int32),
+        }
         cameras, panoramas = read_cameras(self._request), await _panoramas(self._request)
         self._total = 2 * INTERVALS * (1 + self._options.interpolations)
         self._send("accepted")
         inputs = {f"PANORAMA_{i}": image for i, image in enumerate(panoramas, start=1)}
-        inputs |= {
-            "GIVEN_CAMERAS": cameras,
-            "CROP_SIZE": np.array([self._options.crop_size], np.int32),
-        }
-        made = await self._call("preprocess", inputs, ["PAIRS", "SPHERES"])
+        inputs |= self._sizes | {"GIVEN_CAMERAS": cameras}
+        made = await self._call("preprocess", inputs, ["PAIRS", "SPHERE_1", "SPHERE_2"])
         self._cameras = cameras
-        self._pairs, self._spheres = made["PAIRS"], made["SPHERES"]
+        self._pairs = made["PAIRS"]
+        self._spheres = {"SPHERE_1": made["SPHERE_1"], "SPHERE_2": made["SPHERE_2"]}
         self._send("cameras", cameras=cameras.reshape(-1, 5))
         kept = await run_all(self._interval(number) for number in range(1, INTERVALS + 1))
         self._send("done", kept=[number for number in kept if number])
@@ -148,7 +150,8 @@ class _Run:
 
     async def _views(self, number):
         inputs = {
-            "SPHERES": self._spheres,
+            **self._spheres,
+            **self._sizes,
             "CAMERAS": self._cameras,
             "KEPT": np.array([number], np.int32),
             "NUM_INTERPOLATIONS": np.array([self._options.interpolations], np.int32),
