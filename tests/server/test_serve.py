@@ -77,6 +77,16 @@ def test_a_killed_server_leaves_no_region(repository: Path) -> None:
     assert not regions(command_line)
 
 
+def test_whoever_lacks_the_key_is_told_what_is_loaded(repository: Path) -> None:
+    with LocalServer(repository, load_models=["decode", "select"], controlled=True) as server:
+        with Client(server.grpc_url) as client:
+            index = {model.name for model in client.models() if model.ready}
+        with Client(server.http_url, protocol="http") as client:
+            loaded = client.models()
+    assert index == {"decode", "select"} == {model.name for model in loaded}
+    assert all(model.ready for model in loaded)
+
+
 def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> None:
     code = (
         "import sys, time, pathlib; from panotriton.server.launch import LocalServer\n"

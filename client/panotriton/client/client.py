@@ -85,7 +85,10 @@ class Client(Conversation):
         return run(self._health())
 
     def models(self) -> list[Model]:
-        """The models of the server's repository, and which of them are ready."""
+        """The models of the server's repository, and which of them are ready.
+
+        Those that are loaded alone where the server keeps its repository to itself.
+        """
         return run(self._models())
 
     def statistics(self, model: str = "") -> dict[str, StageTime]:

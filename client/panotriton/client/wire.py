@@ -18,6 +18,7 @@ __all__ = [
     "decode",
     "encode",
     "health",
+    "loaded",
     "models",
     "not_served",
     "region_names",
@@ -129,6 +130,14 @@ def models(index: Any) -> list[Model]:
             entry.get("reason", ""),
         )
         for entry in entries
+    ]
+
+
+def loaded(report: Any) -> list[Model]:
+    """The models of a statistics report, which has those that are loaded."""
+    return [
+        Model(entry["name"], entry.get("version", ""), True, "")
+        for entry in report["model_stats"]
     ]
 
 
