@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,11 @@ class Victim:
         self._repository = repository
         self._log = log
         self._server = LocalServer(repository, log_file=log)
-        self._server.__enter__()
+        self._starter = ThreadPoolExecutor(1)  # a server ends with the thread that started it
+        self._start()
+
+    def _start(self) -> None:
+        self._starter.submit(self._server.__enter__).result()
 
     @property
     def grpc_url(self) -> str:
@@ -53,12 +58,16 @@ class Victim:
 
     def restart(self) -> None:
         """Another server on the same ports."""
-        self.close()
+        self._end()
         ports = {name: getattr(self._server, name) for name in ("http_port", "grpc_port")}
         self._server = LocalServer(self._repository, log_file=self._log, **ports)
-        self._server.__enter__()
+        self._start()
 
     def close(self) -> None:
+        self._end()
+        self._starter.shutdown()
+
+    def _end(self) -> None:
         self.go_on()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._server.pid, signal.SIGKILL)

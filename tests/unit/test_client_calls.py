@@ -254,6 +254,7 @@ def test_errors_follow_the_status_code(
         ("grpc", ("a: Stub process 'a_0' is not healthy.", None), ServerUnavailable),  # a stream's
         ("grpc", ("Request for 'x' has no available versions", "NOT_FOUND"), ServerUnavailable),
         ("grpc", ("Server is stopping", "UNAVAILABLE"), ServerUnavailable),
+        ("grpc", ("Server exiting", "UNAVAILABLE"), ServerUnavailable),
         ("grpc", ("Exceeds maximum queue size", "UNAVAILABLE"), ServerBusy),
         ("grpc", ("Socket closed", "UNAVAILABLE"), ServerUnavailable),  # though another lives there
         ("grpc", ("cancelled", "CANCELLED"), ServerUnavailable),

@@ -31,7 +31,8 @@ __all__ = ["CONNECT_TIMEOUT_S", "Awaited", "Pending", "Transport", "Watch", "Wit
 CONNECT_TIMEOUT_S = 10.0
 # Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
 _TROUBLE = re.compile(
-    r"Stub process .*is not healthy|Server is stopping|has no available versions|Model '.*' is not ready"
+    r"Stub process .*is not healthy|Server (?:is stopping|exiting)|has no available versions"
+    r"|Model '.*' is not ready"
 )
 
 
@@ -194,10 +195,10 @@ class Transport:
         message = (text or type(error).__name__).removeprefix("[request id: <id_unknown>] ").strip()
         if self._is_late(error):
             return self._late(seen)
-        if self.cut_off(error) or (status == self.unavailable and not seen.live):
-            return self._gone(message, seen, lost=not self.never_sent(error))
         if in_trouble(message):
             return ServerUnavailable(f"{self.url}: {message}")
+        if self.cut_off(error) or (status == self.unavailable and not seen.live):
+            return self._gone(message, seen, lost=not self.never_sent(error))
         if status == self.unavailable and not seen.ready:
             return ServerUnavailable(f"{self.url} starts or stops: {message}")
         if status == self.unavailable:
