@@ -199,6 +199,7 @@ def test_values_that_people_need_arrive() -> None:
     assert container["image"] == f"panotriton@sha256:{'0' * 64}"
     assert container["resources"]["limits"]["cpu"] == 16
     assert container["resources"]["limits"]["nvidia.com/gpu.shared"] == 1
+    assert {"name": "PANOTRITON_MAX_INFLIGHT", "value": "16"} in container["env"]
     assert container["volumeMounts"][-1]["mountPath"] == "/extra"
     assert template["spec"]["volumes"][-1]["configMap"] == {"name": "extra"}
     assert one("PodDisruptionBudget", VARIANTS["everywhere"])["spec"]["maxUnavailable"] == "50%"

@@ -437,7 +437,12 @@ def test_a_limit_between_steps_goes_to_servers_that_know_it(
     config = Path(chosen, "panorama", "config.pbtxt").read_text()
     read = text_format.Parse(config, model_config_pb2.ModelConfig())
     assert read.ensemble_scheduling.max_inflight_requests == 16
-    assert Path(chosen, "preprocess", "1", "model.py").is_file()
+    served = {"PANOTRITON_REPOSITORY": chosen, "PANOTRITON_LOAD_MODELS": "preprocess"}
+    server = start(environment | served | {"PANOTRITON_MAX_INFLIGHT": "0"}, tmp_path)
+    try:
+        wait_ready(server)  # its models are links there
+    finally:
+        stop(server)
 
 
 def certificates(folder: Path) -> None:

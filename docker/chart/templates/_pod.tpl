@@ -144,6 +144,9 @@ volumeMounts:
 - {name: PANOTRITON_CLIENT_SHM, value: "false"}
 # With a GPU, networks that were all exported for the CPU are a mistake: the start fails.
 - {name: PANOTRITON_GPU, value: {{ if or .Values.gpu.claimTemplate .Values.gpu.count }}"true"{{ else }}"false"{{ end }}}
+{{- with .Values.server.maxInflight }}
+- {name: PANOTRITON_MAX_INFLIGHT, value: {{ . | quote }}}
+{{- end }}
 # Threads by the limit; libraries would count the node's cores.
 - name: OMP_NUM_THREADS
   valueFrom: {resourceFieldRef: {resource: limits.cpu}}
