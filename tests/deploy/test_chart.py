@@ -213,6 +213,14 @@ def test_a_claim_takes_the_place_of_the_device_plugin() -> None:
     assert "nvidia.com/gpu" not in resources["limits"]
 
 
+def test_what_is_exported_for_a_gpu_uses_it() -> None:
+    values = VARIANTS["export"]
+    for more, wanted in (({}, True), ({"gpu": {"resource": "", "count": 0}}, False)):
+        pod = one("Deployment", values | more)["spec"]["template"]["spec"]
+        arguments = pod["initContainers"][0]["args"]
+        assert (arguments[-2:] == ["--provider", "cuda"]) is wanted
+
+
 def test_image_volumes_where_the_feature_gate_is_vouched_for() -> None:
     repository = VARIANTS["image"]["repository"]
     image = repository["image"] | {"featureGate": True}
