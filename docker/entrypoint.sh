@@ -126,19 +126,20 @@ check_tls() {
     done
 }
 
-knows_max_inflight() { # a field that releases before 2026 refuse; its name is in the library that reads configs
+knows_max_inflight() { # older releases refuse the field; its name is in the library that reads configs
     grep -q -s max_inflight_requests "$server" "$(dirname "$(dirname "$server")")"/lib/libtritonserver*
 }
 
 bounded() { # FOLDER: the repository with a limit in the config of panorama
-    mkdir -p "$1"
-    for model in "$repository"/*/; do
-        ln -sfn "${model%/}" "$1/$(basename "$model")"
-    done
-    rm "$1/panorama"
+    rm -rf "$1" # /tmp outlives a container that is started again in its pod
     mkdir -p "$1/panorama"
-    ln -sfn "$repository/panorama/1" "$1/panorama/1"
-    sed "s/^ensemble_scheduling {/&\n  max_inflight_requests: $max_inflight/" "$repository/panorama/config.pbtxt" \
+    from=$(cd "$repository" && pwd)
+    for model in "$from"/*/; do
+        name=$(basename "$model")
+        [ "$name" = panorama ] || ln -s "${model%/}" "$1/$name"
+    done
+    ln -s "$from/panorama/1" "$1/panorama/1"
+    sed "s/^ensemble_scheduling {/&\n  max_inflight_requests: $max_inflight/" "$from/panorama/config.pbtxt" \
         >"$1/panorama/config.pbtxt"
 }
 
@@ -211,13 +212,14 @@ for model in ${PANOTRITON_LOAD_MODELS:-*}; do
     set -- --load-model="$model" "$@"
 done
 
-export PANOTRITON_HOST="$host" PANOTRITON_HTTP_HOST="$http_host" PANOTRITON_HTTP_PORT="$http_port" PANOTRITON_HEALTH_PORT="$health_port" \
-    PANOTRITON_EXIT_TIMEOUT_S="$exit_timeout_s" PANOTRITON_ADMIN_KEY="$key"
+export PANOTRITON_HOST="$host" PANOTRITON_HTTP_HOST="$http_host" PANOTRITON_HTTP_PORT="$http_port" \
+    PANOTRITON_HEALTH_PORT="$health_port" PANOTRITON_EXIT_TIMEOUT_S="$exit_timeout_s" PANOTRITON_ADMIN_KEY="$key"
 
 # exec: the supervisor gets the container's signals and its exit code is the container's.
 exec python3 -m panotriton.server.contained "$server" \
     --model-repository="$repository" --model-control-mode=explicit --exit-on-error=true \
-    --strict-readiness=true --disable-auto-complete-config --exit-timeout-secs="$exit_timeout_s" --backend-directory="$backends" \
+    --strict-readiness=true --disable-auto-complete-config \
+    --exit-timeout-secs="$exit_timeout_s" --backend-directory="$backends" \
     --http-address="$http_host" --http-port="$http_port" \
     --grpc-address="$host" --grpc-port="$grpc_port" \
     --metrics-address="$host" --metrics-port="$metrics_port" \

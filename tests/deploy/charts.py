@@ -92,6 +92,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gpu": {"resource": "nvidia.com/gpu.shared", "count": 1},
         "resources": {"limits": {"cpu": 16}},
         "server": {
+            "maxInflight": 16,
             "env": [{"name": "A", "value": "b"}],
             "extraVolumes": [{"name": "extra", "configMap": {"name": "extra"}}],
             "extraVolumeMounts": [{"name": "extra", "mountPath": "/extra", "readOnly": True}],

@@ -199,6 +199,7 @@ def test_values_that_people_need_arrive() -> None:
     assert container["image"] == f"panotriton@sha256:{'0' * 64}"
     assert container["resources"]["limits"]["cpu"] == 16
     assert container["resources"]["limits"]["nvidia.com/gpu.shared"] == 1
+    assert {"name": "PANOTRITON_MAX_INFLIGHT", "value": "16"} in container["env"]
     assert container["volumeMounts"][-1]["mountPath"] == "/extra"
     assert template["spec"]["volumes"][-1]["configMap"] == {"name": "extra"}
     assert one("PodDisruptionBudget", VARIANTS["everywhere"])["spec"]["maxUnavailable"] == "50%"
@@ -210,6 +211,14 @@ def test_a_claim_takes_the_place_of_the_device_plugin() -> None:
     resources = pod["containers"][0]["resources"]
     assert resources["claims"] == [{"name": "gpu"}]
     assert "nvidia.com/gpu" not in resources["limits"]
+
+
+def test_what_is_exported_for_a_gpu_uses_it() -> None:
+    values = VARIANTS["export"]
+    for more, wanted in (({}, True), ({"gpu": {"resource": "", "count": 0}}, False)):
+        pod = one("Deployment", values | more)["spec"]["template"]["spec"]
+        arguments = pod["initContainers"][0]["args"]
+        assert (arguments[-2:] == ["--provider", "cuda"]) is wanted
 
 
 def test_image_volumes_where_the_feature_gate_is_vouched_for() -> None:

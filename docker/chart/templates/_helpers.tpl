@@ -60,6 +60,10 @@ seccompProfile: {type: RuntimeDefault}
 {{ add .Values.shutdown.drainSeconds .Values.shutdown.longestGroupSeconds 30 }}
 {{- end }}
 
+{{- define "panotriton.gpu" -}}
+{{- if or .Values.gpu.claimTemplate .Values.gpu.count }}true{{ else }}false{{ end -}}
+{{- end }}
+
 {{/* A quantity of bytes in whole Mi, rounded down. */}}
 {{- define "panotriton.mebibytes" -}}
 {{- $units := dict "k" 0.00095367431640625 "M" 0.95367431640625 "G" 953.67431640625 "T" 953674.31640625 "Ki" 0.0009765625 "Mi" 1.0 "Gi" 1024.0 "Ti" 1048576.0 -}}

@@ -45,7 +45,7 @@ initContainers:
   - name: export
     image: {{ .Values.repository.export.image }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
-    args: [--preset, {{ .Values.repository.export.preset }}, --output, /models]
+    args: [--preset, {{ .Values.repository.export.preset }}, --output, /models{{ if eq (include "panotriton.gpu" .) "true" }}, --provider, cuda{{ end }}]
     securityContext: {{- include "panotriton.containerSecurity" . | nindent 6 }}
     resources:
       requests: {cpu: "1", memory: 4Gi}
@@ -143,7 +143,10 @@ volumeMounts:
 # Callers are in other pods: none of them shares this pod's memory.
 - {name: PANOTRITON_CLIENT_SHM, value: "false"}
 # With a GPU, networks that were all exported for the CPU are a mistake: the start fails.
-- {name: PANOTRITON_GPU, value: {{ if or .Values.gpu.claimTemplate .Values.gpu.count }}"true"{{ else }}"false"{{ end }}}
+- {name: PANOTRITON_GPU, value: {{ include "panotriton.gpu" . | quote }}}
+{{- with .Values.server.maxInflight }}
+- {name: PANOTRITON_MAX_INFLIGHT, value: {{ . | quote }}}
+{{- end }}
 # Threads by the limit; libraries would count the node's cores.
 - name: OMP_NUM_THREADS
   valueFrom: {resourceFieldRef: {resource: limits.cpu}}
