@@ -241,6 +241,9 @@ def test_a_prompt_that_is_cut_is_told_once_a_call(client: Any, standin: LocalSer
     assert [image.warning for image in found] == [said, said]
     assert standin.log_text().count(said) == before + 1
     assert client.process(*FILES, **SMALL, prompt=prompt).warning == said
+    if client.protocol == "grpc":
+        *_, done = client.stream(*FILES, **SMALL, prompt=prompt)
+        assert done.warning == said
     assert standin.log_text().count(said) >= before + 2
     assert client.upscale(noise(8, 8), prompt="x " * 77).warning == ""
     assert client.process(*FILES, **SMALL).warning == ""

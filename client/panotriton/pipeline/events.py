@@ -116,9 +116,10 @@ class Described(_Progress):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Done(_Progress):
-    """The last event: the intervals that passed, ascending."""
+    """The last event: the intervals that passed, ascending; `warning` as a `Group` has it."""
 
     kept: tuple[int, ...]
+    warning: str = ""
 
 
 Event = Accepted | Cameras | PairReady | Scored | Kept | Dropped | View | Described | Done
@@ -169,6 +170,6 @@ _EVENTS: dict[str, Callable[[dict[str, Any], Tensors], Event]] = {
     "view": _view,
     "described": lambda content, tensors: Described(**content),
     "done": lambda content, tensors: Done(
-        content["done"], content["total"], tuple(content["kept"])
+        content["done"], content["total"], tuple(content["kept"]), content.get("warning", "")
     ),
 }

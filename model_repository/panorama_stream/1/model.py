@@ -98,7 +98,8 @@ class _Run:
         self._spheres = {"SPHERE_1": made["SPHERE_1"], "SPHERE_2": made["SPHERE_2"]}
         self._send("cameras", cameras=cameras.reshape(-1, 5))
         kept = await run_all(self._interval(number) for number in range(1, INTERVALS + 1))
-        self._send("done", kept=[number for number in kept if number])
+        kept = [number for number in kept if number]
+        self._send("done", kept=kept, warning="".join(self._warnings))
 
     def end(self, event, error):
         # An event, not an error: those carry no status code in a stream, and where a client asks for
