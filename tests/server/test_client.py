@@ -107,6 +107,27 @@ def test_every_method(client: Any, panoramas: tuple[np.ndarray, np.ndarray]) -> 
     view = client.crop(panoramas[0], CAMERA, size=64)
     np.testing.assert_array_equal(view.numpy(), crop(panoramas[0], CAMERA, 64))
     assert view.camera == CAMERA
+    view = client.crop(panoramas[0], CAMERA, size=64, sphere_size=0)
+    np.testing.assert_array_equal(view.numpy(), crop(panoramas[0], CAMERA, 64, sphere_size=0))
+
+
+@pytest.mark.parametrize("sphere_size", [None, 0, 200])
+def test_all_views_of_a_group_are_cut_from_the_same_spheres(
+    plain_client: Client, panoramas: tuple[np.ndarray, np.ndarray], sphere_size: int | None
+) -> None:
+    images = panoramas[0], np.ascontiguousarray(panoramas[1][::2, ::3])  # of two sizes
+    options = SMALL | {"threshold": 0.0, "intermediates": True, "sphere_size": sphere_size}
+    group = plain_client.process(*images, **options)
+    assert group.kept == tuple(range(1, 9))
+    for pair in group.pairs:
+        found = np.split(pair.image, 2, axis=1)
+        for view, camera in zip(found, (pair.left, pair.right), strict=True):
+            expected = crop(images[pair.panorama - 1], camera, 64, sphere_size)
+            np.testing.assert_array_equal(view, expected)
+    for interval in group.intervals:
+        for image, sequence in zip(images, interval.sequences, strict=True):
+            for view, camera in zip(sequence.crops, sequence.cameras[1:-1], strict=True):
+                np.testing.assert_array_equal(view, crop(image, camera, 64, sphere_size))
 
 
 def test_every_kind_of_image_gives_the_same_result(client: Any, tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ def client(standin: LocalServer) -> Any:
         yield made
 
 
-def test_a_stream_holds_what_the_group_holds(client: Client) -> None:
-    group = client.process(*FILES, **SMALL)
-    found = collected(client, *FILES)
+@pytest.mark.parametrize("sphere_size", [None, 0])
+def test_a_stream_holds_what_the_group_holds(client: Client, sphere_size: int | None) -> None:
+    group = client.process(*FILES, **SMALL, sphere_size=sphere_size)
+    found = collected(client, *FILES, sphere_size=sphere_size)
     assert isinstance(found[0], events.Accepted)
     assert isinstance(found[1], events.Cameras)
     assert isinstance(found[-1], events.Done)

@@ -304,6 +304,14 @@ BAD = [
     ("interpolate", {"KEPT": np.array([0], np.int32)}, ["KEPT is [0]", "1 to 8"]),
     ("interpolate", {"SPHERES": noise(2, 64, 32, 3)}, ["SPHERES", "(2, S, S, 3)"]),
     ("interpolate", {"SPHERES": noise(2, 0, 0, 3)}, ["SPHERES", "64 to 2048"]),
+    ("interpolate", {"SPHERES": None}, ["SPHERE_1 and SPHERE_2, or SPHERES"]),
+    ("interpolate", {"SPHERE_1": noise(64, 64, 3)}, ["SPHERE_1 and SPHERE_2, or SPHERES"]),
+    (
+        "interpolate",
+        {"SPHERES": None, "SPHERE_1": noise(64, 64, 3), "SPHERE_2": noise(64, 8, 3)},
+        ["SPHERE_2 is 8×64 px", "at least 64"],
+    ),
+    ("preprocess", {"SPHERE_SIZE": np.array([63], np.int32)}, ["SPHERE_SIZE is 63", "64 to 8192"]),
 ]
 
 
@@ -321,9 +329,19 @@ def test_bad_input_is_named_and_the_next_request_served(
     assert plain.infer(model, good, outputs)
 
 
+def test_spheres_of_two_sizes_are_no_one_tensor(plain: Plain) -> None:
+    own = {"SPHERE_SIZE": np.array([0], np.int32), "PANORAMA_2": noise(64, 80, 3)}
+    got = plain.infer("preprocess", PREPROCESS | own, ("SPHERE_1", "SPHERE_2"))
+    np.testing.assert_array_equal(got["SPHERE_1"], PREPROCESS["PANORAMA_1"])
+    np.testing.assert_array_equal(got["SPHERE_2"], own["PANORAMA_2"])
+    with pytest.raises(InferenceServerException, match="hold 64×64 and 80×64 px"):
+        plain.infer("preprocess", PREPROCESS | own, ("SPHERES",))
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
+        ({"SPHERE_SIZE": np.array([-1], np.int32)}, "SPHERE_SIZE is -1; expected 64 to 8192"),
         ({"ALIGN": text("x")}, "ALIGN is 'x'; expected one of adain"),
         ({"THRESHOLD": threshold(2)}, "THRESHOLD is 2.0; expected 0 to 1"),
         ({"NUM_INTERPOLATIONS": np.array([-1], np.int32)}, "NUM_INTERPOLATIONS is -1; expected 0"),

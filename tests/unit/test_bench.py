@@ -256,7 +256,7 @@ def test_plots_are_drawn_for_what_was_measured_and_nothing_else(tmp_path: Path) 
 
 
 def test_the_summary_has_what_was_measured_without_an_error() -> None:
-    crops = {"rows": [[1, 1, 2.19], [160, 1, 358.0], [160, 2, 193.0]]}
+    crops = {"rows": [[1, 1, 2.19], [160, 1, 358.0], [160, 2, 193.0], [1, 1, 6.5]]}
     text = run.summary({"pipeline": compared(), "crop": crops, "scaling": {"error": "exit code 1"}})
     assert "40 s and 10 s: 4.0 times as fast" in text
     assert "| 160 crops of one panorama, 2 threads | 193 ms |" in text

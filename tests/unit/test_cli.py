@@ -67,6 +67,7 @@ def test_places_that_do_not_exist_yet_are_fine(tmp_path: Path) -> None:
         ["export"],
         ["export", "osediff", "--base", "x"],
         ["process", *FILES, "-o", "x", "--seed", "-1"],
+        ["process", *FILES, "-o", "x", "--sphere", "63"],
         ["report", "nowhere"],
         ["bench", "nothing"],
         ["score", "nowhere.png", *NOBODY],

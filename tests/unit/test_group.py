@@ -3,12 +3,16 @@ import pytest
 
 from panotriton.errors import InvalidInput
 from panotriton.pipeline.camera import Camera, crop, lerp, sample_cameras
+from panotriton.pipeline.contract import Options
 from panotriton.pipeline.group import (
     check_cameras,
+    crop_between,
+    crop_pairs,
     filter_intervals,
     interpolate_cameras,
     interpolate_views,
     make_pairs,
+    make_spheres,
 )
 
 RNG = np.random.default_rng(0)
@@ -26,6 +30,33 @@ def test_pairs_are_left_and_right_crops_panorama_by_panorama() -> None:
         for side, view in enumerate((pairs[index][:, :96], pairs[index][:, 96:])):
             expected = crop(PANORAMAS[p], Camera.from_array(cameras[p, k, side]), 96)
             np.testing.assert_array_equal(view, expected)
+
+
+def test_spheres_of_two_sizes_and_again_from_their_images() -> None:
+    cameras = sample_cameras(1)
+    panoramas = [PANORAMAS[0], PANORAMAS[1][:70, :100]]
+    options = Options(crop_size=64, sphere_size=0)
+    spheres = make_spheres(panoramas, options)
+    assert [sphere.image.shape for sphere in spheres] == [(80, 160, 3), (70, 100, 3)]
+    pairs = crop_pairs(spheres, cameras)
+    expected = crop(panoramas[1], Camera.from_array(cameras[1, 3, 0]), 64, sphere_size=0)
+    np.testing.assert_array_equal(pairs[11][:, :64], expected)
+    between = interpolate_cameras(cameras, np.array([5], np.int32), 1)
+    again = make_spheres([sphere.image for sphere in spheres], options)
+    np.testing.assert_array_equal(crop_between(again, between), crop_between(spheres, between))
+
+
+@pytest.mark.parametrize("sphere_size", [-1, 1, 63, 8193])
+def test_a_sphere_of_no_size_is_refused(sphere_size: int) -> None:
+    options = Options(sphere_size=sphere_size)
+    with pytest.raises(InvalidInput, match=f"SPHERE_SIZE is {sphere_size}; expected 64 to 8192 px"):
+        make_spheres(PANORAMAS, options)
+
+
+def test_a_sphere_that_is_not_chosen_is_of_the_crops_size() -> None:
+    assert "SPHERE_SIZE" not in Options(crop_size=96).tensors()
+    assert Options(crop_size=96).completed().tensors()["SPHERE_SIZE"].tolist() == [96]
+    assert Options(crop_size=96, sphere_size=0).completed().tensors()["SPHERE_SIZE"].tolist() == [0]
 
 
 def scores(first: list[float], second: list[float]) -> np.ndarray:

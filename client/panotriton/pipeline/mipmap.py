@@ -60,8 +60,7 @@ class Mipmap:
                 self._sample(azimuth[part], polar[part], footprint2[part], out[part])
 
     def _sample(self, azimuth: Plane, polar: Plane, footprint2: Plane, out: Image) -> None:
-        size2 = footprint2 * np.float32(self.density**2 / 3)
-        size2 += np.float32(1)
+        size2 = _scaled(footprint2, self.density**2 / 3, 1)
         last = len(self._levels) - 1
         first = min(last, int(math.log(size2.min(), 4)))
         highest = size2.max()
@@ -70,9 +69,7 @@ class Mipmap:
             below = 4.0 ** (level - 1)
             if highest < below * (1 + 3 * _LEAST_SHARE):
                 return
-            share = size2 * np.float32(1 / (3 * below))
-            share -= np.float32(1 / 3)
-            _clip(share, 1)
+            share = _clipped(_scaled(size2, 1 / (3 * below), -1 / 3), 1)
             finer = out.copy()
             coarser = cv2.remap(
                 *self._at(level, azimuth, polar), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
@@ -83,17 +80,18 @@ class Mipmap:
         """The level, and where in it: columns wrap, beyond the last row's middle lies that row."""
         image = self._levels[level]
         height, width = image.shape[:2]
-        x = azimuth * np.float32(width / (2 * np.pi))
-        x -= np.float32(0.5)
-        y = polar * np.float32(height / np.pi)
-        y -= np.float32(0.5)
-        _clip(y, height - 1)
+        x = _scaled(azimuth, width / (2 * math.pi), -0.5)
+        y = _clipped(_scaled(polar, height / math.pi, -0.5), height - 1)
         return image, x, y
 
 
-def _clip(plane: Plane, highest: float) -> None:
-    np.maximum(plane, np.float32(0), out=plane)  # np.clip takes twice as long as these two
-    np.minimum(plane, np.float32(highest), out=plane)
+def _scaled(plane: Plane, factor: float, offset: float) -> Plane:
+    # One pass, half the time of two of numpy's.
+    return np.asarray(cv2.addWeighted(plane, factor, plane, 0, offset), np.float32)
+
+
+def _clipped(plane: Plane, highest: float) -> Plane:
+    return np.asarray(cv2.min(cv2.max(plane, 0.0), highest), np.float32)
 
 
 def _widened(image: Image, level: int) -> Image:
