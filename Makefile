@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fault-check deploy-check bench gpu-check perf-analyzer docs clean
+.PHONY: help setup demo test check fault-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ fault-check: repository/.small  ## kill, stop, drain and confuse servers, at mos
 
 deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
 	$(BIN)/python -m pytest tests/deploy
+
+deploy-golden: build/deploy/helm  ## rewrite what the chart renders, kept for review
+	$(BIN)/python -m tests.deploy.golden
 
 bench: repository/.small  ## all measurements, half an hour: build/bench/report.md
 	$(BIN)/python tests/bench/run.py

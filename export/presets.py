@@ -30,8 +30,8 @@ def export_small(
 ) -> None:
     """The small trained networks that come with the project, through the same code as real ones.
 
-    provider: openvino, in bf16 where this CPU multiplies it, or cpu, for servers without OpenVINO: an
-    engine of CPUs, in the precision that is quickest here.
+    provider: openvino, in bf16 where this CPU multiplies it, cpu, for servers without OpenVINO, or cuda; in
+    the precision that is quickest here.
     Their model cards, export/small/*/README.md, say what they are and are not.
     """
     with tempfile.TemporaryDirectory() as work:
@@ -46,8 +46,9 @@ def export_small(
             latent_tile=LATENT_TILE,
             report=report,
         )
-    for model in (OSEDIFF.encoder, OSEDIFF.denoiser, OSEDIFF.decoder):
-        set_instances(repository / model, 2)
+    if not find_engine(provider).on_gpu:
+        for model in (OSEDIFF.encoder, OSEDIFF.denoiser, OSEDIFF.decoder):
+            set_instances(repository / model, 2)
     export_qwen(SMALL / "qwen", repository, copy=True, report=report)
 
 

@@ -18,7 +18,7 @@ CHART = ROOT / "docker" / "chart"
 HELM = ROOT / "build" / "deploy" / "helm"
 RELEASES = ("1.35", "1.36", "1.37")
 
-# Kept as files under golden/, for a reviewable diff: python -m tests.deploy.golden rewrites them.
+# Kept as files under golden/, for a reviewable diff: make deploy-golden rewrites them.
 GOLDEN = ("cpu", "default", "mig", "s3", "keda-zero", "gateway", "kserve")
 
 Manifest = dict[str, Any]

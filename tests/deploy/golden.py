@@ -1,4 +1,4 @@
-"""What the chart renders for common deployments: `python -m tests.deploy.golden` writes golden/ anew."""
+"""What the chart renders for common deployments: `make deploy-golden` writes golden/ anew."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_the_job_runs_all_shards_at_once_and_sends_to_every_replica() -> None:
 
 @pytest.mark.parametrize("variant", charts.GOLDEN)
 def test_what_is_rendered_is_what_was_reviewed(variant: str) -> None:
-    """After a change that is meant: python -m tests.deploy.golden, and read the diff."""
+    """After a change that is meant: make deploy-golden, and read the diff."""
     assert golden.text(variant) == golden.path(variant).read_text()
 
 

@@ -57,7 +57,15 @@ def test_the_gpu_image_carries_networks_for_the_gpu() -> None:
     source = copy.partition("--from=")[2].split()[0]
     (export,) = found[source].all_of("RUN")
     assert "--provider cuda" in export
-    assert "KIND_GPU" in ENGINES["cuda"].kind
+    assert ENGINES["cuda"].kind == "KIND_GPU"
+
+
+@pytest.mark.parametrize("stage", ["weights", "weights-gpu"])
+def test_the_command_line_takes_what_the_images_export(stage: str) -> None:
+    (command,) = images.stages(DOCKERFILE)[stage].all_of("RUN")
+    words = [sys.executable, "-m", *command.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_install_keeps_to_the_tested_versions() -> None:

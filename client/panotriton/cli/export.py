@@ -45,10 +45,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", choices=["small"], help="weights that need no download")
     parser.add_argument(
         "--provider",
-        choices=[each.name for each in reversed(ENGINES.values()) if not each.on_gpu],
+        choices=("openvino", "cpu", "cuda"),
         default="openvino",
-        help="what runs the preset's networks: OpenVINO, or onnxruntime where a server lacks that "
-        "(%(default)s)",
+        help="what runs the preset's networks: OpenVINO, onnxruntime where a server lacks that, or "
+        "onnxruntime on a GPU (%(default)s)",
     )
     _add_output(parser)
     parser.set_defaults(run=_run_preset)
