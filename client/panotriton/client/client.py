@@ -270,10 +270,8 @@ class Client(Conversation):
         one pass, many times faster, with no sub-scores and no reply. They are other scores: a
         threshold has to be chosen anew, see SCORING.md.
         """
-        return self._send_all(
-            calls.score(images, mode=mode, cuda=on_gpu(via), return_exceptions=return_exceptions),
-            via,
-        )
+        plan = calls.score(images, mode=mode, cuda=on_gpu(via), return_exceptions=return_exceptions)
+        return run(self._send_all(plan, via))
 
     @overload
     def describe(self, images: ImageLike, *, via: SharedMemory | None = None) -> Description: ...
@@ -304,9 +302,8 @@ class Client(Conversation):
         via: SharedMemory | None = None,
     ) -> Any:
         """Describe one image (H, W, 3) in two or three sentences, or a list; 28 px a side at least."""
-        return self._send_all(
-            calls.describe(images, cuda=on_gpu(via), return_exceptions=return_exceptions), via
-        )
+        plan = calls.describe(images, cuda=on_gpu(via), return_exceptions=return_exceptions)
+        return run(self._send_all(plan, via))
 
     @overload
     def crop(
