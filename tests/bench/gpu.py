@@ -274,6 +274,7 @@ def main() -> None:
         elif "KIND_GPU" not in (repository / OSEDIFF.denoiser / "config.pbtxt").read_text():
             repository = full_size()
         machine = script.machine()
+        machine["versions"]["onnxruntime-gpu"] = script.version("onnxruntime-gpu")
         began = time.perf_counter()
         parts = measure(chosen, repository.resolve(), work)
         took_s = round(time.perf_counter() - began, 1)

@@ -121,7 +121,7 @@ def machine() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version(name) for name in _PACKAGES},
         "commit": _commit(),
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -142,7 +142,7 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
