@@ -136,8 +136,7 @@ def models(index: Any) -> list[Model]:
 def loaded(report: Any) -> list[Model]:
     """The models of a statistics report, which has those that are loaded."""
     return [
-        Model(entry["name"], entry.get("version", ""), True, "")
-        for entry in report["model_stats"]
+        Model(entry["name"], entry.get("version", ""), True, "") for entry in report["model_stats"]
     ]
 
 

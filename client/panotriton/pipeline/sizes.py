@@ -25,7 +25,9 @@ class ImageSize:
         sides = size.split("x")
         words = [*sides, upscale or str(DEFAULTS.upscale)]
         if len(sides) != 2 or not all(each.isdecimal() and int(each) for each in words):
-            raise InvalidInput(f"{quoted(text)} is no size; expected HxW or HxW@UPSCALE, as 512x1024@2")
+            raise InvalidInput(
+                f"{quoted(text)} is no size; expected HxW or HxW@UPSCALE, as 512x1024@2"
+            )
         return cls(*map(int, words))
 
 

@@ -104,7 +104,9 @@ def _alignment(asked: object) -> tuple[str, dict[str, str]]:
     if isinstance(asked, str) and asked in ALIGNMENTS:
         return asked, {}
     names = ", ".join(ALIGNMENTS)
-    return "nofix", {"warning": f"align_method is {quoted(asked)}; expected one of {names}: took nofix"}
+    return "nofix", {
+        "warning": f"align_method is {quoted(asked)}; expected one of {names}: took nofix"
+    }
 
 
 def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
