@@ -25,7 +25,7 @@ repository/.small: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
-	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --report -o out/demo
+	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --sphere 0 --report -o out/demo
 
 test: repository/.small  ## all tests, a real tritonserver included
 	$(BIN)/python -m pytest
