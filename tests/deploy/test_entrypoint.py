@@ -275,9 +275,9 @@ def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
             server.process.send_signal(signal.SIGTERM)
             while client.ready():
                 time.sleep(0.1)
-            with pytest.raises(PanotritonError):
-                client.process(*panoramas, **options)
-            assert not group.done()
+            with Client(client.url, retries=0) as newcomer, pytest.raises(PanotritonError):
+                newcomer.process(*panoramas, **options)
+            assert not group.done(), server.log.read_text()
             assert len(group.result(240).pairs) == 16
         assert server.process.wait(60) == 0
     finally:
