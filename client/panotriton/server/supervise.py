@@ -34,6 +34,7 @@ _SILENT_S = 60.0  # a busy machine answers late, a locked server never
 _UNLOAD_S = 8.0  # idle or answering with errors, a dead model's last request ends in about a second
 _LOAD_S = 300.0
 _MOST_BACK_OFF_S = 16.0
+_FLUSH_S = 1.0  # the server calls a request answered once it has handed the answer to its connection
 
 
 class Served(Protocol):
@@ -240,6 +241,8 @@ class Supervisor:
         if not answered:
             self._say(f"not all requests ended within {self._drain_s:g} s; ending without them")
             self._server.kill()
+            return
+        time.sleep(_FLUSH_S)
 
 
 class Silence:
