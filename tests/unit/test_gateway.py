@@ -52,6 +52,7 @@ class Stub:
         self.failure: Exception | None = None
         self.away = 0  # so many calls fail; 0: all
         self.scores = 0.8
+        self.warning = ""  # of the network to sharpen
         self.gate, self.thawed = threading.Event(), threading.Event()
         self.gate.set()
         self.thawed.set()
@@ -94,7 +95,8 @@ def run_osediff(stub: Stub, inputs: Tensors) -> Tensors:
     if images.shape[1] == 65:
         raise InvalidInput("IMAGES is not to its liking")
     upscale = inputs["UPSCALE"].item()
-    return {"IMAGES_SR": images.repeat(upscale, axis=1).repeat(upscale, axis=2)}
+    told = {"WARNING": np.array([stub.warning.encode()], np.object_)} if stub.warning else {}
+    return {"IMAGES_SR": images.repeat(upscale, axis=1).repeat(upscale, axis=2)} | told
 
 
 def run_scorer(stub: Stub, inputs: Tensors) -> Tensors:
@@ -745,6 +747,26 @@ def test_a_tensor_comes_back_as_it_went(
     assert got_layout == layout
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("wire", ["json", "npy", "safetensors"])
+def test_a_prompt_that_is_cut_is_told_in_reply_and_log(
+    gateway: Gateway, wire: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway.stub.warning = "PROMPT is read up to character 9 and not from '雨…' on"
+    sent = encode(np.zeros((8, 8, 3), np.uint8), wire, layout="HWC", prompt="x")
+    reply = gateway.clients["osediff"].post("/super_resolution_tensor", **sent)
+    assert decode(reply, wire)[0].shape == (16, 16, 3)
+    if wire == "json":
+        assert reply.json()["warning"] == gateway.stub.warning
+    else:
+        told = reply.headers["x-tensor-warning"].encode().decode("unicode_escape")
+        assert told == gateway.stub.warning
+    assert caplog.messages == [f"super_resolution_tensor: {gateway.stub.warning}"]
+    gateway.stub.warning = ""
+    reply = gateway.clients["osediff"].post("/super_resolution_tensor", **sent)
+    assert "x-tensor-warning" not in reply.headers
+    assert wire != "json" or "warning" not in reply.json()
 
 
 @pytest.mark.parametrize("wire", ["json", "npy", "safetensors"])

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from panotriton.web.gateway.schemas import Error
-from panotriton.web.gateway.tensors import LAYOUT_HEADER, OCTETS, TensorOptions, body_model
+from panotriton.web.gateway.tensors import (
+    LAYOUT_HEADER,
+    OCTETS,
+    WARNING_HEADER,
+    TensorOptions,
+    body_model,
+)
 
 __all__ = ["FAILURES", "tensor_endpoint", "tensor_reply"]
 
@@ -54,7 +60,9 @@ def _parameter(name: str, field: dict[str, Any]) -> dict[str, Any]:
     return parameter | {"schema": field}
 
 
-def tensor_reply(description: str, layout: str, *, cameras: str = "") -> dict[int | str, Any]:
+def tensor_reply(
+    description: str, layout: str, *, cameras: str = "", warning: str = ""
+) -> dict[int | str, Any]:
     """The responses of an endpoint that answers with images."""
     fields: dict[str, Any] = {
         "success": {"type": "boolean"},
@@ -69,6 +77,13 @@ def tensor_reply(description: str, layout: str, *, cameras: str = "") -> dict[in
         "application/json": {"schema": {"type": "object", "properties": fields}},
         OCTETS: {"schema": _BINARY},
     }
-    header = {"schema": {"type": "string"}, "description": f"With {OCTETS}: the axes."}
-    reply = {"description": description, "content": content, "headers": {LAYOUT_HEADER: header}}
+    headers = {LAYOUT_HEADER: _header("the axes.")}
+    if warning:
+        fields["warning"] = {"type": "string", "description": warning}
+        headers[WARNING_HEADER] = _header(f"`warning`, in ASCII with Python's escapes. {warning}")
+    reply = {"description": description, "content": content, "headers": headers}
     return {200: reply} | FAILURES
+
+
+def _header(description: str) -> dict[str, Any]:
+    return {"schema": {"type": "string"}, "description": f"With {OCTETS}: {description}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -25,7 +26,7 @@ from panotriton.pipeline.contract import (
     Options,
 )
 from panotriton.pipeline.images import decode_image
-from panotriton.pipeline.results import Upscaled
+from panotriton.pipeline.results import Upscaled, warning
 from panotriton.web.gateway import triton
 from panotriton.web.gateway.connections import Connection
 from panotriton.web.gateway.context import Context
@@ -38,6 +39,7 @@ from panotriton.web.gateway.tensors import Incoming, TensorOptions, answer
 
 __all__ = ["router"]
 
+_LOG = logging.getLogger(__name__)
 _DECODE = partial(decode_image, min_side_px=MIN_SR_SIDE_PX)
 
 _MOST_AT_ONCE = 16  # as many as a group has pairs: full batches of tiles, and results soon on disk
@@ -63,7 +65,9 @@ def router(context: Context) -> APIRouter:
         "/super_resolution_tensor",
         openapi_extra=tensor_endpoint(SuperResolutionOptions),
         responses=tensor_reply(
-            "`upscale` times the size, sides a multiple of 8.", "As the request's."
+            "`upscale` times the size, sides a multiple of 8.",
+            "As the request's.",
+            warning="Present where the prompt is longer than the network reads: what it left out.",
         ),
     )
     async def super_resolution_tensor(request: Request) -> Response:
@@ -78,7 +82,7 @@ def router(context: Context) -> APIRouter:
 def _sharpen_files(
     portions: Portions, context: Context, client: Connection, request: SuperResolutionRequest
 ) -> Any:
-    align, warning = _alignment(request.align_method)
+    align, told = _alignment(request.align_method)
     targets = _targets(context, request)
     entries = zip(targets, request.input_paths, strict=True)
     paths = {target: path for target, path in entries if isinstance(target, Path)}
@@ -96,7 +100,7 @@ def _sharpen_files(
     made = portions.outcomes(context.roots, sources, _MOST_AT_ONCE, _DECODE, sharpen)
     found = dict(zip(paths, made, strict=True))
     results = [_result(found[t] if isinstance(t, Path) else t) for t in targets]
-    return {"success": True, "results": results} | warning
+    return {"success": True, "results": results} | told
 
 
 def _alignment(asked: object) -> tuple[str, dict[str, str]]:
@@ -153,4 +157,7 @@ def _sharpen_tensor(
     asked = incoming.options
     options = Options(upscale=asked.upscale, align=asked.align_method, prompt=asked.prompt)
     plan = calls.upscale(Images((incoming.images,), alone=True), options=options)
-    return answer(incoming, triton.tensor(client, plan, "IMAGES_SR"), batch=False)
+    made = triton.tensors(client, plan)
+    if told := warning(made):
+        _LOG.warning("super_resolution_tensor: %s", told)
+    return answer(incoming, made["IMAGES_SR"], warning=told, batch=False)

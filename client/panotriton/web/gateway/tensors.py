@@ -33,6 +33,7 @@ from panotriton.web.gateway.failures import Reply, describe
 __all__ = [
     "LAYOUT_HEADER",
     "OCTETS",
+    "WARNING_HEADER",
     "CameraOptions",
     "Incoming",
     "TensorFields",
@@ -59,6 +60,7 @@ _BAD_HEADER = (
 )
 OCTETS = "application/octet-stream"
 LAYOUT_HEADER = "x-tensor-layout"
+WARNING_HEADER = "x-tensor-warning"
 
 # (P, 8 or fewer, left|right, 5)
 _Row = Annotated[list[float], Field(min_length=5, max_length=5)]
@@ -266,12 +268,17 @@ def _bytes(images: NDArray[Any]) -> U8:
 
 
 def answer(
-    incoming: Incoming[Any], images: U8, cameras: F64 | None = None, *, batch: bool = True
+    incoming: Incoming[Any],
+    images: U8,
+    cameras: F64 | None = None,
+    *,
+    warning: str = "",
+    batch: bool = True,
 ) -> Response:
     """Send images (N, H, W, 3) as they came: same encoding, dtype and axes.
 
     batch: whether the reply has the axis N although the request may not. cameras go along where
-    the encoding has room for them, which .npy has not.
+    the encoding has room for them, which .npy has not. warning: a field of JSON, else a header.
     """
     layout = incoming.options.layout
     layout = f"N{layout.removeprefix('N')}" if batch else layout
@@ -280,11 +287,13 @@ def answer(
     if incoming.dtype == "float32":
         array = array.astype(np.float32) / np.float32(255)
     write = {"json": _write_json, "npy": _write_npy, "safetensors": _write_safetensors}
-    return write[incoming.wire](np.ascontiguousarray(array), layout, cameras)
+    return write[incoming.wire](np.ascontiguousarray(array), layout, cameras, warning)
 
 
-def _write_json(array: NDArray[Any], layout: str, cameras: F64 | None) -> Response:
+def _write_json(array: NDArray[Any], layout: str, cameras: F64 | None, warning: str) -> Response:
     fields = {"success": True, "shape": array.shape, "dtype": array.dtype.name, "layout": layout}
+    if warning:
+        fields["warning"] = warning
     if cameras is not None:
         fields["cameras"] = cameras.tolist()
     head = Reply(fields).body
@@ -293,19 +302,24 @@ def _write_json(array: NDArray[Any], layout: str, cameras: F64 | None) -> Respon
     return Response(body, media_type="application/json")
 
 
-def _write_npy(array: NDArray[Any], layout: str, cameras: F64 | None) -> Response:
+def _write_npy(array: NDArray[Any], layout: str, cameras: F64 | None, warning: str) -> Response:
     head = io.BytesIO()
     facts = np.lib.format.header_data_from_array_1_0(array)  # type: ignore[no-untyped-call]
     np.lib.format.write_array_header_1_0(head, facts)  # type: ignore[no-untyped-call]
-    return _octets(b"".join((head.getvalue(), array.data)), layout)
+    return _octets(b"".join((head.getvalue(), array.data)), layout, warning)
 
 
-def _write_safetensors(array: NDArray[Any], layout: str, cameras: F64 | None) -> Response:
+def _write_safetensors(
+    array: NDArray[Any], layout: str, cameras: F64 | None, warning: str
+) -> Response:
     tensors = {"tensor": array}
     if cameras is not None:
         tensors["cameras"] = np.ascontiguousarray(cameras)
-    return _octets(safetensors.numpy.save(tensors, {"layout": layout}), layout)
+    return _octets(safetensors.numpy.save(tensors, {"layout": layout}), layout, warning)
 
 
-def _octets(body: bytes, layout: str) -> Response:
-    return Response(body, media_type=OCTETS, headers={LAYOUT_HEADER: layout})
+def _octets(body: bytes, layout: str, warning: str) -> Response:
+    headers = {LAYOUT_HEADER: layout}
+    if warning:  # it quotes the prompt, and a header holds no more than ASCII
+        headers[WARNING_HEADER] = warning.encode("ascii", "backslashreplace").decode()
+    return Response(body, media_type=OCTETS, headers=headers)

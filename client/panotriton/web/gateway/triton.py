@@ -22,7 +22,7 @@ from panotriton.pipeline.contract import INTERVALS, MIN_SIDE_PX
 from panotriton.pipeline.results import Timings
 from panotriton.web.gateway.connections import Connection
 
-__all__ = ["each", "interpolate", "preprocess", "tensor", "together"]
+__all__ = ["each", "interpolate", "preprocess", "tensors", "together"]
 
 U8 = NDArray[np.uint8]
 F64 = NDArray[np.float64]
@@ -86,11 +86,10 @@ def together(client: Connection, plan: Plan[T]) -> list[T]:
     return _send(client, call)
 
 
-def tensor(client: Connection, plan: Plan[Any], output: str) -> U8:
-    """The same as the one tensor that the server sent, for a reply that is a tensor, too."""
+def tensors(client: Connection, plan: Plan[Any]) -> dict[str, NDArray[Any]]:
+    """The same as the tensors that the server sent, for a reply that is a tensor, too."""
     (call,) = plan.calls
-    made: U8 = _tensors(client, call)[output]
-    return made
+    return _tensors(client, call)
 
 
 def _send(client: Connection, call: Call[T]) -> T:
