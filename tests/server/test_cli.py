@@ -82,6 +82,39 @@ def test_what_was_upscaled_before_a_failure_is_written(
     assert capsys.readouterr().out.splitlines()[1] == f"{out / 'good0.png'}  256×128"
 
 
+def test_a_prompt_that_is_cut_is_told_once_and_kept(
+    url: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    prompt = ["--prompt", "x " * 77 + "y"]
+    files = [str(picture(tmp_path / f"{i}.png")) for i in range(2)]
+    assert main(["upscale", *files, "-o", str(tmp_path / "sharp"), *prompt, *url, "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)[0]["warning"]
+    assert told.startswith("PROMPT is read up to character 153 of 155")
+    assert [item["warning"] for item in json.loads(out)] == [told, told]
+    assert err == f"panotriton: warning: {told}\n"
+    panoramas = [str(path) for path in sorted(PANORAMAS.glob("*.jpg"))[:2]]
+    small = ["--crop-size", "64", "--interpolations", "0", *prompt, *url]
+    assert main(["process", *panoramas, "-o", str(tmp_path / "one"), *small, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["warning"] == told
+    assert err == f"panotriton: warning: {told}\n"
+    run = [
+        "dataset",
+        str(PANORAMAS),
+        "-o",
+        str(tmp_path / "many"),
+        "--sample-n",
+        "1",
+        "--seed",
+        "1",
+    ]
+    assert main([*run, *small]) == 0
+    for root in ("one", "many"):
+        info = json.loads((tmp_path / root / "group_0001" / "group_info.json").read_text())
+        assert info["warning"] == told
+
+
 def test_the_modes_are_compared_on_what_all_could_score(
     mixed: list[str], url: list[str], capsys: Capture
 ) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import socket
 import threading
@@ -271,6 +272,18 @@ def test_a_group_folder_has_the_documented_layout(tmp_path: Path) -> None:
         for sequence in interval["sequences"]:
             assert [view["weight_idx"] for view in sequence["images"]] == [0, 1, 2, 3]
             assert all((folder / view["path"]).is_file() for view in sequence["images"])
+
+
+def test_a_warning_is_kept_with_its_group(tmp_path: Path) -> None:
+    group = example_group([])
+    warned = dataclasses.replace(group, warning="PROMPT is read up to character 9")
+    for number, one in enumerate((group, warned), start=1):
+        write_group(one, tmp_path, number, ("a", "b"), {})
+    first, second = (
+        json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/group_info.json"))
+    )
+    assert "warning" not in first
+    assert second["warning"] == "PROMPT is read up to character 9"
 
 
 def test_results_grow_and_a_group_written_again_is_replaced(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from panotriton.cli.connection import (
     pipeline_options,
     print_json,
     spinner,
-    warn,
 )
 from panotriton.cli.many import Results, ask_each
 from panotriton.cli.places import check_folder
@@ -35,7 +34,14 @@ from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
 from panotriton.pipeline.contract import DEFAULTS, SR_OPTIONS
 from panotriton.pipeline.images import FORMATS, SUFFIXES, images_in
 from panotriton.pipeline.quality import MODES
-from panotriton.pipeline.results import Cropped, Description, Score, Timings, Upscaled
+from panotriton.pipeline.results import (
+    Cropped,
+    Description,
+    Score,
+    Timings,
+    Upscaled,
+    warning_field,
+)
 
 _SR_AT_ONCE, _QWEN_AT_ONCE = 4, 16
 _SCORES = ("final", "correlation", "balance", "richness", "clarity", "coherence")
@@ -164,8 +170,9 @@ def _run_upscale(options: argparse.Namespace) -> int:
     with Results(options) as results:
 
         def take(path: Path, result: Upscaled) -> None:
-            results.add(*_write(targets[path], result))
-            warn(result.warning)
+            line, item = _write(targets[path], result)
+            results.add(line, item | warning_field(result.warning))
+            results.warn(result.warning)
 
         ask_each(options, "super-resolving", targets, ask, take, results, at_once=_SR_AT_ONCE)
     return results.code

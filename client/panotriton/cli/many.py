@@ -18,6 +18,7 @@ from panotriton.cli.connection import (
     console_for,
     exit_code,
     spinner,
+    warn,
     without_nan,
 )
 from panotriton.client.aio import AsyncClient
@@ -48,6 +49,7 @@ class Results:
         self.code = 0
         self._json: bool = options.json
         self._items = 0
+        self._warned = False
 
     def __enter__(self) -> Results:
         return self
@@ -64,6 +66,12 @@ class Results:
     def add(self, line: str, item: dict[str, Any]) -> None:
         self.console.print(line, soft_wrap=True)
         self._add(item)
+
+    def warn(self, text: str) -> None:
+        """Warn of what the images have in common: the first time only."""
+        if not self._warned:
+            warn(text)
+        self._warned = self._warned or bool(text)
 
     def failed(self, path: Path, error: PanotritonError) -> None:
         words = str(error)

@@ -37,7 +37,7 @@ from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
 from panotriton.pipeline.images import FORMATS
 from panotriton.pipeline.networks import NETWORKS, PIPELINE
-from panotriton.pipeline.results import Group, Health, StageTime
+from panotriton.pipeline.results import Group, Health, StageTime, warning_field
 from panotriton.pipeline.stages import ORDER, is_part
 
 _EXAMPLES = """\
@@ -190,6 +190,7 @@ def _summary(
         "images": group.image_count,
         "seconds": round(group.seconds, 3),
         "stages": [asdict(stage) for stage in stages],
+        **warning_field(group.warning),
     }
 
 

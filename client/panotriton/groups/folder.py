@@ -20,7 +20,7 @@ from panotriton.errors import InvalidInput, brief
 from panotriton.groups import layout
 from panotriton.pipeline.contract import INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.quality import finite_or_none
-from panotriton.pipeline.results import Group, Interval, Pair, Sequence
+from panotriton.pipeline.results import Group, Interval, Pair, Sequence, warning_field
 
 __all__ = [
     "JPEG_QUALITY",
@@ -102,7 +102,7 @@ def fill_group(
     for path, content in _parameters(group, names):
         write_json(folder / path, content)
     result = _result(group, names, group_id)
-    write_json(folder / layout.INFO, about | result)
+    write_json(folder / layout.INFO, about | warning_field(group.warning) | result)
     return result
 
 

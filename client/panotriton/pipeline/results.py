@@ -30,6 +30,7 @@ __all__ = [
     "group_from_tensors",
     "quality",
     "warning",
+    "warning_field",
 ]
 
 U8 = NDArray[np.uint8]
@@ -240,6 +241,11 @@ def group_from_tensors(
 def warning(tensors: Mapping[str, NDArray[Any]]) -> str:
     """What WARNING (1,) says, empty where it is absent."""
     return str(tensors["WARNING"].item().decode()) if "WARNING" in tensors else ""
+
+
+def warning_field(warning: str) -> dict[str, str]:
+    """What JSON has of a warning: `warning`, only where there is one."""
+    return {"warning": warning} if warning else {}
 
 
 def _pair(tensors: Mapping[str, NDArray[Any]], index: int) -> Pair:
