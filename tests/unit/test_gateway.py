@@ -594,6 +594,35 @@ def test_a_wrong_request_is_400_and_names_the_field(
         assert words in error
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"group_id": "9" * 20_000}, "exceeded maximum size"),
+        ({"group_id": [["y" * 99] * 99] * 99}, "valid integer"),
+        ({"panorama1_path": [{"y" * 99: "y" * 99}] * 99}, "valid string"),
+        ({"split_results": [split("a", 1, main_params=camera() | {"y" * 20_000: "∞"})]}, "inf"),
+    ],
+)
+def test_what_came_is_given_back_in_a_few_characters(
+    gateway: Gateway, body: dict[str, Any], says: str
+) -> None:
+    whole = {
+        "split_results": [split("a", 1)],
+        "panorama1_path": "a",
+        "panorama2_path": "b",
+        "group_id": 1,
+    }
+    content = json.dumps(whole | body, ensure_ascii=False).replace('"∞"', "1e999")
+    reply = gateway.clients["preprocess"].post(
+        "/generate_interpolated_images",
+        content=content.encode(),
+        headers={"content-type": "application/json"},
+    )
+    assert reply.status_code == 400
+    assert says in reply.json()["error"]
+    assert len(reply.json()["error"]) < 300
+
+
 def test_every_failure_has_the_one_shape(gateway: Gateway) -> None:
     client = gateway.clients["osediff"]
     assert client.get("/none").json() == {"error": "Not Found"}
@@ -656,6 +685,22 @@ def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
         create_apps(Settings(output=tmp_path / "file")),
     ):
         pass
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+def test_an_output_dir_that_is_a_file_is_named_before_any_work(
+    gateway: Gateway, place: str
+) -> None:
+    (gateway.data / "file").write_bytes(b"mine")
+    asked = {
+        "input_paths": [str(gateway.image("a.png"))],
+        "output_dir": str(gateway.data / place),
+    }
+    error = gateway.post("/super_resolution_batch", asked, 400)["error"]
+    assert "file" in error
+    assert "Not a directory" in error
+    assert not gateway.stub.calls
+    assert (gateway.data / "file").read_bytes() == b"mine"
 
 
 def test_too_many_requests_are_refused_at_once(tmp_path: Path) -> None:

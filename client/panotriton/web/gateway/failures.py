@@ -102,12 +102,18 @@ def retry_later(status: int) -> dict[str, str]:
 
 
 def describe(errors: Sequence[Any], whole: str = "the body") -> str:
-    """One line on the first of pydantic's errors: the field of `whole`, what came, what was expected."""
+    """One line on the first of pydantic's errors: the field of `whole`, what came, what was expected.
+
+    A field's name and what came may be the caller's, of any length: each is given back in 80 characters.
+    """
     error = errors[0]
-    where = ".".join(str(part) for part in error["loc"] if part != "body") or whole
+    where = brief(".".join(str(part) for part in error["loc"] if part != "body")) or whole
     if error["type"] == "missing":
         return f"{where} is missing; expected as the API page (/docs) says"
     if error["type"] == "json_invalid":
         return f"the body is no JSON ({error['ctx']['error']}); expected one JSON object"
     reason = error["msg"].removeprefix("Value error, ")
-    return f"{where} is {reprlib.repr(error['input'])}; {reason[:1].lower()}{reason[1:]}"
+    came = (
+        f"{reprlib.repr(error['input']):.80}"  # reprlib: of a large body not all is written first
+    )
+    return f"{where} is {came}; {reason[:1].lower()}{reason[1:]}"

@@ -83,9 +83,12 @@ def _sharpen_files(
     portions: Portions, context: Context, client: Connection, request: SuperResolutionRequest
 ) -> Any:
     align, told = _alignment(request.align_method)
-    targets = _targets(context, request)
+    folder = _folder(context, request)
+    targets = _targets(context, folder, request)
     entries = zip(targets, request.input_paths, strict=True)
     paths = {target: path for target, path in entries if isinstance(target, Path)}
+    if paths:
+        context.roots.make(folder)  # before any work: there may be a file in its place
     plan = partial(calls.upscale, options=Options(upscale=context.settings.upscale, align=align))
     waiting = iter(paths)
 
@@ -113,10 +116,15 @@ def _alignment(asked: object) -> tuple[str, dict[str, str]]:
     }
 
 
-def _targets(context: Context, request: SuperResolutionRequest) -> list[Path | InvalidInput]:
-    """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
+def _folder(context: Context, request: SuperResolutionRequest) -> Path:
     output = request.output_dir or str(context.settings.output)
-    folder = context.roots.absolute(output) / layout.SHARP
+    return context.roots.absolute(output) / layout.SHARP
+
+
+def _targets(
+    context: Context, folder: Path, request: SuperResolutionRequest
+) -> list[Path | InvalidInput]:
+    """Where each result goes, or why it cannot: `output_dir`/osediff/`the same name`."""
     # An entry that is malformed is what is wrong with it.
     entries: Sequence[str | InvalidInput] = request.input_paths
     taken: dict[Path, Path] = {}  # result → the image that it is of
