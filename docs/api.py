@@ -21,7 +21,8 @@ PAGE = ROOT / "docs" / "API.md"
 INTRO = """\
 # API
 
-Everything here is imported from `panotriton`; what is not here is private. `panotriton.__version__` is the
+Everything here is imported from `panotriton`, the events of a stream from `panotriton.events`; what is not
+here is private. `panotriton.__version__` is the
 installed version, which `panotriton --version` prints too. `AsyncClient` has the methods of
 `Client`, awaited; it is listed for its own docstring alone. This page is written by `make docs` from the
 docstrings and `make check` fails when it is stale. For the models' own tensors see
@@ -87,7 +88,7 @@ def page():
         elif inspect.isfunction(value):
             lines += [f"## {name}", "", f"```python\n{name}{signature(value)}\n```", ""]
             lines += [paragraphs(value), ""]
-    lines += ["# Events", "", paragraphs(events), ""]
+    lines += ["# panotriton.events", "", paragraphs(events), ""]
     for name in events.__all__:
         if inspect.isclass(getattr(events, name)):
             lines += class_text(name, getattr(events, name))

@@ -31,3 +31,10 @@ def test_no_other_module_asks_for_the_version() -> None:
     asking = 'metadata.version("panotriton")'
     found = [path for path in package.glob("**/*.py") if asking in path.read_text()]
     assert found == [package / "__init__.py"]
+
+
+def test_every_public_name_has_a_heading_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "API.md").read_text()
+    headings = set(re.findall(r"^##? (?:panotriton\.)?(\w+)$", page, re.MULTILINE))
+    names = {name for name in panotriton.__all__ if not name.startswith("__")}
+    assert names <= headings
