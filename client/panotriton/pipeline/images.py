@@ -77,6 +77,8 @@ _OTHERS = (
 # A profile's colour space → the mode that holds it.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA")
+# What is taken of Pillow's own pictures, besides grey of 16 bits.
+_PICTURES = ("RGB", "CMYK", "P", *_GREYS)
 # Modes that Pillow turns into RGB by way of another: of a palette it would look for a colour that stands
 # for the transparent ones, and of colours that are multiplied by alpha it knows no other way.
 _FIRST = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
@@ -170,19 +172,53 @@ def decode_image(
     sizes, the last before anything is decoded.
     """
     with _opened(name, data, min_side_px, max_aspect) as (image, bits):
-        image.load()
-        return _shown(_narrowed(image, data) if bits == 16 else image, image)
+        return _shown(image, bits == 16, data)
 
 
-def picture_pixels(image: PILImage.Image) -> U8:
-    """A picture that Pillow has opened, by its EXIF and profile, as `decode_image` makes it of the file."""
-    return _shown(image, image)
+def picture_pixels(
+    name: str,
+    image: PILImage.Image,
+    min_side_px: int = MIN_SIDE_PX,
+    max_aspect: float = math.inf,
+) -> U8:
+    """A picture that Pillow has opened, (H, W, 3) uint8, as `decode_image` makes it of the same file.
+
+    Of 16-bit colours Pillow has kept the upper halves; those of grey are all there. Raises InvalidImage
+    for other modes, wrong sizes, and a file that breaks off.
+    """
+    is_deep = image.mode.startswith("I;16")
+    if not is_deep and image.mode not in _PICTURES:
+        fix = "scale it to 0…255 of mode L" if image.mode in ("I", "F") else ".convert('RGB')"
+        raise InvalidImage(
+            f"{brief(name)} is a picture of mode {image.mode}; expected {', '.join(_PICTURES)} or "
+            f"I;16: {fix} first"
+        )
+    _check_size(brief(name), *image.size, min_side_px, max_aspect)
+    try:
+        with _quiet(), _unmapped(image):
+            return _shown(image, is_deep)
+    except Exception as error:  # a file that was opened and not yet read
+        raise _broken(name, error) from error
 
 
-def _shown(image: PILImage.Image, file: PILImage.Image) -> U8:
-    """(H, W, 3) in sRGB and upright, by what `file` says of its pixels."""
-    flat = _in_srgb(image, file.info.get("icc_profile"))
-    return _upright(np.asarray(flat), _orientation(file))
+@contextlib.contextmanager
+def _unmapped(image: PILImage.Image) -> Iterator[None]:
+    """Pillow maps a TIFF that it knows the name of into memory, with its sides as if it were upright."""
+    if not isinstance(image, TiffImageFile):
+        yield
+        return
+    name, image.filename = image.filename, ""
+    try:
+        yield
+    finally:
+        image.filename = name
+
+
+def _shown(image: PILImage.Image, is_deep: bool, data: bytes = b"") -> U8:
+    """(H, W, 3) in sRGB and upright. data: the file, for colours of 16 bits."""
+    image.load()
+    flat = _in_srgb(_narrowed(image, data) if is_deep else image, image.info.get("icc_profile"))
+    return _upright(np.asarray(flat), _orientation(image))
 
 
 def check_encoded(name: str, data: bytes, min_side_px: int = MIN_SIDE_PX) -> None:
@@ -211,9 +247,13 @@ def _opened(
     except UnidentifiedImageError as error:
         raise InvalidImage(_unknown(name, data)) from error
     except Exception as error:  # a damaged file: what a plugin then raises has no common base
-        raise InvalidImage(
-            f"{name} is a broken image ({brief(error)}); expected a whole {FORMATS} file: send it again"
-        ) from error
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> InvalidImage:
+    return InvalidImage(
+        f"{brief(name)} is a broken image ({brief(error)}); expected a whole {FORMATS} file: send it again"
+    )
 
 
 def _unknown(name: str, data: bytes) -> str:
