@@ -113,8 +113,9 @@ such pixels by the same rules (`panotriton.pipeline.images`):
   most 200 times as much one way as the other; all at most 134 megapixels. Checked before memory is taken
   for the pixels.
 
-PIL images are turned and converted too, since they still carry what their file said; arrays and tensors are
-not. In folders, hidden files (`._a.jpg`) are never taken for images.
+PIL images of RGB, CMYK, palettes and grey, of 16 bits too, are turned and converted by the same rules, since
+they still carry what their file said; arrays and tensors are not. In folders, hidden files (`._a.jpg`) are
+never taken for images.
 
 **Names.** A group's files are named after its panoramas and hold their paths, as UTF-8. A panorama whose
 path is no UTF-8, or whose name leaves no room for what the files add, is refused by `process` before

@@ -22,7 +22,7 @@ from panotriton.pipeline.contract import Options
 from panotriton.pipeline.group import interpolate_cameras
 from panotriton.pipeline.images import decode_image
 from panotriton.pipeline.results import Group, Timings, group_from_tensors
-from tests.pictures import exif
+from tests.pictures import PROFILES, exif
 
 RNG = np.random.default_rng(0)
 PROTOCOLS = ("grpc", "http")
@@ -204,6 +204,36 @@ def test_pil_images_are_turned_and_arrays_taken_as_they_are(tmp_path: Path) -> N
         (stored, stored),
     ):
         np.testing.assert_array_equal(pixels("X", image), expected)
+
+
+@pytest.mark.parametrize("profile", ["none", "wide", "grey", "inks"])
+@pytest.mark.parametrize("mode", ["I;16", "1", "L", "LA", "P", "RGB", "CMYK"])
+def test_pil_images_are_the_pixels_of_their_files(tmp_path: Path, mode: str, profile: str) -> None:
+    ramp = np.arange(96 * 160, dtype=np.uint16).reshape(96, 160) * 4
+    rgb = PILImage.fromarray(RNG.integers(0, 256, (96, 160, 3), np.uint8))
+    image = PILImage.fromarray(ramp) if mode == "I;16" else rgb.convert(mode)
+    path = tmp_path / "a.tiff"
+    image.save(path, icc_profile=PROFILES[profile], exif=exif(6))
+    with PILImage.open(path) as opened:
+        assert opened.mode == mode
+        got = pixels("X", opened)
+    np.testing.assert_array_equal(got, pixels("X", path))
+    if mode == "I;16" and profile == "none":
+        np.testing.assert_array_equal(got[..., 0], np.rot90(np.rint(ramp / 257), -1))
+
+
+def test_pil_images_that_cannot_be_taken_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    PILImage.fromarray(RNG.integers(0, 256, (96, 160, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with PILImage.open(path) as broken:
+        for image, says in (
+            (broken, "X is a broken image"),
+            (PILImage.new("F", (64, 64)), "X is a picture of mode F; .* scale it to 0…255"),
+            (PILImage.new("L", (64, 32)), "X is 64×32 px; expected at least 64"),
+        ):
+            with pytest.raises(InvalidImage, match=says):
+                pixels("X", image)
 
 
 def example_group(kept: list[int], count: int = 2) -> Group:

@@ -36,6 +36,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
     ServerUnavailable,
+    brief,
 )
 from panotriton.models.osediff import plan_size
 from panotriton.pipeline.camera import Camera
@@ -131,6 +132,20 @@ def test_a_wrong_image_of_a_list_is_named() -> None:
 def test_options_are_checked_before_anything_is_sent(option: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
         calls.upscale(image(8, 8), options=Options(**option))  # type: ignore[arg-type]
+
+
+def test_what_the_server_says_of_an_input_is_told_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    PILImage.fromarray(image(64, 64)).save(path)
+    files = calls.crop(path, Camera(0, 0, 0, 90, 0), size=64).calls[0].files
+    for said in ("ENCODED is broken", "in ensemble 'one', ENCODED is broken"):
+        told = calls.naming_file(InvalidInput(said), files)
+        assert isinstance(told, InvalidImage)
+        assert str(told) == f"{brief(path)} is broken"
+    for error in (InvalidInput("CAMERAS is broken"), InferenceFailed("ENCODED is broken")):
+        assert calls.naming_file(error, files) is error
+    pixels = calls.crop(image(64, 64), Camera(0, 0, 0, 90, 0), size=64)
+    assert not pixels.calls[0].files
 
 
 def test_a_crop_of_each_camera() -> None:
@@ -444,6 +459,6 @@ def test_the_door_knows_the_size_that_super_resolution_works_at() -> None:
             assert calls.network_size(height, width, upscale) == planned
 
 
-def test_a_grey_picture_is_refused() -> None:
-    with pytest.raises(InvalidImage, match="L picture; expected RGB"):
-        calls.upscale(PILImage.new("L", (64, 64)), **SR)
+def test_a_grey_picture_is_sent_as_rgb() -> None:
+    (call,) = calls.upscale(PILImage.new("L", (64, 64), 9), **SR).calls
+    np.testing.assert_array_equal(call.inputs["IMAGES"].joined(), image(64, 64, 9)[None])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +48,13 @@ def picture(mode: str) -> PILImage.Image:
     if mode == "CMYK":
         return PILImage.frombytes("CMYK", (96, 72), smooth().tobytes())
     return PILImage.fromarray(smooth()).convert(mode)
+
+
+def float_tiff(compression: int) -> bytes:
+    colours = smooth()[..., :3] / np.float32(255)
+    done, file = cv2.imencode(".tiff", colours, [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+    assert done
+    return file.tobytes()
 
 
 def in_srgb(image: PILImage.Image, profile: str) -> NDArray[np.uint8]:
@@ -160,6 +170,16 @@ def test_metadata_that_cannot_be_read_hides_no_picture() -> None:
         (saved(picture("RGB"), "GIF"), "X is GIF, which is not read; expected"),
         (saved(picture("RGB"), "JPEG2000"), "X is JPEG 2000"),
         (saved(picture("RGB"), "PDF"), "X is PDF"),
+        (
+            saved(picture("RGB"), "PPM"),
+            "X is PPM, which is not read; expected the content of an AVIF",
+        ),
+        (saved(picture("L"), "PPM"), "X is PPM"),
+        (saved(picture("RGB"), "TGA"), "X is TGA, which is not read; expected"),
+        (saved(picture("L"), "TGA", compression="tga_rle"), "X is TGA"),
+        (saved(picture("RGB"), "ICO"), "X is ICO, which is not read; expected"),
+        (float_tiff(cv2.IMWRITE_TIFF_COMPRESSION_NONE), "X has 32-bit float pixels; expected RGB"),
+        (float_tiff(cv2.IMWRITE_TIFF_COMPRESSION_SGILOG), "X has float .LogLuv. pixels"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "X is HEIC"),
         (b"8BPS\0\x01" + bytes(30), "X is Photoshop"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html><html>404", "X is HTML"),
@@ -174,6 +194,18 @@ def test_metadata_that_cannot_be_read_hides_no_picture() -> None:
 def test_what_is_refused_is_called_by_its_name(data: bytes, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
         decode_image("X", data)
+
+
+def test_what_pillow_itself_calls_too_large_is_told_in_our_words() -> None:
+    file = bytearray(deep_png(np.zeros((64, 64, 3), np.uint16)))
+    file[16:24] = struct.pack(">2I", 30000, 30000)
+    file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
+    for check in (check_encoded, decode_image):
+        with pytest.raises(InvalidImage) as told:
+            check("X", bytes(file))
+        assert str(told.value) == (
+            "X is 30000×30000 px, 900 megapixels; expected at most 134: downsize it first"
+        )
 
 
 @settings(max_examples=300, deadline=None)

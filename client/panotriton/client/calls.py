@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from panotriton.client.pixels import (
     pixels,
     same_size,
 )
-from panotriton.errors import InferenceFailed, InvalidImage, InvalidInput, quoted
+from panotriton.errors import InferenceFailed, InvalidImage, InvalidInput, brief, quoted
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import (
     DESCRIPTION_TOKENS,
@@ -61,6 +62,7 @@ __all__ = [
     "crop",
     "describe",
     "infer",
+    "naming_file",
     "network_size",
     "process",
     "score",
@@ -94,6 +96,7 @@ _BASE_S = 300.0  # for the queue before it, and for what is small
 _S_PER_MEGAPIXEL = 20.0  # that is made by super-resolution
 _S_PER_TOKEN = 0.2
 _UNKNOWN_S = 3600.0
+_REFUSED_INPUT = re.compile(r"(in ensemble '[^']*', )?(?P<name>\w+) (?P<why>.*)", re.DOTALL)
 _MAX_NAME_BYTES = 1024  # of longer ones gRPC and HTTP refuse the answer, which repeats them
 
 
@@ -110,10 +113,11 @@ def _group_s(options: Options) -> float:
 
 @dataclass(frozen=True)
 class Stream:
-    """One request to `panorama_stream`, and how long it may take to its last event."""
+    """One request to `panorama_stream`, and how long it may take to its last event; files as in `Call`."""
 
     inputs: Mapping[str, Value]
     timeout_s: float
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Call(Generic[T]):
     inputs: `Images` may travel through shared memory, arrays never do. outputs: name → the most
     bytes that an image output can have, 0 for outputs that always travel inside the response.
     decode: the response's arrays and its timings → what the caller gets. timeout_s: how long it may
-    take, if the client does not say.
+    take, if the client does not say. files: the paths whose content is sent, by input.
     """
 
     model: str
@@ -131,6 +135,7 @@ class Call(Generic[T]):
     outputs: Mapping[str, int]
     decode: Callable[[Tensors, Timings], T]
     timeout_s: float
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ def process(
         host = {name: _on_host(value) for name, value in tensors.items()}
         return group_from_tensors(host, timings, model)
 
-    return Call(model, images | tensors, outputs, decode, _group_s(options))
+    files = _files(ENCODED_1=panorama_1, ENCODED_2=panorama_2)
+    return Call(model, images | tensors, outputs, decode, _group_s(options), files)
 
 
 def stream(
@@ -234,7 +240,8 @@ def stream(
     """What `panorama_stream` is asked; `events.event_from_tensors` reads its responses."""
     tensors = options.check().tensors() | _camera_tensors(seed, cameras)
     _, images = _panoramas(panorama_1, panorama_2, cuda=False)
-    return Stream(images | tensors, _group_s(options))
+    files = _files(ENCODED_1=panorama_1, ENCODED_2=panorama_2)
+    return Stream(images | tensors, _group_s(options), files)
 
 
 def upscale(
@@ -344,7 +351,7 @@ def crop(
         return [Cropped(view, timings, "crop", camera) for view, camera in views]
 
     outputs = {"CROPS": len(wanted) * 3 * size**2}
-    call = Call("crop", inputs, outputs, decode, _allowed_s())
+    call = Call("crop", inputs, outputs, decode, _allowed_s(), _files(ENCODED=panorama))
     return Plan((call,), (tuple(range(len(wanted))),), single=isinstance(cameras, Camera))
 
 
@@ -422,6 +429,18 @@ def _panoramas(one: ImageLike, two: ImageLike, cuda: bool) -> tuple[str, dict[st
         for i, image in enumerate((one, two), start=1)
     }
     return "panorama", dict(images)
+
+
+def _files(**images: ImageLike) -> dict[str, str]:
+    return {name: brief(image) for name, image in images.items() if is_file(image)}
+
+
+def naming_file(error: Exception, files: Mapping[str, str]) -> Exception:
+    """InvalidImage with the file's name where the server refuses the input that holds its content."""
+    found = _REFUSED_INPUT.match(str(error))
+    if isinstance(error, InvalidInput) and found and found["name"] in files:
+        return InvalidImage(f"{files[found['name']]} {found['why']}")
+    return error
 
 
 def _on_host(value: Any) -> Any:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from panotriton.client import wire
-from panotriton.client.calls import Call, Plan, Stream
+from panotriton.client.calls import Call, Plan, Stream, naming_file
 from panotriton.client.cuda import CudaSlot, check_cuda
 from panotriton.client.shared_memory import Pool, Slot, SystemSlot, layout
 from panotriton.client.tls import Tls
@@ -183,7 +183,8 @@ class Conversation:
             result = await self._watched(pending, time.monotonic() + timeout_s, late)
         except self._transport.failures as error:
             found = await self._mapped(error, timeout_s)
-            raise await self._settled(call.model, found) from error
+            settled = await self._settled(call.model, found)
+            raise naming_file(settled, call.files) from error
         return wire.decode(result, call.outputs, slot, places)
 
     async def _watched(
@@ -242,10 +243,10 @@ class Conversation:
 
         encoded = wire.encode(self._transport.library, stream.inputs)
         events = self._transport.stream(_STREAM, encoded, timeout_s, watch)
-        return self._followed(events, timeout_s)
+        return self._followed(events, timeout_s, stream.files)
 
     async def _followed(
-        self, events: AsyncGenerator[Event, None], timeout_s: float
+        self, events: AsyncGenerator[Event, None], timeout_s: float, files: Mapping[str, str]
     ) -> AsyncGenerator[Event, None]:
         await self._retrying(self._check_streams)  # a stream's error would carry no status code
         try:
@@ -254,7 +255,9 @@ class Conversation:
                     yield event
         except self._transport.failures as error:
             raise await self._mapped(error, timeout_s) from error
-        except InferenceFailed as error:  # an event
+        except InvalidInput as error:  # an event, as is the next
+            raise naming_file(error, files) from error
+        except InferenceFailed as error:
             if in_trouble(str(error)):
                 raise ServerUnavailable(f"{self.url}: {error}") from error
             raise

@@ -41,7 +41,7 @@ class TorchTensor(Protocol):
 
 
 ImageLike = str | Path | PILImage.Image | NDArray[np.uint8] | TorchTensor
-"""Path of an image file | PIL image of mode RGB | (H, W, 3) uint8 array | torch tensor."""
+"""Path of an image file | PIL image, RGB, CMYK, palette or grey | (H, W, 3) uint8 array | torch tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +115,7 @@ def pixels(
     if isinstance(image, (str, Path)):
         return decode_image(str(image), file_bytes(image).item(), min_side_px, max_aspect)
     if isinstance(image, PILImage.Image):
-        if image.mode != "RGB":
-            raise InvalidImage(f"{name} is a {image.mode} picture; expected RGB: .convert('RGB')")
-        image = picture_pixels(image)
+        return picture_pixels(name, image, min_side_px, max_aspect)
     if isinstance(image, np.ndarray):
         check_panorama(name, image, min_side_px, max_aspect)
         return image

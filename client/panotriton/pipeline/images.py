@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, ImageCms, UnidentifiedImageError
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from panotriton.errors import InvalidImage, brief
 from panotriton.pipeline.contract import MAX_PIXELS, MIN_SIDE_PX
@@ -67,6 +67,12 @@ _OTHERS = (
     (0, b"#?RADIANCE", "Radiance HDR"),
     (0, b"%PDF", "PDF"),
     (0, b"qoif", "QOI"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"DDS ", "DDS"),
+    *((0, b"P%d\n" % kind, "PPM") for kind in range(1, 7)),
+    (0, b"P7\n", "PAM"),
+    (0, b"PF\n", "PFM"),
+    (0, b"Pf\n", "PFM"),
     (0, b"<svg", "SVG"),
     (0, b"<?xml", "XML"),
     (0, b"<!DOCTYPE", "HTML"),
@@ -77,9 +83,15 @@ _OTHERS = (
 # A profile's colour space → the mode that holds it.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA")
+# What is taken of Pillow's own pictures, besides grey of 16 bits.
+_PICTURES = ("RGB", "CMYK", "P", *_GREYS)
 # Modes that Pillow turns into RGB by way of another: of a palette it would look for a colour that stands
 # for the transparent ones, and of colours that are multiplied by alpha it knows no other way.
 _FIRST = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+_BITS = (1, 2, 4, 8, 16)  # a channel
+_DEPTHS = "expected RGB, grey or CMYK of 8 bits a channel, or of 16, unsigned: convert it first"
+_SAMPLE_FORMAT = 339  # of TIFF
+_LOGARITHMIC = (34676, 34677)  # compressions of TIFF, of floats
 _WHITE_IS_ZERO = 262  # TIFF's PhotometricInterpretation, 0 where it is so
 _PNG_COLOUR_AT, _PNG_GREY_ALPHA = 25, 4
 # Orientation → steps along rows and columns, after the axes of those from 5 on have been swapped.
@@ -170,19 +182,53 @@ def decode_image(
     sizes, the last before anything is decoded.
     """
     with _opened(name, data, min_side_px, max_aspect) as (image, bits):
-        image.load()
-        return _shown(_narrowed(image, data) if bits == 16 else image, image)
+        return _shown(image, bits == 16, data)
 
 
-def picture_pixels(image: PILImage.Image) -> U8:
-    """A picture that Pillow has opened, by its EXIF and profile, as `decode_image` makes it of the file."""
-    return _shown(image, image)
+def picture_pixels(
+    name: str,
+    image: PILImage.Image,
+    min_side_px: int = MIN_SIDE_PX,
+    max_aspect: float = math.inf,
+) -> U8:
+    """A picture that Pillow has opened, (H, W, 3) uint8, as `decode_image` makes it of the same file.
+
+    Of 16-bit colours Pillow has kept the upper halves; those of grey are all there. Raises InvalidImage
+    for other modes, wrong sizes, and a file that breaks off.
+    """
+    is_deep = image.mode.startswith("I;16")
+    if not is_deep and image.mode not in _PICTURES:
+        fix = "scale it to 0…255 of mode L" if image.mode in ("I", "F") else ".convert('RGB')"
+        raise InvalidImage(
+            f"{brief(name)} is a picture of mode {image.mode}; expected {', '.join(_PICTURES)} or "
+            f"I;16: {fix} first"
+        )
+    _check_size(brief(name), *image.size, min_side_px, max_aspect)
+    try:
+        with _quiet(), _unmapped(image):
+            return _shown(image, is_deep)
+    except Exception as error:  # a file that was opened and not yet read
+        raise _broken(name, error) from error
 
 
-def _shown(image: PILImage.Image, file: PILImage.Image) -> U8:
-    """(H, W, 3) in sRGB and upright, by what `file` says of its pixels."""
-    flat = _in_srgb(image, file.info.get("icc_profile"))
-    return _upright(np.asarray(flat), _orientation(file))
+@contextlib.contextmanager
+def _unmapped(image: PILImage.Image) -> Iterator[None]:
+    """Pillow maps a TIFF that it knows the name of into memory, with its sides as if it were upright."""
+    if not isinstance(image, TiffImageFile):
+        yield
+        return
+    name, image.filename = image.filename, ""
+    try:
+        yield
+    finally:
+        image.filename = name
+
+
+def _shown(image: PILImage.Image, is_deep: bool, data: bytes = b"") -> U8:
+    """(H, W, 3) in sRGB and upright. data: the file, for colours of 16 bits."""
+    image.load()
+    flat = _in_srgb(_narrowed(image, data) if is_deep else image, image.info.get("icc_profile"))
+    return _upright(np.asarray(flat), _orientation(image))
 
 
 def check_encoded(name: str, data: bytes, min_side_px: int = MIN_SIDE_PX) -> None:
@@ -204,27 +250,72 @@ def _opened(
     except InvalidImage:
         raise
     except PILImage.DecompressionBombError as error:
-        raise InvalidImage(
-            f"{name} is too large ({error}); expected at most {MAX_PIXELS / 1e6:.0f} megapixels: "
-            "downsize it first"
-        ) from error
+        raise _too_large(name, data) from error
     except UnidentifiedImageError as error:
         raise InvalidImage(_unknown(name, data)) from error
     except Exception as error:  # a damaged file: what a plugin then raises has no common base
-        raise InvalidImage(
-            f"{name} is a broken image ({brief(error)}); expected a whole {FORMATS} file: send it again"
-        ) from error
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> InvalidImage:
+    return InvalidImage(
+        f"{brief(name)} is a broken image ({brief(error)}); expected a whole {FORMATS} file: send it again"
+    )
+
+
+def _too_large(name: str, data: bytes) -> InvalidImage:
+    """For what Pillow refuses before it tells the size, which its plugins do tell by themselves."""
+    for plugin in _PLUGINS:
+        with (
+            contextlib.suppress(Exception),
+            PILImage.OPEN[plugin][0](io.BytesIO(data), "") as image,
+        ):
+            try:
+                _check_size(name, *image.size, 1, math.inf)
+            except InvalidImage as error:
+                return error
+    return InvalidImage(
+        f"{name} unpacks to too many pixels; expected at most {MAX_PIXELS / 1e6:.0f} megapixels: "
+        "downsize it first"
+    )
 
 
 def _unknown(name: str, data: bytes) -> str:
     start = bytes(data[:64]).removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t")
     for at, magic, kind in _OTHERS:
         if start[at:].startswith(magic):
-            return f"{name} is {kind}, which is not read; expected the content of a {FORMATS} file"
+            return f"{name} is {kind}, which is not read; expected the content of an {FORMATS} file"
+    if kind := _tiff_samples(data):
+        return f"{name} has {kind} pixels; {_DEPTHS}"
+    if _is_tga(data):
+        return f"{name} is TGA, which is not read; expected the content of an {FORMATS} file"
     return (
-        f"{name} holds {len(data)} bytes that are no image; expected the whole content of a "
+        f"{name} holds {len(data)} bytes that are no image; expected the whole content of an "
         f"{FORMATS} file"
     )
+
+
+def _is_tga(data: bytes) -> bool:
+    """By the three bytes of its header that have few values: it begins with no mark of its own."""
+    known = len(data) > 18 and data[1] <= 1 and data[2] in (1, 2, 3, 9, 10, 11)
+    return known and data[16] in (8, 15, 16, 24, 32)
+
+
+def _tiff_samples(data: bytes) -> str:
+    """What a TIFF's channels are, "32-bit float", where they are of no kind that is read; else ""."""
+    if not data.startswith((b"II*\0", b"MM\0*")):
+        return ""
+    try:
+        tags, file = ImageFileDirectory_v2(data[:8]), io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        bits, form = max(tags[ExifTags.Base.BitsPerSample]), max(tags.get(_SAMPLE_FORMAT, (1,)))
+    except Exception:  # damaged
+        return ""
+    if tags.get(ExifTags.Base.Compression) in _LOGARITHMIC:
+        return "float (LogLuv)"
+    kind = {2: "signed", 3: "float"}.get(form, "unsigned")
+    return "" if kind == "unsigned" and bits in _BITS else f"{bits}-bit {kind}"
 
 
 class _Quiet:
@@ -262,11 +353,8 @@ def _bits(name: str, image: PILImage.Image) -> int:
         bits = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
     elif isinstance(image, PngImageFile) and ";16" in str(image.tile[0].args):
         bits = 16
-    if image.mode in ("I", "F", "LAB") or bits not in (1, 2, 4, 8, 16):
-        raise InvalidImage(
-            f"{name} has {bits}-bit pixels of mode {image.mode}; expected RGB, grey or CMYK of 8 bits a "
-            "channel, or of 16: convert it first"
-        )
+    if image.mode in ("I", "F", "LAB") or bits not in _BITS:
+        raise InvalidImage(f"{name} has {bits}-bit pixels of mode {image.mode}; {_DEPTHS}")
     return 16 if bits == 16 else 8
 
 
