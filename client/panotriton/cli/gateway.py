@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.connection import add_option
+from panotriton.cli.places import port
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
 
@@ -53,11 +54,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--url", default="localhost:8001", help="gRPC of the server (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    for service, port in _PORTS.items():
+    for service, default in _PORTS.items():
         parser.add_argument(
             f"--{service}-port",
-            type=int,
-            default=port,
+            type=port,
+            default=default,
             metavar="PORT",
             help="%(default)s; 0: a free one",
         )
