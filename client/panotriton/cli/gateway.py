@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.connection import add_option
-from panotriton.cli.places import port
+from panotriton.cli.places import check_ports
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
 
@@ -54,11 +54,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--url", default="localhost:8001", help="gRPC of the server (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    for service, default in _PORTS.items():
+    for service, port in _PORTS.items():
         parser.add_argument(
             f"--{service}-port",
-            type=port,
-            default=default,
+            type=int,
+            default=port,
             metavar="PORT",
             help="%(default)s; 0: a free one",
         )
@@ -106,6 +106,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
+    check_ports(options)
     try:
         from panotriton.web.gateway import Settings, create_apps, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from panotriton.cli.connection import add_option, address, command, console_for
-from panotriton.cli.places import port
+from panotriton.cli.places import check_ports
 from panotriton.cli.serve import add_repository_argument
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--local", action="store_true", help="start a server for this page alone")
     add_repository_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=port, default=8080, help="%(default)s; 0: a free one")
+    parser.add_argument("--port", type=int, default=8080, help="%(default)s; 0: a free one")
     add_option(parser, "crop_size", "side in px")
     add_option(parser, "upscale", f"1 to {MAX_UPSCALE}")
     parser.add_argument("--visitors", type=int, default=4, help="runs at a time (%(default)s)")
@@ -46,6 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
+    check_ports(options)
     try:
         from panotriton.web.live import Settings, create_app, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -7,9 +7,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from panotriton.errors import InvalidInput, brief, quoted
+from panotriton.errors import InvalidInput, brief
 
-__all__ = ["check_file", "check_folder", "is_folder", "port"]
+__all__ = ["check_file", "check_folder", "check_ports", "is_folder"]
 
 _MAX_PORT = 65535
 
@@ -52,11 +52,13 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def port(text: str) -> int:
-    """An argument that says where to listen."""
-    if not (text.isascii() and text.isdecimal() and int(text[:9]) <= _MAX_PORT):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no port; expected 0 to {_MAX_PORT}")
-    return int(text)
+def check_ports(options: argparse.Namespace) -> None:
+    """Raise InvalidInput for an option named after a port whose value is none; 0 is one, None is left out."""
+    for name, value in vars(options).items():
+        is_port = name == "port" or name.endswith("_port")
+        if is_port and value is not None and not 0 <= value <= _MAX_PORT:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidInput(f"{flag} is {brief(value)}; expected 0 to {_MAX_PORT}")
 
 
 def _nearest(path: Path) -> Path:

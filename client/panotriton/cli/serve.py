@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from panotriton.cli.places import check_file, port
+from panotriton.cli.places import check_file, check_ports
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
@@ -43,17 +43,15 @@ def add_parser(commands: Any) -> None:
     add_repository_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
-        "--http-port", type=port, default=8000, help="%(default)s; 0 picks a free one"
+        "--http-port", type=int, default=8000, help="%(default)s; 0 picks a free one"
     )
     parser.add_argument(
-        "--grpc-port", type=port, default=8001, help="%(default)s; 0 picks a free one"
+        "--grpc-port", type=int, default=8001, help="%(default)s; 0 picks a free one"
     )
-    parser.add_argument(
-        "--metrics-port", type=port, default=8002, help="%(default)s; 0: a free one"
-    )
+    parser.add_argument("--metrics-port", type=int, default=8002, help="%(default)s; 0: a free one")
     parser.add_argument(
         "--health-port",
-        type=port,
+        type=int,
         metavar="PORT",
         help="/live, /ready and /metrics of the supervision (the metrics port + 1); 0: a free one",
     )
@@ -95,6 +93,7 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
+    check_ports(options)
     check_exported(options.repository)
     if options.log_file:
         check_file(options.log_file)
@@ -135,15 +134,15 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _probes(supervisor: Supervisor, options: argparse.Namespace) -> Iterator[int]:
-    place = options.health_port
-    if place is None:
-        place = options.metrics_port and options.metrics_port + 1
+    port = options.health_port
+    if port is None:
+        port = options.metrics_port and options.metrics_port + 1
     with contextlib.ExitStack() as stack:
         try:
-            listening = stack.enter_context(answer_probes(supervisor, options.host, place))
+            listening = stack.enter_context(answer_probes(supervisor, options.host, port))
         except OSError as error:
             raise ServerStartError(
-                f"cannot listen on {options.host}:{place}: {error.strerror}; choose another --health-port"
+                f"cannot listen on {options.host}:{port}: {error.strerror}; choose another --health-port"
             ) from error
         yield listening
 

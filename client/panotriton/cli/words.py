@@ -9,7 +9,8 @@ from typing import NoReturn
 __all__ = ["Parser", "one_line", "shown"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_LONG = re.compile(r"\S{81,}")
+# Over 80 characters without the quotes and stops around them, so that nothing is cut twice.
+_LONG = re.compile(r"""[^\s'"`(]\S{79,}[^\s'"`),;:.]|\S{100,}""")
 _HEAD = 30  # characters of a long word, and 49 of its end: of a path that says most
 
 
