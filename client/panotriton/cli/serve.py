@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 def _probes(supervisor: Supervisor, options: argparse.Namespace) -> Iterator[int]:
     port = options.health_port
     if port is None:
-        port = options.metrics_port and options.metrics_port + 1
+        port = options.metrics_port and (options.metrics_port + 1) % 65536  # after the last: any
     with contextlib.ExitStack() as stack:
         try:
             listening = stack.enter_context(answer_probes(supervisor, options.host, port))
