@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from panotriton.errors import ExportError
-from panotriton_export.weights import check_weights
+from panotriton.errors import brief
+from panotriton_export.weights import WeightsError, check_weights
 
 __all__ = ["CheckpointError", "read_pickle"]
 
 
-class CheckpointError(ExportError):
+class CheckpointError(WeightsError):
     """A base folder or an osediff.pkl is broken, incomplete or made for another model."""
 
 
@@ -28,7 +28,7 @@ def read_pickle(path: Path, expected: str) -> dict[str, Any]:
     missing, truncated, damaged, wants to run code on loading, or holds no dict.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} not found; expected {expected}")
+        raise CheckpointError(f"{brief(path)} not found; expected {expected}")
     check_weights(path, CheckpointError)
     legacy = _starts_as_before_zip(path)
     if not (legacy or zipfile.is_zipfile(path)):

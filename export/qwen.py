@@ -18,7 +18,7 @@ from typing import Any
 from panotriton.errors import ExportError, InvalidInput, PanotritonError, brief, quoted
 from panotriton.pipeline.files import PROMPT, settings_file
 from panotriton.server.repository import copy_model
-from panotriton_export.weights import check_weights
+from panotriton_export.weights import WeightsError, check_weights
 
 __all__ = ["ENGINES", "check_folder", "export_qwen", "read_prompt"]
 
@@ -176,34 +176,34 @@ def check_folder(model: Path, engine: str = "torch") -> str:
     config = _json(model / "config.json")
     architecture = str((config.get("architectures") or ["none"])[0])
     if architecture not in ARCHITECTURES:
-        raise ExportError(
-            f"{model}/config.json is for {architecture}; expected one of {', '.join(ARCHITECTURES)}"
+        raise WeightsError(
+            f"{brief(model)}/config.json is for {architecture}; expected one of {', '.join(ARCHITECTURES)}"
         )
     if (model / "adapter_config.json").is_file():
-        raise ExportError(
-            f"{model} holds adapters (adapter_config.json); expected whole weights: merge them into their "
-            "base first, with peft's merge_and_unload"
+        raise WeightsError(
+            f"{brief(model)} holds adapters (adapter_config.json); expected whole weights: merge them into "
+            "their base first, with peft's merge_and_unload"
         )
     if engine == "torch" and (method := _quantized(model)):
-        raise ExportError(
-            f"{model} is quantized ({method}), which PyTorch here does not run: export it with "
+        raise WeightsError(
+            f"{brief(model)} is quantized ({method}), which PyTorch here does not run: export it with "
             "--engine vllm, for a GPU, or name the folder of the unquantized model"
         )
     if not list(model.glob("*.safetensors")):
         found = [path.name for path in model.glob("*.bin")]
         hint = f" ({found[0]} is a pickle, which is not loaded: convert it)" if found else ""
-        raise ExportError(f"{model} has no *.safetensors weights{hint}")
+        raise WeightsError(f"{brief(model)} has no *.safetensors weights{hint}")
     for path in sorted((*model.glob("*.safetensors"), *model.glob("*.json"))):
         check_weights(path)
     _check_index(model)
     for kind, names in (("processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer_config.json",))):
         if not any((model / name).is_file() for name in names):
-            raise ExportError(
-                f"{model} has no {kind} ({' or '.join(names)}): copy the whole folder"
+            raise WeightsError(
+                f"{brief(model)} has no {kind} ({' or '.join(names)}): copy the whole folder"
             )
     if not _has_chat_template(model):
-        raise ExportError(
-            f"{model} has no chat template: expected {' or '.join(_CHAT_TEMPLATES)}, or one in "
+        raise WeightsError(
+            f"{brief(model)} has no chat template: expected {' or '.join(_CHAT_TEMPLATES)}, or one in "
             "tokenizer_config.json"
         )
     return architecture
@@ -215,14 +215,14 @@ def _check_index(model: Path) -> None:
         shards = set(_json(index)["weight_map"].values())
         missing = sorted(name for name in shards if not (model / name).is_file())
         if missing:
-            raise ExportError(
-                f"{model} lacks {len(missing)} of {len(shards)} shards: {missing[0]} …"
+            raise WeightsError(
+                f"{brief(model)} lacks {len(missing)} of {len(shards)} shards: {missing[0]} …"
             )
     elif not (model / "model.safetensors").is_file():
         found = sorted(path.name for path in model.glob("*.safetensors"))
-        raise ExportError(
-            f"{model} has {len(found)} files of weights ({found[0]} …) and no {index.name}, which says "
-            "what is in which: copy it too"
+        raise WeightsError(
+            f"{brief(model)} has {len(found)} files of weights ({found[0]} …) and no {index.name}, which "
+            "says what is in which: copy it too"
         )
 
 
@@ -238,11 +238,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ExportError(f"{path} not found; expected a Hugging Face Qwen-VL folder") from error
+        raise WeightsError(
+            f"{brief(path)} not found; expected a Hugging Face Qwen-VL folder"
+        ) from error
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from error
+        raise WeightsError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ExportError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise WeightsError(f"{path} holds a {type(content).__name__}; expected a JSON object")
     return content
 
 
@@ -251,19 +253,24 @@ def read_prompt(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InvalidInput(f"the prompt file {path} cannot be read: {error.strerror}") from error
+        raise InvalidInput(
+            f"the prompt file {brief(path)} cannot be read: {error.strerror}"
+        ) from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InvalidInput(
-            f"the prompt file {path} is UTF-16, as PowerShell's > writes it; expected UTF-8: save it as that"
+            f"the prompt file {brief(path)} is UTF-16, as PowerShell's > writes it; expected UTF-8: "
+            "save it as that"
         )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(
-            f"the prompt file {path} is no UTF-8 (byte {error.start}): save it as that"
+            f"the prompt file {brief(path)} is no UTF-8 (byte {error.start}): save it as that"
         ) from error
     if not text.strip():
-        raise InvalidInput(f"the prompt file {path} is empty; expected the question to the scorer")
+        raise InvalidInput(
+            f"the prompt file {brief(path)} is empty; expected the question to the scorer"
+        )
     return text
 
 

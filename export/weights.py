@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from panotriton.errors import ExportError
+from panotriton.errors import ExportError, InvalidInput
 
-__all__ = ["check_weights"]
+__all__ = ["WeightsError", "check_weights"]
 
 _POINTER = b"version https://git-lfs"
 _LENGTH_BYTES = 8  # of a safetensors file's header, little-endian
 _MOST_HEADER_BYTES = 100_000_000  # what the format's own reader takes
 
 
-def check_weights(path: Path, error: type[ExportError] = ExportError) -> None:
+class WeightsError(ExportError, InvalidInput):
+    """A folder or file of weights is missing, incomplete, broken or of another kind."""
+
+
+def check_weights(path: Path, error: type[WeightsError] = WeightsError) -> None:
     """Raise `error` for a Git-LFS pointer in place of a file, and for a safetensors file cut short."""
     with path.open("rb") as file:
         start = file.read(len(_POINTER))

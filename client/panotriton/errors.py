@@ -14,6 +14,7 @@ PanotritonError
 ├── ExportError           weights cannot be turned into what the server loads
 ├── EngineError           an engine is not installed, or cannot open a graph
 └── ServerStartError      the local server did not come up
+    └── RepositoryMissing there is no exported repository; an InvalidInput as well
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ class EngineError(PanotritonError):
 
 class ServerStartError(PanotritonError):
     """The local server did not come up; the message carries the reason from its log."""
+
+
+class RepositoryMissing(ServerStartError, InvalidInput):
+    """There is no model repository at that place, or it is not exported, or not whole."""
 
 
 def brief(value: object) -> str:

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from panotriton.errors import quoted
+from panotriton.errors import brief, quoted
 from panotriton_export.pickles import CheckpointError
 from panotriton_export.weights import check_weights
 
@@ -119,8 +119,9 @@ def open_base(folder: Path) -> Base:
     parts = [part for part in _CONFIGS if (folder / part).is_dir()]
     if len(parts) < len(_CONFIGS) and not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"{folder} is not a diffusers folder: it has neither model_index.json nor all parts; expected "
-            f"the whole Stable Diffusion 2.1-base folder ({', '.join(_CONFIGS)}), not a single .ckpt file"
+            f"{brief(folder)} is not a diffusers folder: it has neither model_index.json nor all parts; "
+            f"expected the whole Stable Diffusion 2.1-base folder ({', '.join(_CONFIGS)}), not "
+            "a single .ckpt file"
         )
     configs = {part: _read_config(folder / part, name) for part, name in _CONFIGS.items()}
     for part in ("unet", "vae", "text_encoder"):

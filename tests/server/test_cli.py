@@ -73,6 +73,36 @@ def test_a_bad_file_loses_no_other(
     assert [not item.get("error") for item in items] == [Path(p).name not in BAD for p in mixed]
 
 
+def test_a_name_that_no_file_can_have_loses_no_other(
+    tmp_path: Path, url: list[str], capsys: Capture
+) -> None:
+    files = [str(picture(tmp_path / name)) for name in ("one.png", "two.png")]
+    for command in ("score", "describe"):
+        assert main([command, files[0], "z" * 5000, files[1], *url]) == 2
+        out, err = capsys.readouterr()
+        assert all(file in out for file in files)
+        assert max(map(len, out.splitlines())) < 1000
+        assert err.count("\n") == 1
+        assert "z" * 81 not in err
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(
+    tmp_path: Path, url: list[str], capsys: Capture
+) -> None:
+    file = str(picture(tmp_path / "a\x1b[31m\nb.png"))
+    for command in (["score"], ["describe"], ["upscale", "-o", str(tmp_path / "out")]):
+        assert main([command[0], file, *command[1:], *url]) == 0
+        out = capsys.readouterr().out
+        assert r"a\x1b[31m\nb.png" in out
+        assert "\x1b" not in out
+    names = names_of_panoramas(tmp_path / "panoramas", "c\x1b[31m\nd.jpg", "e.jpg")
+    run = ["dataset", str(names[0].parent), "--sample-n", "1", "--sphere", "0", "--crop-size", "64"]
+    assert main([*run, "-o", str(tmp_path / "run"), *url]) == 0
+    out = capsys.readouterr().out
+    assert r"c\x1b[31m\nd" in out
+    assert "\x1b" not in out
+
+
 def test_what_was_upscaled_before_a_failure_is_written(
     mixed: list[str], url: list[str], tmp_path: Path, capsys: Capture
 ) -> None:

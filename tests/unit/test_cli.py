@@ -10,6 +10,7 @@ import pytest
 
 from panotriton.cli import main
 from panotriton.cli.places import check_file, check_folder
+from panotriton.cli.words import one_line
 from panotriton.errors import InvalidInput
 
 PANORAMAS = sorted((Path(__file__).parent.parent / "data" / "panoramas").glob("*.jpg"))[:2]
@@ -85,3 +86,84 @@ def test_wrong_arguments_end_with_2(arguments: list[str], tmp_path: Path) -> Non
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("panotriton: ")
     assert done.stderr.count("\n") == 1
+
+
+LONG = "z" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["process", FILES[0], LONG, "-o", "x", *NOBODY],
+        ["report", LONG],
+        ["dataset", LONG, "--sample-n", "1", "-o", "x", *NOBODY],
+        ["serve", "--repository", LONG],
+        ["upscale", LONG, "-o", "x", *NOBODY],
+        ["upscale", FILES[0], "-o", LONG, *NOBODY],
+        ["describe", LONG, *NOBODY],
+        ["crop", LONG, "--camera", "0,0,0,90,0", "-o", "x", *NOBODY],
+        ["perf-data", "decode", LONG, "-o", "x.json"],
+        ["score", FILES[0], "--protocol", LONG],
+        ["score", FILES[0], "--url", f"http://{LONG}"],
+        [LONG],
+    ],
+    ids=lambda arguments: " ".join(each[:12] for each in arguments[:3]),
+)
+def test_no_long_argument_is_echoed_whole(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code: object = main(arguments)
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    assert code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "zzzz" in last
+    assert "z" * 81 not in last
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["upscale", FILES[0], "-o", "x", "--prompt", "caf\udce9", *NOBODY], "--prompt is"),
+        (["describe", FILES[0], "--header", "X:\udce9", *NOBODY], "a header has"),
+        (["live", "--url", "http://x:1", "--port", "0"], "host:port without a scheme"),
+        (["gateway", "-o", "x", "--url", "http://x:1"], "host:port without a scheme"),
+        (["serve", "--http-port", "99999"], "--http-port is 99999; expected 0 to 65535"),
+        (["gateway", "-o", "x", "--preprocess-port", "-1"], "--preprocess-port is -1"),
+        (["live", "--port", "99999"], "--port is 99999"),
+        (["serve", "--repository", "nope"], "no model repository at nope"),
+        (["score", FILES[0], "--local", "--repository", "nope"], "no model repository at nope"),
+        (["export", "qwen", "--model", "nope"], "nope/config.json not found"),
+        (["export", "osediff", "--base", "nope", "--checkpoint", "x"], "nope is not a diffusers"),
+        (["describe", "a\x1b[31m\nb.jpg", *NOBODY], r"cannot read a\x1b[31m\nb.jpg: No such"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_what_nothing_can_use_is_refused_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("panotriton: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_message_keeps_its_short_words_and_is_cut_once() -> None:
+    cut = f"…{'z' * 79}"
+    assert one_line(f"no '{cut}', `{cut}`: name another") == f"no '{cut}', `{cut}`: name another"
+    words = one_line(f"no {LONG}: name another").split(" ")
+    assert (words[0], len(words[1]), words[2:]) == ("no", 81, ["name", "another"])
+    assert len(one_line(":" * 5000)) == 80

@@ -127,6 +127,7 @@ def test_a_wrong_image_of_a_list_is_named() -> None:
     [
         ({"upscale": 5}, "upscale is 5; expected 1 to 4"),
         ({"align": "x"}, "align is 'x'; expected one of adain"),
+        ({"prompt": "caf\udce9"}, "prompt is .*; expected text that UTF-8 can write: character 3"),
     ],
 )
 def test_options_are_checked_before_anything_is_sent(option: dict[str, object], says: str) -> None:

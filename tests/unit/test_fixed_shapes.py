@@ -158,7 +158,7 @@ def test_sizes_mean_nothing_where_any_shape_is_as_quick(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["export", "osediff", "--preset", "full-random", "--output", str(tmp_path)]
-    assert main([*arguments, "--shapes", "512x512"]) == 1
+    assert main([*arguments, "--shapes", "512x512"]) == 2  # wrong arguments
     assert (
         "--shapes means nothing to cpu; use --provider cuda or tensorrt" in capsys.readouterr().err
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import signal
 import sys
@@ -25,7 +26,8 @@ from panotriton.cli import (
     serve,
 )
 from panotriton.cli.connection import exit_code
-from panotriton.errors import PanotritonError
+from panotriton.cli.words import Parser, one_line
+from panotriton.errors import PanotritonError, ServerStartError, brief
 
 _EXIT_CODES = """\
 exit codes:
@@ -34,6 +36,15 @@ exit codes:
   5  dataset: no healthy server for --patience-s
 of several images each is worked on, and the first that failed gives the code
 """
+# What an operating system says of a name that was given; anything else, as a full disk, is no one's mistake.
+_OF_NAMES = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except PanotritonError as error:
-        print(f"panotriton: {error}", file=sys.stderr)
+        print(f"panotriton: {_words(error)}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:  # a disk that is full, a folder that went away
-        print(f"panotriton: {error}", file=sys.stderr)
-        return 1
+        about = f"{brief(error.filename)}: {error.strerror}" if error.filename else error
+        print(f"panotriton: {one_line(about)}", file=sys.stderr)
+        return 2 if error.errno in _OF_NAMES else 1
+
+
+def _words(error: PanotritonError) -> str:
+    """The message; of a server that did not start, the lines of its log as they are."""
+    if isinstance(error, ServerStartError):
+        return "\n".join(map(one_line, str(error).split("\n")))
+    return one_line(error)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -63,7 +82,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="panotriton",
         description="Pairs of panoramas to quality-filtered, super-resolved image sequences, on Triton.",
         epilog=_EXIT_CODES,

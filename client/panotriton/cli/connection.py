@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from panotriton.cli.serve import add_repository_argument
+from panotriton.cli.words import one_line
 from panotriton.client.client import Client
 from panotriton.client.tls import Tls
 from panotriton.client.transports import TRANSPORTS
@@ -156,7 +157,7 @@ def spinner(console: Console) -> Progress:
 def warn(text: str) -> None:
     """One line on stderr, where there is something to say."""
     if text:
-        print(f"panotriton: warning: {text}", file=sys.stderr, flush=True)
+        print(f"panotriton: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:

@@ -28,6 +28,7 @@ from panotriton.cli.connection import (
 )
 from panotriton.cli.facts import facts
 from panotriton.cli.places import check_folder
+from panotriton.cli.words import one_line, shown
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups import layout
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         console.print(*_result(summary, options.output), sep="")
         if options.report and summary.groups:
-            console.print(str(options.output / "index.html"), soft_wrap=True)
+            console.print(shown(options.output / "index.html"), soft_wrap=True)
     return 0 if summary.complete else 1
 
 
@@ -133,7 +134,7 @@ def _dataset(options: argparse.Namespace) -> Dataset:
         retry_failed=options.retry_failed,
         patience_s=options.patience_s,
         contact_s=min(_CONTACT_S, options.patience_s),
-        warn=lambda line: print(line, file=sys.stderr, flush=True),
+        warn=lambda line: print(one_line(line), file=sys.stderr, flush=True),
     )
 
 
@@ -148,7 +149,7 @@ def _reported(dataset: Dataset, console: Console) -> Iterator[None]:
         task = bar.add_task(unit, total=dataset.sample_n or dataset.target_n)
 
         def report(summary: Summary, line: str) -> None:
-            console.print(line)
+            console.print(shown(line))
             bar.update(
                 task, completed=summary.groups if dataset.sample_n else summary.intervals_kept
             )
@@ -163,7 +164,7 @@ def _result(summary: Summary, output: Path) -> tuple[Text, str]:
         f"{summary.intervals_dropped} dropped; {summary.failed} pairs failed"
     )
     short = "" if summary.complete else f"; {_why_short(output)}"
-    return Text(counts, "bold"), f"{short} → {output}"
+    return Text(counts, "bold"), f"{short} → {shown(output)}"
 
 
 def _why_short(output: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.connection import add_option
+from panotriton.cli.places import check_ports
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
 
@@ -105,6 +106,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
+    check_ports(options)
     try:
         from panotriton.web.gateway import Settings, create_apps, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:

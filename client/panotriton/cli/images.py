@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +27,10 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.cli.many import Results, ask_each
-from panotriton.cli.places import check_folder
+from panotriton.cli.places import check_folder, is_folder
+from panotriton.cli.words import shown
 from panotriton.client.aio import AsyncClient
-from panotriton.errors import InferenceFailed, InvalidInput, quoted
+from panotriton.errors import InferenceFailed, InvalidInput, brief, quoted
 from panotriton.groups.agreement import Agreement, compare
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
 from panotriton.pipeline.contract import DEFAULTS, SR_OPTIONS
@@ -202,14 +204,14 @@ def _run_score(options: argparse.Namespace) -> int:
     paths = [path for given in options.images for path in _images_in(given)]
     if options.compare:
         return _run_compare(options, paths)
-    width = max(len(str(path)) for path in paths)
+    # Those that cannot be opened get no row.
+    width = max((len(shown(p)) for p in paths if os.path.isfile(p)), default=0)  # noqa: PTH113
 
     def take(path: Path, score: Score) -> None:
         numbers = [_number(getattr(score, name)) for name in _SCORES]
-        results.add(_row(str(path), width, numbers), _entry(path, score))
+        results.add(_row(shown(path), width, numbers), _entry(path, score))
 
-    with Results(options) as results:
-        results.console.print(Text(_row("image", width, _SCORES), "bold"), soft_wrap=True)
+    with Results(options, head=Text(_row("image", width, _SCORES), "bold")) as results:
         _score_each(options, paths, options.mode, take, results)
     return results.code
 
@@ -277,11 +279,11 @@ def _agreement_cells(agreement: Agreement) -> list[str]:
 
 def _images_in(path: Path) -> list[Path]:
     """The file itself, or a folder's images by name."""
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     found = images_in(path)
     if not found:
-        raise InvalidInput(f"{path} holds no image ({', '.join(SUFFIXES)})")
+        raise InvalidInput(f"{brief(path)} holds no image ({', '.join(SUFFIXES)})")
     return found
 
 
@@ -296,7 +298,7 @@ def _run_describe(options: argparse.Namespace) -> int:
     def take(path: Path, result: Description) -> None:
         if result.error:
             raise InferenceFailed(result.error)
-        results.add(f"{path}: {result.text}", _entry(path, result))
+        results.add(f"{shown(path)}: {result.text}", _entry(path, result))
 
     with Results(options) as results:
         ask_each(options, "describing", options.images, ask, take, results, at_once=_QWEN_AT_ONCE)
@@ -308,7 +310,7 @@ def _write(path: Path, result: Upscaled | Cropped) -> tuple[str, dict[str, Any]]
     path.parent.mkdir(parents=True, exist_ok=True)
     result.image.save(path)
     width, height = result.image.size
-    return f"{path}  {width}×{height}", {"path": str(path), "size": [width, height]}
+    return f"{shown(path)}  {width}×{height}", {"path": str(path), "size": [width, height]}
 
 
 def _targets(folder: Path, stems: list[str]) -> list[Path]:
@@ -316,7 +318,8 @@ def _targets(folder: Path, stems: list[str]) -> list[Path]:
     twice = {stem for stem in stems if stems.count(stem) > 1}
     if twice:
         raise InvalidInput(
-            f"several images are named {sorted(twice)[0]}: they would overwrite each other in {folder}; "
+            f"several images are named {brief(sorted(twice)[0])}: they would overwrite each other in "
+            f"{brief(folder)}; "
             "rename them, or run them into different folders"
         )
     return [folder / f"{stem}.png" for stem in stems]

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from panotriton.cli.connection import add_option, address, command, console_for
+from panotriton.cli.places import check_ports
 from panotriton.cli.serve import add_repository_argument
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
@@ -45,6 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
+    check_ports(options)
     try:
         from panotriton.web.live import Settings, create_app, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.text import Text
+
 from panotriton.cli.connection import (
     address,
     client_options,
@@ -21,6 +23,7 @@ from panotriton.cli.connection import (
     warn,
     without_nan,
 )
+from panotriton.cli.words import one_line
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import (
     InferenceFailed,
@@ -41,15 +44,17 @@ _OF_ONE = (InferenceFailed, InvalidInput, RequestTimeout, ServerBusy)
 class Results:
     """Prints results: lines, or with --json one array, item by item. `code` is what the command ends with.
 
-    `failed` says on stderr what went wrong with one image, and adds it to the array.
+    head: printed before the first line. `failed` says on stderr what went wrong with one image, and adds it
+    to the array.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, head: Text | None = None) -> None:
         self.console = console_for(options)
         self.code = 0
         self._json: bool = options.json
         self._items = 0
         self._warned = False
+        self._head = head
 
     def __enter__(self) -> Results:
         return self
@@ -64,6 +69,9 @@ class Results:
             print("]" if self._items else "[]", flush=True)
 
     def add(self, line: str, item: dict[str, Any]) -> None:
+        if self._head is not None:
+            self.console.print(self._head, soft_wrap=True)
+            self._head = None
         self.console.print(line, soft_wrap=True)
         self._add(item)
 
@@ -75,8 +83,9 @@ class Results:
 
     def failed(self, path: Path, error: PanotritonError) -> None:
         words = str(error)
-        named = words.startswith(brief(path)) or f" {path}" in words
-        print(f"panotriton: {words if named else f'{path}: {words}'}", file=sys.stderr, flush=True)
+        named = words.startswith(brief(path)) or f" {brief(path)}" in words or f" {path}" in words
+        line = one_line(words if named else f"{brief(path)}: {words}")
+        print(f"panotriton: {line}", file=sys.stderr, flush=True)
         self._add({"image": str(path), "error": words})
         self.code = self.code or exit_code(error)
 

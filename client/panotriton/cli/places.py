@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief
 
-__all__ = ["check_file", "check_folder"]
+__all__ = ["check_file", "check_folder", "check_ports", "is_folder"]
+
+_MAX_PORT = 65535
 
 
 def check_folder(folder: Path) -> None:
     """Raise InvalidInput unless `folder` is one that can be written to, or can be made."""
     there = _nearest(folder)
     if not there.is_dir():
-        raise InvalidInput(f"{there} is a file; expected a folder for the results: name another")
+        raise InvalidInput(
+            f"{brief(there)} is a file; expected a folder for the results: name another"
+        )
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise InvalidInput(
-            f"nothing can be written to {there} ({error.strerror}); expected a folder for the results: "
-            "name another"
+            f"nothing can be written to {brief(there)} ({error.strerror}); expected a folder for the "
+            "results: name another"
         ) from error
 
 
@@ -30,13 +35,30 @@ def check_file(path: Path, *, makes_folder: bool = False) -> None:
     """Raise InvalidInput unless a file `path` can be written, in a folder that exists or is made."""
     if _nearest(path) == path.absolute() and (path.is_dir() or not os.access(path, os.W_OK)):
         raise InvalidInput(
-            f"{path} is a folder or cannot be written; expected a file: name another"
+            f"{brief(path)} is a folder or cannot be written; expected a file: name another"
         )
     if not (makes_folder or path.parent.is_dir()):
         raise InvalidInput(
-            f"{path.parent} is not a folder; expected one for {path.name}: create it first"
+            f"{brief(path.parent)} is not a folder; expected one for {brief(path.name)}: create it first"
         )
     check_folder(path.parent)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; not where nobody may look, or the name is none that a file can have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def check_ports(options: argparse.Namespace) -> None:
+    """Raise InvalidInput for an option named after a port whose value is none; 0 is one, None is left out."""
+    for name, value in vars(options).items():
+        is_port = name == "port" or name.endswith("_port")
+        if is_port and value is not None and not 0 <= value <= _MAX_PORT:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidInput(f"{flag} is {brief(value)}; expected 0 to {_MAX_PORT}")
 
 
 def _nearest(path: Path) -> Path:
@@ -45,4 +67,6 @@ def _nearest(path: Path) -> Path:
         whole = path.absolute()
         return next(part for part in (whole, *whole.parents) if part.exists())
     except OSError as error:  # no permission to look, or a name that no file can have
-        raise InvalidInput(f"{path} cannot be used ({error.strerror}): name another") from error
+        raise InvalidInput(
+            f"{brief(path)} cannot be used ({error.strerror}): name another"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,8 +31,9 @@ from panotriton.cli.connection import (
 )
 from panotriton.cli.facts import facts
 from panotriton.cli.places import check_folder
+from panotriton.cli.words import shown
 from panotriton.client.client import Client
-from panotriton.errors import InvalidInput, PanotritonError
+from panotriton.errors import InvalidInput, PanotritonError, brief
 from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.contract import check_seed
@@ -72,8 +74,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Process one pair of panoramas and write its folder."""
     for path in options.panoramas:
-        if not path.is_file():
-            raise InvalidInput(f"{path} is not a file; expected a panorama ({FORMATS})")
+        if not os.path.isfile(path):  # noqa: PTH113 false of names that no file can have, too
+            raise InvalidInput(f"{brief(path)} is not a file; expected a panorama ({FORMATS})")
     chosen = {"seed": options.seed, **pipeline_options(options).chosen()}
     check_seed("--seed", options.seed)
     check_folder(options.output)
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(console, group, folder, stages)
         if report:
-            console.print(str(report), soft_wrap=True)
+            console.print(shown(report), soft_wrap=True)
     return 0
 
 
@@ -209,7 +211,7 @@ def _show(console: Console, group: Group, folder: Path, stages: list[StageTime])
         result = f"{len(group.kept)} of 8 intervals kept, {group.image_count} images in sequences of {per}"
     else:
         result = "no interval reached the threshold: nothing to interpolate"
-    console.print(Text(result, "bold"), f", {group.seconds:.1f} s → {folder}", sep="")
+    console.print(Text(result, "bold"), f", {group.seconds:.1f} s → {shown(folder)}", sep="")
 
 
 def _intervals(group: Group) -> Table:

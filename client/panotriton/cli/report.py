@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.places import check_file
+from panotriton.cli.words import shown
 from panotriton.groups import layout
 from panotriton.groups.report import write_index, write_report
 
@@ -51,4 +52,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(path: Path) -> None:
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", flush=True)
+    print(f"{shown(path)}  {path.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from panotriton.cli.places import check_file
+from panotriton.cli.places import check_file, check_ports
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
@@ -93,6 +93,7 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
+    check_ports(options)
     check_exported(options.repository)
     if options.log_file:
         check_file(options.log_file)
@@ -135,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 def _probes(supervisor: Supervisor, options: argparse.Namespace) -> Iterator[int]:
     port = options.health_port
     if port is None:
-        port = options.metrics_port and options.metrics_port + 1
+        port = options.metrics_port and (options.metrics_port + 1) % 65536  # after the last: any
     with contextlib.ExitStack() as stack:
         try:
             listening = stack.enter_context(answer_probes(supervisor, options.host, port))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from panotriton.errors import InvalidImage
+from panotriton.errors import InvalidImage, brief
 from panotriton.pipeline.contract import MAX_FILE_BYTES, MIN_SIDE_PX
 from panotriton.pipeline.images import (
     check_encoded,
@@ -84,10 +84,10 @@ def file_bytes(path: Any) -> NDArray[np.object_]:
     try:
         size = Path(path).stat().st_size
         if size > MAX_FILE_BYTES:
-            raise InvalidImage(f"{path} has {size} bytes; expected at most {MAX_FILE_BYTES}")
+            raise InvalidImage(f"{brief(path)} has {size} bytes; expected at most {MAX_FILE_BYTES}")
         return np.array([Path(path).read_bytes()], np.object_)
     except OSError as error:
-        raise InvalidImage(f"cannot read {path}: {error.strerror}") from error
+        raise InvalidImage(f"cannot read {brief(path)}: {error.strerror}") from error
 
 
 def encoded_panorama(path: Any) -> NDArray[np.object_]:

@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ import numpy as np
 
 from panotriton import __version__
 from panotriton.client.aio import AsyncClient
-from panotriton.errors import InferenceFailed, InvalidInput, quoted
+from panotriton.errors import InferenceFailed, InvalidInput, brief, quoted
 from panotriton.groups import layout
 from panotriton.groups.folder import base_name, fill_group, process_command, read_result, write_json
 from panotriton.groups.patience import Outages
@@ -82,12 +83,14 @@ def find_panoramas(folders: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for folder in folders:
-        if not folder.is_dir():
-            raise InvalidInput(f"{folder} is not a folder; expected one that holds panoramas")
+        if not os.path.isdir(folder):  # noqa: PTH112 false of names that no file can have, too
+            raise InvalidInput(
+                f"{brief(folder)} is not a folder; expected one that holds panoramas"
+            )
         found += images_in(folder)
     if len(found) < 2:
         raise InvalidInput(
-            f"{', '.join(map(str, folders))}: {len(found)} panoramas found; expected two or more "
+            f"{', '.join(map(brief, folders))}: {len(found)} panoramas found; expected two or more "
             f"files named {', '.join(SUFFIXES)}"
         )
     return found

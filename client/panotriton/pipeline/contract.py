@@ -190,6 +190,14 @@ def _check_type(name: str, value: Any, kind: str) -> None:
     if not fits[kind]:
         wanted = {"int": "a whole number", "float": "a number", "str": "text"}[kind]
         raise InvalidInput(f"{name} is {quoted(value)}; expected {wanted}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"{name} is {quoted(value)}; expected text that UTF-8 can write: character {error.start} "
+                "is half of one, or a byte that was no UTF-8"
+            ) from error
 
 
 def _check_range(name: str, value: float, low: float, high: float, unit: str) -> None:

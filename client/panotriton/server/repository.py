@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib import util
 from pathlib import Path
 
-from panotriton.errors import ServerStartError
+from panotriton.errors import RepositoryMissing, ServerStartError, brief
 from panotriton.pipeline.files import PROMPT, TAGS, TOKENIZER, settings_file
 from panotriton.pipeline.networks import NETWORKS, PIPELINE, fronts
 
@@ -44,15 +45,15 @@ def check_exported(repository: Path, network: str | None = None) -> None:
 
     network: of this super-resolution network alone; None: of all that the pipeline asks.
     """
-    if not repository.is_dir():
-        raise ServerStartError(
-            f"no model repository at {repository}: build it with "
-            f"`panotriton export --preset small --output {repository}`, or name one with --repository"
+    if not os.path.isdir(repository):  # noqa: PTH112 false of names that no file can have, too
+        raise RepositoryMissing(
+            f"no model repository at {brief(repository)}: build it with "
+            f"`panotriton export --preset small --output {brief(repository)}`, or name one with --repository"
         )
     wanted = _network_files(network) if network else EXPORTED_FILES
     missing = [path for path in wanted if not (repository / path).is_file()]
     if missing:
-        raise ServerStartError(
+        raise RepositoryMissing(
             f"the repository {repository} is not exported yet ({missing[0]} is missing): "
             f"run `panotriton export --preset small --output {repository}`"
         )
@@ -67,7 +68,7 @@ def _check_tagger(repository: Path, network: str) -> None:
     folder, tags = repository / tagger, repository / network / "1" / TAGS
     if _has_graph(folder) == tags.is_file() == folder.is_dir():
         return
-    raise ServerStartError(
+    raise RepositoryMissing(
         f"the tagger in {repository} is incomplete: expected {tagger}/1/model.onnx and "
         f"{network}/1/{TAGS}, or neither. Run `panotriton export {network} --tagger …` again, or remove "
         f"{folder} and every */1/{TAGS}"

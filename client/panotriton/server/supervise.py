@@ -34,9 +34,8 @@ _SILENT_S = 60.0  # a busy machine answers late, a locked server never
 _UNLOAD_S = 8.0  # idle or answering with errors, a dead model's last request ends in about a second
 _LOAD_S = 300.0
 _MOST_BACK_OFF_S = 16.0
-_FLUSH_S = (
-    1.0  # the server calls a request answered once it has handed the answer to its connection
-)
+# The server calls a request answered once it has handed the answer to its connection.
+_FLUSH_S = 1.0
 
 
 class Served(Protocol):

@@ -26,7 +26,16 @@ from panotriton.errors import (
 )
 from panotriton.pipeline.events import Event
 
-__all__ = ["CONNECT_TIMEOUT_S", "Awaited", "Pending", "Transport", "Watch", "Witness", "in_trouble"]
+__all__ = [
+    "CONNECT_TIMEOUT_S",
+    "Awaited",
+    "Pending",
+    "Transport",
+    "Watch",
+    "Witness",
+    "check_url",
+    "in_trouble",
+]
 
 CONNECT_TIMEOUT_S = 10.0
 # Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
@@ -94,6 +103,21 @@ class Witness:
     waited_s: float
 
 
+def check_url(url: str) -> None:
+    """Raise InvalidInput unless `url` is host:port, as both protocols take it."""
+    if "://" in url:
+        raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raise InvalidInput for a name or a value that no request can carry."""
+    for text in (*headers, *headers.values()):
+        if not (text.isascii() and text.isprintable()):
+            raise InvalidInput(
+                f"a header has {text[:20]!a}; expected printable ASCII: encode it first"
+            )
+
+
 class Transport:
     """A protocol's way to one server, checked when made, not contacted.
 
@@ -114,8 +138,8 @@ class Transport:
     unavailable: ClassVar[str]
 
     def __init__(self, url: str, tls: bool | Tls, headers: Mapping[str, str] | None) -> None:
-        if "://" in url:
-            raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
+        check_url(url)
+        check_headers(headers or {})
         self.url = url
         self.tls = tls if isinstance(tls, Tls) else Tls() if tls else None
         self.headers = {name.lower(): value for name, value in (headers or {}).items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief
 from panotriton.groups import layout
 from panotriton.groups.report.document import render, save, template
 from panotriton.groups.report.picture import data_uri, read_picture, within
@@ -52,7 +52,7 @@ def write_index(root: Path, output: Path | None = None) -> Path:
     folders = layout.group_folders(root)
     if not folders:
         raise InvalidInput(
-            f"{root} has no group; expected folders such as group_0001 with a group_info.json, as "
+            f"{brief(root)} has no group; expected folders such as group_0001 with a group_info.json, as "
             "`panotriton process -o` writes them"
         )
     path = output or root / layout.INDEX

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, brief
 from panotriton.groups import layout
 from panotriton.groups.folder import process_command
 from panotriton.pipeline.camera import Camera, interval_bounds
@@ -150,12 +150,12 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InvalidInput(
-            f"{path} does not exist; expected a group's folder such as out/group_0001, as "
+            f"{brief(path)} does not exist; expected a group's folder such as out/group_0001, as "
             "`panotriton process -o out` writes it"
         ) from error
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"{path} cannot be read ({error}); expected JSON: run the group again"
+            f"{brief(path)} cannot be read ({brief(error)}); expected JSON: run the group again"
         ) from error
 
 

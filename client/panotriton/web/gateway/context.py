@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 
+from panotriton.client.transports.base import check_url
 from panotriton.errors import ConnectError, InvalidInput
 from panotriton.groups.folder import JPEG_QUALITY
 from panotriton.pipeline.contract import DEFAULTS, Options
@@ -69,6 +70,7 @@ class Settings:
     max_path_body_bytes: int = field(default=4 << 20, init=False)
 
     def __post_init__(self) -> None:
+        check_url(self.url)
         Options(crop_size=self.crop_size, upscale=self.upscale).check()
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)

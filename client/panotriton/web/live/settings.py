@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from panotriton.client.transports.base import check_url
 from panotriton.errors import InvalidInput
 from panotriton.pipeline.contract import DEFAULTS, Options
 
@@ -28,6 +29,7 @@ class Settings:
     max_visitors: int = 4
 
     def __post_init__(self) -> None:
+        check_url(self.url)
         Options(crop_size=self.crop_size, upscale=self.upscale).check()
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
