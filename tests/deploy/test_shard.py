@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from panotriton import ConnectError, InferenceFailed, PanotritonError
+from panotriton.errors import brief
 from panotriton.server.launch import LocalServer
 from tests.deploy.charts import CHART, ROOT
 
@@ -133,7 +134,8 @@ def test_a_shard_works_through_its_pairs_and_resumes(server: LocalServer, tmp_pa
     folder = tmp_path / "out" / "shard-0000"
     results = json.loads((folder / "results.json").read_text())
     assert [entry["group_id"] for entry in results] == [1, 5]
-    assert json.loads((folder / "failures.json").read_text()) == {"3": "ENCODED_1 is broken"}
+    failures = json.loads((folder / "failures.json").read_text())
+    assert failures == {"3": f"{brief(tmp_path / '2.jpg')} is broken"}
     assert told == [
         "shard 0 of 2: 3 to do, 0 done before",
         "shard 0: 2 done, 1 failed",

@@ -234,18 +234,6 @@ def test_a_broken_panorama_is_told_by_its_file(client: Any, tmp_path: Path) -> N
             ask()
 
 
-def test_a_broken_panorama_of_a_stream_is_told_by_its_file(
-    standin: LocalServer, tmp_path: Path
-) -> None:
-    broken = tmp_path / "cut.jpg"
-    broken.write_bytes(FILES[0].read_bytes()[:30_000])
-    with (
-        Client(standin.grpc_url) as client,
-        pytest.raises(InvalidImage, match=r"^\S+/cut\.jpg is a broken image \("),
-    ):
-        list(client.stream(FILES[0], broken, **SMALL))
-
-
 def test_a_long_value_is_echoed_short_and_keeps_its_kind(client: Any) -> None:
     for name in ("ALIGN", "A" * 20_000):  # the second is told by the server itself
         tensors = {"IMAGES": noise(64, 64)[None], name: np.array([b"x" * 20_000], np.object_)}

@@ -113,11 +113,10 @@ def _group_s(options: Options) -> float:
 
 @dataclass(frozen=True)
 class Stream:
-    """One request to `panorama_stream`, and how long it may take to its last event; files as in `Call`."""
+    """One request to `panorama_stream`, and how long it may take to its last event."""
 
     inputs: Mapping[str, Value]
     timeout_s: float
-    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -240,8 +239,7 @@ def stream(
     """What `panorama_stream` is asked; `events.event_from_tensors` reads its responses."""
     tensors = options.check().tensors() | _camera_tensors(seed, cameras)
     _, images = _panoramas(panorama_1, panorama_2, cuda=False)
-    files = _files(ENCODED_1=panorama_1, ENCODED_2=panorama_2)
-    return Stream(images | tensors, _group_s(options), files)
+    return Stream(images | tensors, _group_s(options))
 
 
 def upscale(

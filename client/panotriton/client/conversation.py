@@ -243,10 +243,10 @@ class Conversation:
 
         encoded = wire.encode(self._transport.library, stream.inputs)
         events = self._transport.stream(_STREAM, encoded, timeout_s, watch)
-        return self._followed(events, timeout_s, stream.files)
+        return self._followed(events, timeout_s)
 
     async def _followed(
-        self, events: AsyncGenerator[Event, None], timeout_s: float, files: Mapping[str, str]
+        self, events: AsyncGenerator[Event, None], timeout_s: float
     ) -> AsyncGenerator[Event, None]:
         await self._retrying(self._check_streams)  # a stream's error would carry no status code
         try:
@@ -255,9 +255,7 @@ class Conversation:
                     yield event
         except self._transport.failures as error:
             raise await self._mapped(error, timeout_s) from error
-        except InvalidInput as error:  # an event, as is the next
-            raise naming_file(error, files) from error
-        except InferenceFailed as error:
+        except InferenceFailed as error:  # an event
             if in_trouble(str(error)):
                 raise ServerUnavailable(f"{self.url}: {error}") from error
             raise
