@@ -124,13 +124,13 @@ def test_an_unexported_repository_is_refused_with_the_command_that_exports_it(
     tmp_path: Path, repository: Path
 ) -> None:
     result = run("serve", "--repository", str(tmp_path / "none"))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"panotriton export --preset small --output {tmp_path}/none" in result.stderr
     copy = tmp_path / "copy"
     shutil.copytree(repository, copy)
     (copy / "osediff_unet" / "1" / "model.onnx").unlink()
     result = run("serve", "--repository", str(copy))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "osediff_unet/1/model.onnx is missing" in result.stderr
     assert "Traceback" not in result.stderr
 

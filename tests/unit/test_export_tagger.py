@@ -513,7 +513,7 @@ def test_the_taggers_files_only_go_together(
 def test_the_taggers_files_are_checked_before_the_rest(
     files: RandomFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(files, tmp_path, dape=files.ram) == 1
+    assert command(files, tmp_path, dape=files.ram) == 2
     assert "no DAPE.pth" in capsys.readouterr().err
-    assert command(files, tmp_path) == 1  # the tagger is fine, the base comes next
+    assert command(files, tmp_path) == 2  # the tagger is fine, the base comes next
     assert "none is not a diffusers folder" in capsys.readouterr().err
