@@ -46,7 +46,8 @@ build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 	touch $@
 
 fault-check: repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
-	timeout 900 $(BIN)/python -m pytest tests/faults
+	timeout 780 $(BIN)/python -m pytest -m "" tests/faults
+	timeout 120 $(BIN)/python -m pytest -m thorough tests/server
 
 deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
 	$(BIN)/python -m pytest tests/deploy

@@ -28,6 +28,7 @@ from tests.server.harm import Victim
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 PANORAMA = np.zeros((64, 128, 3), np.uint8)
 KINDS = ["grpc", "http", "grpc async", "http async"]
+ALSO_HTTP = pytest.param("http", marks=pytest.mark.thorough)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
 LONG = np.zeros((256, 256, 3), np.uint8)  # many tiles: several seconds, where the prompt is slow
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("protocol", ["grpc", ALSO_HTTP])
 def test_what_was_lost_with_its_server_is_sent_once_more(victim: Victim, protocol: str) -> None:
     url = victim.grpc_url if protocol == "grpc" else victim.http_url
     with Client(url, protocol=protocol, retries=0) as once:
@@ -162,7 +163,7 @@ def test_what_was_lost_with_its_server_is_sent_once_more(victim: Victim, protoco
         assert ended == [(512, 512)]
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("protocol", ["grpc", ALSO_HTTP])
 def test_memory_is_registered_anew_at_a_server_that_was_started_anew(
     victim: Victim, protocol: str
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_run_outlasts_its_server(
     assert content(output) == content(undisturbed)
 
 
+@pytest.mark.thorough
 def test_patience_ends_with_its_own_code_and_the_run_goes_on_later(
     victim: Victim, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
