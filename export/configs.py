@@ -8,13 +8,21 @@ from pathlib import Path
 
 import onnx
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from panotriton.errors import ExportError, quoted
+from panotriton.models.one_step import TILES_A_REQUEST
 from panotriton.server.engines import ENGINES, ConfigEntries, Engine
 from panotriton.server.engines.shapes import BATCHES, EXPECTED
 
-__all__ = ["find_engine", "fit_config", "read_config", "set_engine", "set_instances"]
+__all__ = [
+    "find_engine",
+    "fit_config",
+    "read_config",
+    "set_engine",
+    "set_instances",
+    "tiles_a_request",
+]
 
 Rows = Sequence[Mapping[str, tuple[int, ...]]]  # shapes of inputs, without the batch
 
@@ -61,6 +69,16 @@ def set_instances(model: Path, count: int) -> None:
 def read_config(model: Path) -> ModelConfig:
     """`model`/config.pbtxt."""
     return text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def tiles_a_request(denoiser: ModelConfig) -> int:
+    """How many tiles an image sends at once: on a GPU as many as fill the largest batch, without a wait.
+
+    Elsewhere no more than four, since a batch of tiles of several images computes as quickly.
+    """
+    most = int(denoiser.max_batch_size)
+    on_gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in denoiser.instance_group)
+    return most if on_gpu or BATCHES in denoiser.parameters else min(TILES_A_REQUEST, most)
 
 
 def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ()) -> None:

@@ -27,9 +27,9 @@ from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS, Options
 from panotriton.pipeline.files import TOKENIZER
 from panotriton.pipeline.networks import PIPELINE
 
-__all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all", "vae_tile"]
+__all__ = ["CallNetwork", "Limits", "Places", "SuperResolver", "run_all", "vae_tile"]
 
-_TILES_A_REQUEST = 4
+_AHEAD = 2  # images resized, or given their colours, while others are at the networks
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
 _PROMPTS = 64
 
@@ -51,7 +51,7 @@ class CallNetwork(Protocol):
 class Limits:
     """What bounds memory: each is a parameter of the model's config.pbtxt.
 
-    images_in_flight: of one call between encoder and decoder; tiles_in_flight: of one image, sent and
+    images_in_flight: between encoder and decoder, of one `Places`; tiles_in_flight: of one image, sent and
     not yet back; vae_untiled_max_pixels: above it the VAE works in tiles of 1024 px with 64 px of
     context, which changes the result a little, since group norm then sees one tile at a time.
     """
@@ -59,6 +59,18 @@ class Limits:
     images_in_flight: int = 4
     tiles_in_flight: int = 16
     vae_untiled_max_pixels: int = 4_194_304
+
+
+class Places:
+    """How many images are where at once, so that the networks never wait for a processor.
+
+    As many as `images_in_flight` are `at_networks`; two more are resized or given their colours meanwhile.
+    In whole, `in_work`, that bounds memory however many images there are.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.at_networks = asyncio.Semaphore(limits.images_in_flight)
+        self.in_work = asyncio.Semaphore(limits.images_in_flight + _AHEAD)
 
 
 class SuperResolver:
@@ -110,34 +122,45 @@ class SuperResolver:
         call: CallNetwork,
         options: Options,
         warnings: list[str] | None = None,
+        places: Places | None = None,
     ) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
         Of the options: upscale, align and prompt. warnings: gets one where a prompt, tags included, is
-        longer than the text encoder reads; no more than one. Raises InvalidInput for more pixels than a
-        request may make, before they are allocated; else whatever `call` raises.
+        longer than the text encoder reads; no more than one. places: shared with other calls; its own where
+        left out. Raises InvalidInput for more pixels than a request may make, before they are allocated;
+        else whatever `call` raises.
         """
         plan = self._network.plan(images.shape[1], images.shape[2], options.upscale)
         _check_amount(len(images), plan)
         if self._tags is None:  # one prompt: before images that would all find it missing
             await self._embed(options.prompt, call)
-        results = np.empty((len(images), *plan.output, 3), np.uint8)
-        gate = asyncio.Semaphore(self.limits.images_in_flight)
+        where = places or Places(self.limits)
+        results = np.empty((0, *plan.output, 3), np.uint8)
 
         async def work(index: int) -> None:
-            async with gate:
-                source = await asyncio.to_thread(plan.prepare, images[index])
-                prompt = await self._tagged(options.prompt, source, call)
-                if warnings is not None and not warnings and (cut := self.warning(prompt)):
-                    warnings.append(cut)
-                embeds = await self._embed(prompt, call)
-                sharp = await _OneImage(self._network, self.limits, call, embeds).run(source)
-                results[index] = await asyncio.to_thread(
-                    _finish, plan, sharp, source, options.align
-                )
+            nonlocal results
+            async with where.in_work:
+                if not len(results):  # only now: calls that wait for a place take no memory
+                    results = np.empty((len(images), *plan.output, 3), np.uint8)
+                source = await _prepared(plan, images[index])
+                async with where.at_networks:
+                    sharp = await self._through_networks(source, options, call, warnings)
+                finish = (plan, sharp, source, options.align, results[index])
+                await asyncio.to_thread(_finish, *finish)
 
         await run_all(work(index) for index in range(len(images)))
         return results
+
+    async def _through_networks(
+        self, source: U8, options: Options, call: CallNetwork, warnings: list[str] | None
+    ) -> U8:
+        """One image (H, W, 3) of the network's size → the same size, super-resolved."""
+        prompt = await self._tagged(options.prompt, source, call)
+        if warnings is not None and not warnings and (cut := self.warning(prompt)):
+            warnings.append(cut)
+        embeds = await self._embed(prompt, call)
+        return await _OneImage(self._network, self.limits, call, embeds).run(source)
 
     async def _tagged(self, prompt: str, source: U8, call: CallNetwork) -> str:
         """The prompt of one image (H, W, 3): its tags and `prompt`. Triton joins what all images ask."""
@@ -196,13 +219,14 @@ class _OneImage:
             noise: F32 = (await self._predict_noise(latent[None]))[0]
             return noise
         blend = TileBlend((channels, height, width), tile, self._network.overlap)
-        chunks = range(0, len(blend.positions), _TILES_A_REQUEST)
+        many = min(self._network.tiles_a_request, self._limits.tiles_in_flight)
+        chunks = range(0, len(blend.positions), many)
         sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
         try:
-            for positions in (blend.positions[i : i + _TILES_A_REQUEST] for i in chunks):
+            for positions in (blend.positions[i : i + many] for i in chunks):
                 work = self._predict_noise(blend.cut(latent, positions))
                 sent.append((positions, asyncio.ensure_future(work)))
-                if len(sent) * _TILES_A_REQUEST >= self._limits.tiles_in_flight:
+                if len(sent) * many >= self._limits.tiles_in_flight:
                     await self._blend_first(blend, sent)
             while sent:
                 await self._blend_first(blend, sent)
@@ -260,8 +284,19 @@ def vae_tile(height: int, width: int, limits: Limits) -> tuple[int, int]:
     return min(height, most), min(width, most)
 
 
-def _finish(plan: SizePlan, sharp: U8, source: U8, align: str) -> U8:
-    return plan.finish(align_colours(sharp, source, align))
+async def _prepared(plan: SizePlan, image: U8) -> U8:
+    """`plan.prepare` in threads, rows side by side where they can be made apart."""
+    bands = plan.bands(image)
+    if len(bands) == 1:
+        return await asyncio.to_thread(plan.prepare, image)
+    source = np.empty((*plan.network, 3), np.uint8)
+    await run_all(asyncio.to_thread(plan.prepare_band, image, band, source[band]) for band in bands)
+    return source
+
+
+def _finish(plan: SizePlan, sharp: U8, source: U8, align: str, result: U8) -> None:
+    """Colours and size of what the networks made, into `result`."""
+    result[...] = plan.finish(align_colours(sharp, source, align))
 
 
 def _times(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
