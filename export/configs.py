@@ -93,6 +93,10 @@ def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ())
     text = re.sub(rf'backend: "({"|".join(_backends())})"', f'backend: "{engine.backend}"', text)
     if batch := engine.largest_batch(model.name):
         text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {batch}", text)
+    if (
+        engine.fixed_batches
+    ):  # requests gather while the network is busy; while it is not, none has to wait
+        text = re.sub(r"max_queue_delay_microseconds: \d+", "max_queue_delay_microseconds: 0", text)
     config.write_text(text)
     entries = _merged(engine.precisions[precision], _shape_entries(model, engine, expected))
     config.write_text(text + _text(engine, entries))

@@ -20,11 +20,19 @@ from panotriton.models.one_step import read_network
 from panotriton.models.super_resolution import Limits, SuperResolver
 from panotriton.pipeline.contract import Options
 from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
-from panotriton.server.engines import CPU, CUDA, TENSORRT, ConfigEntries, Settings, onnxruntime
+from panotriton.server.engines import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    ConfigEntries,
+    Engine,
+    Settings,
+    onnxruntime,
+)
 from panotriton.server.engines.onnxruntime import BoundSession, ShapedSessions
 from panotriton.server.engines.per_shape import PerShape
 from panotriton.server.engines.shapes import FixedShapes, text_of
-from panotriton_export.configs import set_engine
+from panotriton_export.configs import read_config, set_engine, tiles_a_request
 from tests.server import graphs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -97,9 +105,29 @@ def test_the_config_for_a_gpu_names_batches_shapes_and_the_backend(tmp_path: Pat
     assert fixed.expected == tuple(
         {"LATENT": (batch, 4, 96, 96), "PROMPT_EMBEDS": (batch, 77, 1024)} for batch in (1, 4, 8)
     )
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0
     set_engine(unet, CPU, "fp32")
     config, parameters = parameters_of(unet)
     assert (config.backend, config.max_batch_size, parameters) == ("onnxruntime", 8, {})
+
+
+@pytest.mark.parametrize(
+    ("engine", "tiles"),
+    [
+        (CUDA, 8),
+        (replace(CUDA, fixed_batches={"osediff_unet": (1, 2)}), 2),  # never more than it takes
+        (replace(CPU, fixed_batches={"osediff_unet": (1, 6)}), 6),
+        (TENSORRT, 8),
+        (CPU, 4),
+        (replace(CPU, batches={"osediff_unet": 3}), 3),
+    ],
+)
+def test_an_image_sends_as_many_tiles_as_the_config_takes(
+    tmp_path: Path, engine: Engine, tiles: int
+) -> None:
+    unet = model(tmp_path, "osediff_unet")
+    set_engine(unet, engine, "fp32")
+    assert tiles_a_request(read_config(unet)) == tiles
 
 
 def test_images_go_through_the_vae_one_by_one(tmp_path: Path) -> None:

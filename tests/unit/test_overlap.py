@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import json
 import selectors
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,3 +262,36 @@ def test_bands_of_rows_are_those_of_the_whole(
     prepared = asyncio.run(super_resolution._prepared(plan, image))
     np.testing.assert_array_equal(prepared, whole)
     assert (prepared is image) == (plan.network == size)
+
+
+def test_calls_in_flight_wait_beside_each_other_and_take_no_thread_from_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many as 30, however few cores there are; asyncio's own threads stay free meanwhile."""
+    count = 30
+    together = threading.Barrier(count + 1, timeout=60)
+
+    class Request:
+        def __init__(self, **given: Any) -> None:
+            pass
+
+        def exec(self) -> Any:
+            together.wait()
+            return SimpleNamespace(has_error=lambda: False)
+
+    server = ModuleType("triton_python_backend_utils")
+    server.InferenceRequest = Request  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, server.__name__, server)
+    monkeypatch.delitem(sys.modules, "panotriton.models.requests", raising=False)
+    requests = importlib.import_module("panotriton.models.requests")
+
+    async def work() -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        calls = [asyncio.ensure_future(requests.call("model", {}, [])) for _ in range(count)]
+        await asyncio.to_thread(together.wait)  # only passes where all calls are in flight
+        return await asyncio.gather(*calls)
+
+    try:
+        assert asyncio.run(work()) == [{}] * count
+    finally:
+        sys.modules.pop("panotriton.models.requests", None)
