@@ -20,9 +20,12 @@ __all__ = [
     "fit_config",
     "read_config",
     "set_engine",
+    "set_gpus",
     "set_instances",
     "tiles_a_request",
 ]
+
+_GPU_INSTANCES = re.compile(r"kind: KIND_(?:GPU|AUTO)( count: \d+)(?: gpus: \[[^\]]*\])?")
 
 Rows = Sequence[Mapping[str, tuple[int, ...]]]  # shapes of inputs, without the batch
 
@@ -64,6 +67,21 @@ def set_instances(model: Path, count: int) -> None:
     """
     config = model / "config.pbtxt"
     config.write_text(re.sub(r"count: \d+", f"count: {count}", config.read_text()))
+
+
+def set_gpus(model: Path, gpus: Sequence[int]) -> None:
+    """Have `model` run on these GPUs, by as many instances on each as its config says.
+
+    Without, Triton runs it on every GPU that it sees. Each instance is a process with weights and sessions
+    of its own. Raises ExportError for a model that is not for a GPU.
+    """
+    config = model / "config.pbtxt"
+    text, count = _GPU_INSTANCES.subn(
+        rf"kind: KIND_GPU\1 gpus: [ {', '.join(map(str, gpus))} ]", config.read_text()
+    )
+    if not count:
+        raise ExportError(f"{config} has no instances on a GPU, of which one could be chosen")
+    config.write_text(text)
 
 
 def read_config(model: Path) -> ModelConfig:

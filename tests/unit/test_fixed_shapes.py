@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from panotriton.cli import main
-from panotriton.errors import EngineError, InvalidInput
+from panotriton.errors import EngineError, ExportError, InvalidInput
 from panotriton.local import in_process, open_network
 from panotriton.models.input_shapes import input_shapes
 from panotriton.models.one_step import read_network
@@ -32,7 +32,7 @@ from panotriton.server.engines import (
 from panotriton.server.engines.onnxruntime import BoundSession, ShapedSessions
 from panotriton.server.engines.per_shape import PerShape
 from panotriton.server.engines.shapes import FixedShapes, text_of
-from panotriton_export.configs import read_config, set_engine, tiles_a_request
+from panotriton_export.configs import read_config, set_engine, set_gpus, tiles_a_request
 from tests.server import graphs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,6 +128,34 @@ def test_an_image_sends_as_many_tiles_as_the_config_takes(
     unet = model(tmp_path, "osediff_unet")
     set_engine(unet, engine, "fp32")
     assert tiles_a_request(read_config(unet)) == tiles
+
+
+def test_several_gpus_are_a_line_of_the_config(tmp_path: Path) -> None:
+    unet, qwen = model(tmp_path, "osediff_unet"), model(tmp_path, "qwen")
+    set_engine(unet, CUDA, "fp16")
+    for path, count in ((unet, 1), (qwen, 1)):
+        for gpus in ([0, 1], [2]):
+            set_gpus(path, gpus)
+            (group,) = parameters_of(path)[0].instance_group
+            found = (ModelInstanceGroup.Kind.Name(group.kind), group.count, list(group.gpus))
+            assert found == ("KIND_GPU", count, gpus)
+    with pytest.raises(ExportError, match="osediff/config.pbtxt has no instances on a GPU"):
+        set_gpus(model(tmp_path, "osediff"), [0])
+
+
+def test_gpus_are_refused_where_there_would_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = ["export", "osediff", "--preset", "full-random", "--output", str(tmp_path)]
+    qwen = ["export", "qwen", "--model", str(tmp_path), "--output", str(tmp_path)]
+    assert main([*full, "--gpus", "0,1"]) == 2
+    assert "--gpus means nothing to cpu; use --provider cuda or tensorrt" in capsys.readouterr().err
+    assert main([*qwen, "--engine", "vllm", "--gpus", "0"]) == 2
+    assert "--gpus means nothing to vllm, which has tensor_parallel_size" in capsys.readouterr().err
+    for wrong in ("0,0", "0,", "-1", "a"):
+        with pytest.raises(SystemExit):
+            main([*full, f"--gpus={wrong}"])
+        assert "names no GPUs; expected different numbers, as 0,1" in capsys.readouterr().err
 
 
 def test_images_go_through_the_vae_one_by_one(tmp_path: Path) -> None:
