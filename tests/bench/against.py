@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +52,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def checked_out(commit: str) -> Path:
-    """The commit's files, importable as they are."""
+    """The commit's files, and a Python in .venv that imports them beside this one's packages.
+
+    An environment and not PYTHONPATH, which the server's Python models do not see.
+    """
     folder = WORK / commit
     if not folder.is_dir():
         folder.mkdir(parents=True)
@@ -62,20 +65,26 @@ def checked_out(commit: str) -> Path:
         subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
         for name, target in _LINKS.items():
             (folder / name).symlink_to(target)
+        venv.create(folder / ".venv", with_pip=False)
+        found = [str(folder / "client"), str(folder)]
+        found += [path for path in sys.path if path.endswith("site-packages")]
+        (site,) = (folder / ".venv").glob("lib/python*/site-packages")
+        (site / "trees.pth").write_text("\n".join(found) + "\n")
     return folder
 
 
-def environment(tree: Path) -> dict[str, str]:
-    """In which `panotriton` is the tree's, for its server's models too."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tree / "client"), str(tree)])}
+def interpreter(tree: Path) -> str:
+    """The Python whose `panotriton` is the tree's."""
+    own = tree / ".venv" / "bin" / "python"
+    return sys.executable if tree == script.ROOT else str(own)
 
 
 def exported(tree: Path) -> Path:
     """The small preset by the tree's own export."""
     folder = tree / "repository"
     if not (folder / "osediff" / "1" / "osediff.json").is_file():
-        command = [sys.executable, "-m", "panotriton", "export", "--preset", "small"]
-        subprocess.run([*command, "--output", folder], check=True, env=environment(tree))
+        command = [interpreter(tree), "-m", "panotriton", "export", "--preset", "small"]
+        subprocess.run([*command, "--output", folder], check=True)
     return folder
 
 
@@ -99,10 +108,10 @@ def around_stand_ins(tree: Path, folder: Path) -> Path:
 @contextmanager
 def served(tree: Path, repository: Path) -> Iterator[Client]:
     """A client of a server that the tree's own command starts."""
-    command = [sys.executable, "-m", "panotriton", "serve", "--repository", repository]
+    command = [interpreter(tree), "-m", "panotriton", "serve", "--repository", repository]
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
     with subprocess.Popen(
-        [*map(str, command), *ports], env=environment(tree), stdout=subprocess.PIPE, text=True
+        [*map(str, command), *ports], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout is not None
@@ -184,8 +193,8 @@ def overlaps(trees: Mapping[str, Path], chosen: Any) -> dict[str, Any]:
         around_stand_ins(script.ROOT, Path(work) / "repository")
         folder = Path(work) / "repository" / "osediff" / "1"
         for name, mode in {"images of a group, 4 in flight": "4", "one after another": "1"}.items():
-            command = [sys.executable, str(Path(__file__).with_name("sleeping.py")), str(folder)]
-            command += [mode, *["--quick"] * chosen.quick]
+            command = [str(Path(__file__).with_name("sleeping.py")), str(folder), mode]
+            command += ["--quick"] * chosen.quick
             busy: list[float] = []
             sides = {side: partial(asleep, tree, command, busy) for side, tree in trees.items()}
             try:
@@ -199,7 +208,7 @@ def overlaps(trees: Mapping[str, Path], chosen: Any) -> dict[str, Any]:
 def asleep(tree: Path, command: list[str], busy: list[float]) -> float:
     """Seconds that `sleeping` takes with the tree's package; adds its device's to `busy`."""
     done = subprocess.run(
-        command, env=environment(tree), capture_output=True, text=True, check=False
+        [interpreter(tree), *command], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])

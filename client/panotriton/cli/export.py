@@ -146,6 +146,13 @@ def _add_qwen(parts: Any) -> None:
         "(%(default)s)",
     )
     parser.add_argument(
+        "--decode",
+        choices=["dynamic", "static"],
+        default="dynamic",
+        help="static: replies by buffers of fixed shape, so that on a GPU a token's work is compiled and "
+        "replayed whole; the first replies of each batch size wait for that (%(default)s)",
+    )
+    parser.add_argument(
         "--export-vision",
         type=_size,
         metavar="HxW",
@@ -273,6 +280,7 @@ def _run_qwen(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             engine=options.engine,
             vision_size=options.export_vision,
+            decode=options.decode,
             question=options.question,
             report=_report,
         )

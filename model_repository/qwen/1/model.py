@@ -69,6 +69,7 @@ class _Torch:
             max_pixels=settings["max_pixels"],
             memory_fraction=float(limits["gpu_memory_fraction"]["string_value"]),
             vision=FixedVision(tuple(grid), _see) if grid else None,
+            decode=settings.get("decode", "dynamic"),
         )
 
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
