@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,16 +29,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import script
 
-from panotriton import Client
 from panotriton.errors import ServerStartError
 from panotriton.server.repository import EXPORTED_FILES
 
 WORK = script.ROOT / "build" / "against"
 PARTS = ("group", "image", "overlap")
 IMAGES = ((512, 512, 1), (512, 512, 2), (512, 1024, 2))
+Ask = Callable[..., float]  # JSON of what is wanted → seconds
 _LINKS = {"panotriton_export": "export", "panotriton_models": "model_repository"}
 _ADDRESS = re.compile(r"gRPC +(\S+)")
 
@@ -106,8 +104,8 @@ def around_stand_ins(tree: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def served(tree: Path, repository: Path) -> Iterator[Client]:
-    """A client of a server that the tree's own command starts."""
+def served(tree: Path, repository: Path) -> Iterator[Ask]:
+    """Asks a server that the tree's own command starts, by the tree's own client."""
     command = [interpreter(tree), "-m", "panotriton", "serve", "--repository", repository]
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
     with subprocess.Popen(
@@ -123,16 +121,30 @@ def served(tree: Path, repository: Path) -> Iterator[Client]:
             found = _ADDRESS.search(said)
             if found is None:
                 raise ServerStartError(f"{tree} does not serve; its output above has the reason")
-            with Client(found[1], timeout_s=600) as client:
-                yield client
+            with asking(tree, found[1]) as ask:
+                yield ask
         finally:
             process.terminate()
+            process.communicate()  # to its end: what it still says needs a reader
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+@contextmanager
+def asking(tree: Path, address: str) -> Iterator[Ask]:
+    command = [interpreter(tree), str(Path(__file__).with_name("asking.py")), address]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def ask(**wanted: Any) -> float:
+            process.stdin.write(json.dumps(wanted) + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            said = process.stdout.readline()  # type: ignore[union-attr]
+            if not said:
+                raise ServerStartError(f"{tree} does not answer; its output above has the reason")
+            return float(said)
+
+        yield ask
+        process.stdin.close()  # type: ignore[union-attr]
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], turns: int) -> dict[str, Any]:
@@ -157,30 +169,26 @@ def in_turns(sides: Mapping[str, Callable[[], float]], turns: int) -> dict[str, 
 def groups(trees: Mapping[str, Path], chosen: Any) -> dict[str, Any]:
     request = {"seed": script.SEED, "crop_size": 64 if chosen.quick else chosen.crop_size}
     request["interpolations"] = 1 if chosen.quick else 9
+    request["panoramas"] = [str(path) for path in script.GROUP]
     with ExitStack() as stack:
         sides = {}
         for name, tree in trees.items():
-            client = stack.enter_context(served(tree, exported(tree)))
-            sides[name] = lambda client=client: seconds(
-                lambda: client.process(*script.GROUP, **request)
-            )
+            ask = stack.enter_context(served(tree, exported(tree)))
+            sides[name] = partial(ask, **request)
         return {"a group": in_turns(sides, chosen.turns)}
 
 
 def images(trees: Mapping[str, Path], chosen: Any) -> dict[str, Any]:
     with ExitStack() as stack:
-        clients = {}
+        asks = {}
         for name, tree in trees.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "repository"
             repository = around_stand_ins(tree, folder)
-            clients[name] = stack.enter_context(served(tree, repository))
+            asks[name] = stack.enter_context(served(tree, repository))
         found = {}
         for height, width, upscale in IMAGES:
-            image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-            sides = {
-                name: lambda client=client: seconds(lambda: client.upscale(image, upscale=upscale))  # noqa: B023
-                for name, client in clients.items()
-            }
+            wanted = {"side": (height, width), "upscale": upscale}
+            sides = {name: partial(ask, **wanted) for name, ask in asks.items()}
             turns = chosen.turns if chosen.quick else 5 * chosen.turns
             found[f"{height}×{width} px × {upscale}"] = in_turns(sides, turns)
         return found

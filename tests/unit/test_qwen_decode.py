@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from panotriton.models import qwen_cache
+from panotriton.models import qwen_cache, qwen_windows
 from panotriton.models.qwen import QwenVL
 from panotriton.models.qwen_cache import StaticCaches
 from tests.unit.test_qwen import PROMPT, SMALL, engine, folders, images  # noqa: F401 fixtures
@@ -209,3 +209,36 @@ def test_a_reading_without_a_kept_prefix_has_no_cache(images: list[np.ndarray]) 
     with steps(model) as seen:
         model.read_number(images[:3], PROMPT)
     assert [step["cache"] for step in seen] == [None]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_windows_of_one_length_are_one_call(
+    folders: dict[str, Path],  # noqa: F811
+    images: list[np.ndarray],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """And what they compute is what transformers' own attention does, window by window."""
+    joined = engine(folders[name])
+    with monkeypatch.context() as patched:
+        patched.setattr("panotriton.models.qwen.join_windows", lambda model: None)
+        plain = engine(folders[name])
+    inputs = joined.inputs(images, PROMPT)
+    shown = (inputs["pixel_values"], inputs["image_grid_thw"])
+    calls: list[int] = []
+    sdpa = qwen_windows.scaled_dot_product_attention
+
+    def counted(*tensors: Any, **given: Any) -> Any:
+        calls.append(len(tensors[0]))
+        return sdpa(*tensors, **given)
+
+    monkeypatch.setattr(qwen_windows, "scaled_dot_product_attention", counted)
+    with torch.inference_mode():
+        got, expected = (model.model.model.visual(*shown) for model in (joined, plain))
+    np.testing.assert_allclose(got.pooler_output, expected.pooler_output, atol=1e-4)
+    depth, patches = len(joined.model.model.visual.blocks), inputs["image_grid_thw"].prod(-1)
+    if name != "qwen2_5_vl":  # each image is a window
+        assert len(calls) == depth * len(patches.unique())
+        return
+    assert len(calls) < depth * int(patches.sum()) / 64 / 2
+    assert max(calls) > len(images)

@@ -41,6 +41,7 @@ from transformers.utils import is_flash_attn_2_available
 from panotriton.errors import InvalidInput
 from panotriton.models.qwen_cache import KEPT, LENGTHS, StaticCaches, read_only, repeated
 from panotriton.models.qwen_memory import check_fits, estimate, free_ram_bytes, stored_parameters
+from panotriton.models.qwen_windows import join_windows
 from panotriton.pipeline.quality import (
     LEVEL_SKELETON,
     LEVELS,
@@ -133,6 +134,8 @@ class QwenVL:
                 "of the model's: copy the whole folder"
             )
         self.model = model.to(device).eval()
+        if attention == "sdpa":
+            join_windows(self.model)
         # Flash attention packs rows by their padding, which has only been tried at one end of a row.
         self.prefix_cache = prefix_cache and attention == "sdpa"
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
