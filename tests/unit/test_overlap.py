@@ -98,6 +98,13 @@ class Machine:
         spans = [(start, end) for what, start, end in self.spans if what in kinds]
         return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
 
+    def count(self, what: str) -> int:
+        return sum(kind == what for kind, _, _ in self.spans)
+
+    def end(self, what: str) -> float:
+        """Of its last span."""
+        return max(end for kind, _, end in self.spans if kind == what)
+
     def idle(self, what: str) -> float:
         """Seconds between its first span and its last in which it did nothing."""
         spans = sorted((start, end) for kind, start, end in self.spans if kind == what)
@@ -209,6 +216,25 @@ def test_calls_that_share_places_overlap_as_the_images_of_one_do(
         await asyncio.gather(*asked)
 
     assert spent(monkeypatch, machine, work) == PREPARE_S + count * NETWORKS_S + FINISH_S
+
+
+def test_tiles_of_a_large_image_are_decoded_while_others_are_blended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder and decoder are never idle between them, and only the last blend is waited for."""
+    machine, tiles = Machine(), 3
+    limits = Limits(vae_untiled_max_pixels=2048 * 256)
+    resolver = SuperResolver(folder, limits)
+    image = pictures(1, 256, 3072)  # cores of 1024 px
+
+    def work() -> Coroutine[Any, Any, Any]:
+        return resolver.run(image, machine.call, Options(upscale=1))
+
+    spent(monkeypatch, machine, work)
+    encoder, decoder = OSEDIFF.encoder, OSEDIFF.decoder
+    assert [machine.count(what) for what in (encoder, decoder)] == [tiles, tiles]
+    assert [machine.idle(what) for what in (encoder, decoder)] == [0, 0]
+    assert machine.end("prepare") == machine.end(decoder) + PREPARE_S  # a blend's seconds, too
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,7 @@ from panotriton.errors import InvalidImage, InvalidInput, quoted
 from panotriton.models.colours import align_colours
 from panotriton.models.one_step import OneStepNetwork, SizePlan, read_network
 from panotriton.models.tags import Tags, tagger_input
-from panotriton.models.tiles import TileBlend, windows
+from panotriton.models.tiles import TileBlend, Window, windows
 from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS, Options
 from panotriton.pipeline.files import TOKENIZER
 from panotriton.pipeline.networks import PIPELINE
@@ -31,12 +32,12 @@ __all__ = ["CallNetwork", "Limits", "Places", "SuperResolver", "run_all", "vae_t
 
 _AHEAD = 2  # images resized, or given their colours, while others are at the networks
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
+_VAE_TILES = 2  # of one image: the next waits at the network while one is blended
 _PROMPTS = 64
 
 T = TypeVar("T")
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
-Positions = list[tuple[int, int]]  # (y, x) of tiles
 
 
 class CallNetwork(Protocol):
@@ -207,9 +208,11 @@ class _OneImage:
         f = self._network.latent_px
         shape = (self._network.channels, source.shape[0] // f, source.shape[1] // f)
         latent = np.zeros(shape, np.float32)
-        for window in windows(shape[1], shape[2], tile // f, pad // f):
-            part = await self._encode_tile(source[_times(window.read, f)])
-            latent[:, window.read[0], window.read[1]] += part * window.weights
+        tiles = list(windows(shape[1], shape[2], tile // f, pad // f))
+        sent = (self._encode_tile(source[_times(window.read, f)]) for window in tiles)
+        async with aclosing(_in_order(sent, _VAE_TILES)) as parts:
+            for window in tiles:
+                latent[:, window.read[0], window.read[1]] += await anext(parts) * window.weights
         return latent
 
     async def _denoise(self, latent: F32) -> F32:
@@ -220,41 +223,26 @@ class _OneImage:
             return noise
         blend = TileBlend((channels, height, width), tile, self._network.overlap)
         many = min(self._network.tiles_a_request, self._limits.tiles_in_flight)
-        chunks = range(0, len(blend.positions), many)
-        sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
-        try:
-            for positions in (blend.positions[i : i + many] for i in chunks):
-                work = self._predict_noise(blend.cut(latent, positions))
-                sent.append((positions, asyncio.ensure_future(work)))
-                if len(sent) * many >= self._limits.tiles_in_flight:
-                    await self._blend_first(blend, sent)
-            while sent:
-                await self._blend_first(blend, sent)
-        finally:
-            for _, task in sent:
-                task.cancel()
+        chunks = [blend.positions[i : i + many] for i in range(0, len(blend.positions), many)]
+        sent = (self._predict_noise(blend.cut(latent, positions)) for positions in chunks)
+        # In the order of the tiles, not of their arrival: sums then round alike every time.
+        async with aclosing(_in_order(sent, -(-self._limits.tiles_in_flight // many))) as found:
+            for positions in chunks:
+                blend.add(await anext(found), positions)
         return blend.result()
-
-    @staticmethod
-    async def _blend_first(
-        blend: TileBlend, sent: deque[tuple[Positions, asyncio.Task[F32]]]
-    ) -> None:
-        """In the order of the tiles, not of their arrival: sums then round alike every time."""
-        positions, task = sent[0]
-        blend.add(await task, positions)
-        sent.popleft()
 
     async def _decode(self, latent: F32, source: U8) -> U8:
         if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
             return await self._decode_tile(latent)
         f = self._network.latent_px
         image = np.zeros(source.shape, np.float32)
-        for window in windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX):
-            y, x = (slice(span.start // f, span.stop // f) for span in window.read)
-            tile = await self._decode_tile(latent[:, y, x])
-            # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
-            tile = align_colours(tile, source[window.read], "adain")
-            image[window.read] += tile * window.weights[..., None]
+        tiles = list(windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX))
+        sent = (
+            self._decode_tile(latent[(slice(None), *_over(window.read, f))]) for window in tiles
+        )
+        async with aclosing(_in_order(sent, _VAE_TILES)) as parts:
+            for window in tiles:
+                await asyncio.to_thread(_blend, image, source, await anext(parts), window)
         return np.asarray(image + np.float32(0.5), np.uint8)
 
     async def _encode_tile(self, pixels: U8) -> F32:
@@ -297,6 +285,36 @@ async def _prepared(plan: SizePlan, image: U8) -> U8:
 def _finish(plan: SizePlan, sharp: U8, source: U8, align: str, result: U8) -> None:
     """Colours and size of what the networks made, into `result`."""
     result[...] = plan.finish(align_colours(sharp, source, align))
+
+
+def _blend(image: F32, source: U8, tile: U8, window: Window) -> None:
+    """Add a decoded tile (h, w, 3) of an image to its window of `image`."""
+    # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
+    aligned = align_colours(tile, source[window.read], "adain")
+    image[window.read] += aligned * window.weights[..., None]
+
+
+async def _in_order(
+    work: Iterable[Coroutine[Any, Any, T]], at_once: int
+) -> AsyncGenerator[T, None]:
+    """Results in the order of the work, of which so much is begun before the first has been waited for."""
+    sent: deque[asyncio.Task[T]] = deque()
+    try:
+        for item in work:
+            sent.append(asyncio.ensure_future(item))
+            if len(sent) >= at_once:
+                yield await sent.popleft()
+        while sent:
+            yield await sent.popleft()
+    finally:
+        for task in sent:
+            task.cancel()
+
+
+def _over(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
+    """Spans of pixels in latents."""
+    y, x = (slice(span.start // factor, span.stop // factor) for span in spans)
+    return y, x
 
 
 def _times(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
