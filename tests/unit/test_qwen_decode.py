@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,7 @@ from transformers import CompileConfig
 from panotriton.models import qwen_cache, qwen_windows
 from panotriton.models.qwen import QwenVL
 from panotriton.models.qwen_cache import StaticCaches
-from tests.unit.test_qwen import PROMPT, SMALL, engine, folders, images  # noqa: F401 fixtures
+from tests.unit.test_qwen import PROMPT, ROOT, SMALL, engine, folders, images  # noqa: F401 fixtures
 
 LIMIT = 24
 
@@ -242,3 +246,39 @@ def test_windows_of_one_length_are_one_call(
         return
     assert len(calls) < depth * int(patches.sum()) / 64 / 2
     assert max(calls) > len(images)
+
+
+def test_an_instance_works_on_its_own_gpu_with_its_share_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, as the server starts them for `gpus: [ 0, 1 ]`: what they are told."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("panotriton.models.qwen.QwenVL", lambda folder, **rest: told.append(rest))
+    stub = ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.delitem(sys.modules, "panotriton.models.requests", raising=False)
+    path = ROOT / "model_repository" / "qwen" / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location("qwen_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop("panotriton.models.requests")  # it holds the stub
+    settings = {"engine": "torch", "weights": "w", "dtype": "auto", "max_pixels": None}
+    settings |= {"vision_grid": None, "decode": "static"}
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "qwen.json").write_text(json.dumps(settings))
+    limits = {"max_batch_images": "16", "gpu_memory_fraction": "0.4"}
+    config = {"parameters": {name: {"string_value": each} for name, each in limits.items()}}
+    for device in ("0", "1"):
+        module.TritonPythonModel().initialize(
+            {
+                "model_repository": str(tmp_path),
+                "model_version": "1",
+                "model_config": json.dumps(config),
+                "model_instance_kind": "GPU",
+                "model_instance_device_id": device,
+            }
+        )
+    found = [(each["device"], each["memory_fraction"], each["decode"]) for each in told]
+    assert found == [("cuda:0", 0.4, "static"), ("cuda:1", 0.4, "static")]
