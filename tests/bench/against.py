@@ -1,6 +1,6 @@
 """This tree against an older commit, in turns on one machine: a whole group, one image, and what overlaps.
 
-    python tests/bench/against.py 91ea4d4                     minutes, on a machine that does nothing else
+    python tests/bench/against.py 91ea4d4     some minutes, on a machine that does nothing else
     python tests/bench/against.py 21bc195 --only image overlap
 
 - group: of `make demo`'s panoramas, by each tree's server with the small preset that each exports itself.
@@ -34,6 +34,7 @@ import script
 from panotriton.errors import ServerStartError
 from panotriton.server.repository import EXPORTED_FILES
 
+SCRIPTS = Path(__file__).parent / "trees"
 WORK = script.ROOT / "build" / "against"
 PARTS = ("group", "image", "overlap")
 IMAGES = ((512, 512, 1), (512, 512, 2), (512, 1024, 2))
@@ -43,7 +44,7 @@ _ADDRESS = re.compile(r"gRPC +(\S+)")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("commit", help="of this repository")
+    parser.add_argument("commit", nargs="?", default="HEAD^", help="the other one (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--turns", type=int, default=9, help="of each (%(default)s)")
     parser.add_argument("--crop-size", type=int, default=512, help="of the group (%(default)s)")
@@ -55,13 +56,14 @@ def checked_out(commit: str) -> Path:
     An environment and not PYTHONPATH, which the server's Python models do not see.
     """
     folder = WORK / commit
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
+    if not (folder / ".venv").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
         archive = subprocess.run(
             ["git", "-C", script.ROOT, "archive", commit], capture_output=True, check=True
         )
         subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
         for name, target in _LINKS.items():
+            (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target)
         venv.create(folder / ".venv", with_pip=False)
         found = [str(folder / "client"), str(folder)]
@@ -130,7 +132,7 @@ def served(tree: Path, repository: Path) -> Iterator[Ask]:
 
 @contextmanager
 def asking(tree: Path, address: str) -> Iterator[Ask]:
-    command = [interpreter(tree), str(Path(__file__).with_name("asking.py")), address]
+    command = [interpreter(tree), str(SCRIPTS / "asking.py"), address]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -201,7 +203,7 @@ def overlaps(trees: Mapping[str, Path], chosen: Any) -> dict[str, Any]:
         around_stand_ins(script.ROOT, Path(work) / "repository")
         folder = Path(work) / "repository" / "osediff" / "1"
         for name, mode in {"images of a group, 4 in flight": "4", "one after another": "1"}.items():
-            command = [str(Path(__file__).with_name("sleeping.py")), str(folder), mode]
+            command = [str(SCRIPTS / "sleeping.py"), str(folder), mode]
             command += ["--quick"] * chosen.quick
             busy: list[float] = []
             sides = {side: partial(asleep, tree, command, busy) for side, tree in trees.items()}
@@ -246,9 +248,18 @@ def main() -> None:
     chosen = script.options(__doc__, arguments)
     if chosen.quick:
         chosen.turns = 1
-    trees = {"this": script.ROOT, chosen.commit: checked_out(chosen.commit)}
+    named = subprocess.run(
+        ["git", "-C", script.ROOT, "rev-parse", "--short", f"{chosen.commit}^{{commit}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if named.returncode:
+        sys.exit(f"error: {chosen.commit} is no commit of {script.ROOT}")
+    commit = named.stdout.strip()
+    trees = {"this": script.ROOT, commit: checked_out(commit)}
     measures = {"group": groups, "image": images, "overlap": overlaps}
-    result: dict[str, Any] = {"machine": script.machine(), "against": chosen.commit, "parts": {}}
+    result: dict[str, Any] = {"machine": script.machine(), "against": commit, "parts": {}}
     for part in chosen.only:
         print(f"── {part} ──", file=sys.stderr, flush=True)
         result["parts"][part] = measures[part](trees, chosen)
