@@ -200,6 +200,13 @@ def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
         raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
 
 
+async def execute(request: Any, **options: Any) -> Any:
+    """`request.exec`, while others go on; options: its own."""
+    return await asyncio.get_running_loop().run_in_executor(
+        _WAITING, partial(request.exec, **options)
+    )
+
+
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
     """Send one request to another model of this server and wait for it without blocking others.
 
@@ -215,13 +222,6 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
     if response.has_error():
         raise failed(model, response.error().message())
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
-
-
-async def execute(request: Any, **options: Any) -> Any:
-    """`request.exec`, while others go on; options: its own."""
-    return await asyncio.get_running_loop().run_in_executor(
-        _WAITING, partial(request.exec, **options)
-    )
 
 
 def failed(model: str, message: str) -> Exception:
