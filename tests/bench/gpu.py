@@ -57,6 +57,7 @@ PARTS = (
     Part("parity", (str(FOLDER / "parity.py"),), 60),
     Part("tests", (str(FOLDER / "marked.py"),), 75),
     Part("scorer", (str(FOLDER / "reading.py"),), 90),
+    Part("scorer, static", (str(FOLDER / "reading.py"), "--decode", "static"), 150),
     networks("as exported", 60),
     networks("CUDA graphs", 60),
     networks("exhaustive search", 60),

@@ -137,6 +137,17 @@ def test_a_step_is_compiled_once_for_all_calls(images: list[np.ndarray]) -> None
     torch._dynamo.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_recorded_steps_write_the_same(images: list[np.ndarray]) -> None:  # noqa: F811
+    """By CUDA graphs, in fp32; a second call of each batch size replays what the first recorded."""
+    options = {"max_batch": 4, "device": "cuda:0", "dtype": "float32"}
+    plain, fixed = engine(SMALL, **options), engine(SMALL, **options, decode="static")
+    for count in (3, 2, 4, 1):
+        chosen = images[:count]
+        assert fixed.reply(chosen, PROMPT, LIMIT) == plain.reply(chosen, PROMPT, LIMIT)
+
+
 def test_buffers_of_two_shapes_stay(static: QwenVL) -> None:
     caches = StaticCaches(static.model.config, most=12)
     assert [caches.rows(count) for count in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]

@@ -42,7 +42,7 @@ def read_only(first: DynamicCache, rows: int) -> Any:
 class _ReadOnly(DynamicLayer):  # type: ignore[misc]
     def __init__(self, layer: DynamicLayer, rows: int) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.keys = layer.keys.expand(rows, -1, -1, -1)  # (B, heads, tokens, width)
         self.values = layer.values.expand(rows, -1, -1, -1)
 
