@@ -166,13 +166,13 @@ def test_buffers_of_two_shapes_stay(static: QwenVL) -> None:
 def test_what_fixed_buffers_take_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both that stay, at their full length, before the weights are read."""
     seen: list[dict[str, Any]] = []
-    from panotriton.models import qwen as module  # noqa: PLC0415
+    from panotriton.models import qwen as qwen_module  # noqa: PLC0415
 
     def noted(*sizes: Any, **caches: Any) -> Any:
         seen.append(caches)
         raise MemoryError
 
-    monkeypatch.setattr(module, "estimate", noted)
+    monkeypatch.setattr(qwen_module, "estimate", noted)
     for decode in ("dynamic", "static"):
         with pytest.raises(MemoryError):
             engine(SMALL, decode=decode)
@@ -280,6 +280,7 @@ def test_an_instance_works_on_its_own_gpu_with_its_share_of_that(
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "qwen.json").write_text(json.dumps(settings))
     limits = {"max_batch_images": "16", "gpu_memory_fraction": "0.4"}
+    limits["batch_across_requests"] = "true"
     config = {"parameters": {name: {"string_value": each} for name, each in limits.items()}}
     for device in ("0", "1"):
         module.TritonPythonModel().initialize(
