@@ -15,16 +15,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from panotriton.errors import InvalidInput
+from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
+from panotriton.server.repository import placed, served_here
 from panotriton.server.supervise import Supervisor
 
 _POLL_S = 0.5
 _EXIT_S = 10.0  # to unload what has nothing left to do
+_WRONG_SETTING = 2
+_ALL = "--load-model=*"
+_FOLDER = "--model-repository="
 
 
 class Contained:
@@ -72,6 +79,21 @@ class Contained:
         return self._process
 
 
+def without_placed(command: Sequence[str], placement: str) -> list[str]:
+    """The command, loading all models but those that other servers have. Raises InvalidInput."""
+    elsewhere = placed(placement)
+    if not elsewhere or _ALL not in command:
+        return list(command)
+    (repository,) = (part.removeprefix(_FOLDER) for part in command if part.startswith(_FOLDER))
+    if "://" in repository:
+        raise InvalidInput(
+            f"{SETTING} with the repository {repository}, which cannot be listed here: name the models "
+            "to load in PANOTRITON_LOAD_MODELS"
+        )
+    here = [f"--load-model={name}" for name in served_here(Path(repository), elsewhere)]
+    return [part for each in command for part in (here if each == _ALL else [each])]
+
+
 def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Serve until a signal or until only a new container helps; the exit code."""
     port = environment["PANOTRITON_HTTP_PORT"]
@@ -79,6 +101,11 @@ def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     asked = environment["PANOTRITON_HTTP_HOST"]
     here = "127.0.0.1" if asked == "0.0.0.0" else asked  # noqa: S104
     key = os.environ.pop("PANOTRITON_ADMIN_KEY", "")
+    try:
+        command = without_placed(command, environment.get(SETTING, ""))
+    except InvalidInput as error:
+        print(f"entrypoint: {error}", file=sys.stderr)
+        return _WRONG_SETTING
     server = Contained(command, f"{here}:{port}", key)
     supervisor = Supervisor(
         server, drain_s=float(environment["PANOTRITON_EXIT_TIMEOUT_S"]), restarts=0
