@@ -166,14 +166,62 @@ def network_policy(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def selectors_match(manifests: list[Manifest]) -> Iterator[str]:
-    """A Service or PodMonitor must find the server's pods, by label and by port name."""
+    """A Service or PodMonitor must find the pods of one server, by label and by port name."""
     servers = [(_labels(m), _server(_pod(m))) for m in manifests if _is_server(m)]
     for kind, selector, ports in _selectors(manifests):
-        for labels, container in servers:
-            if not selector.items() <= labels.items():
-                yield f"{kind} selects {selector}, the pods have {labels}"
+        found = [server for labels, server in servers if selector.items() <= labels.items()]
+        if len(found) != 1:
+            yield f"{kind} selects {selector}, which {len(found)} of {len(servers)} servers have"
+        for container in found:
             named = {port["name"] for port in container["ports"]}
             yield from (f"{kind} names port {p}, the pod has {named}" for p in ports - named)
+
+
+def pools_are_reached(manifests: list[Manifest]) -> Iterator[str]:
+    """PANOTRITON_PLACE names headless services of servers that load it; policies let the front alone ask."""
+    services = {m["metadata"]["name"]: m["spec"] for m in _of_kind(manifests, "Service")}
+    for front in filter(_is_server, manifests):
+        placement = _environment(_server(_pod(front))).get("PANOTRITON_PLACE", "")
+        for models, addresses in (part.split("=") for part in placement.split()):
+            service = services.get(addresses.partition(".")[0], {"selector": {}})
+            if service.get("clusterIP") != "None":
+                yield f"{addresses} is no headless service: its replicas would share one connection"
+            pools = [m for m in manifests if _is_server(m) and _selected(service["selector"], m)]
+            loaded = [_environment(_server(_pod(m)))["PANOTRITON_LOAD_MODELS"] for m in pools]
+            if loaded != [models.replace(",", " ")]:
+                yield f"{addresses} has {loaded}, the front asks it for {models}"
+            yield from (text for pool in pools for text in _kept_apart(manifests, front, pool))
+
+
+def _kept_apart(manifests: list[Manifest], front: Manifest, pool: Manifest) -> Iterator[str]:
+    policies = [m["spec"] for m in _of_kind(manifests, "NetworkPolicy")]
+    into = [rule["from"] for p in policies if _chosen(p, pool) for rule in p["ingress"]]
+    out = [rule.get("to", []) for p in policies if _chosen(p, front) for rule in p["egress"]]
+    name = pool["metadata"]["name"]
+    for rules, other, way in ((into, front, "into"), (out, pool, "out of the front to")):
+        peers = [peer.get("podSelector", {}).get("matchLabels") for rule in rules for peer in rule]
+        if not any(labels and _selected(labels, other) for labels in peers):
+            yield f"no NetworkPolicy lets the front's calls {way} {name}"
+    asked = [
+        rule["from"]
+        for p in policies
+        if _chosen(p, pool)
+        for rule in p["ingress"]
+        if {"port": "grpc"} in rule["ports"]
+    ]
+    for peer in (peer for rule in asked for peer in rule):
+        if not _selected(peer.get("podSelector", {}).get("matchLabels", {}), front) or set(
+            peer
+        ) != {"podSelector"}:
+            yield f"NetworkPolicy lets others than the front ask {name}: {peer}"
+
+
+def _chosen(policy: Manifest, manifest: Manifest) -> bool:
+    return _selected(policy["podSelector"]["matchLabels"], manifest)
+
+
+def _selected(selector: dict[str, str], manifest: Manifest) -> bool:
+    return bool(selector) and selector.items() <= _labels(manifest).items()
 
 
 def job_resumes(manifests: list[Manifest]) -> Iterator[str]:
@@ -204,6 +252,7 @@ POLICIES: dict[str, Policy] = {
         disruption_budget,
         network_policy,
         selectors_match,
+        pools_are_reached,
         job_resumes,
     )
 }

@@ -284,6 +284,31 @@ def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
         stop(server)
 
 
+def test_a_front_asks_a_pool_for_what_it_does_not_load(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As the chart starts both: the pool with its networks alone, the front with all the others."""
+    own = {"PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository"))}
+    networks = "osediff_unet osediff_vae_decoder"
+    (tmp_path / "pool").mkdir()
+    pool = start(environment | own | {"PANOTRITON_LOAD_MODELS": networks}, tmp_path / "pool")
+    place = f"{networks.replace(' ', ',')}=127.0.0.1:{pool.grpc}"
+    own |= {"PANOTRITON_LOAD_MODELS": "*", "PANOTRITON_PLACE": place}
+    front = start(environment | own, tmp_path)
+    try:
+        wait_ready(pool)
+        wait_ready(front)
+        with Client(f"127.0.0.1:{front.grpc}") as client:
+            sharp = client.upscale(np.zeros((64, 64, 3), np.uint8))
+            assert sharp.numpy().shape == (128, 128, 3)
+        assert asked(pool, "osediff_unet")
+        assert status(front, "v2/models/osediff/ready") == 200
+        assert status(front, "v2/models/osediff_unet/ready") != 200
+    finally:
+        stop(front)
+        stop(pool)
+
+
 def asked(server: Running, model: str) -> bool:
     """Whether a model has been asked anything yet."""
     with urllib.request.urlopen(f"{server.http}/v2/models/{model}/stats", timeout=10) as reply:
@@ -505,6 +530,8 @@ def test_all_models_and_tracing_on_demand(environment: dict[str, str], tmp_path:
         ("PANOTRITON_ADMIN_KEY_FILE", "/nowhere", "missing or empty"),
         ("PANOTRITON_ADMIN_KEY_FILE", "/etc/passwd", "other characters than A-Z"),
         ("TRITONSERVER", "/nowhere", "not an executable"),
+        ("PANOTRITON_PLACE", "qwen=qwen", "'qwen=qwen' is not NAME[,NAME]=HOST:PORT"),
+        ("PANOTRITON_PLACE", "osediff=a:8001", "'osediff' cannot be placed"),
         ("PANOTRITON_GPU", "yes", "expected true or false or auto"),
         ("PANOTRITON_TLS_FOLDER", "/nowhere", "/nowhere/tls.crt is missing or empty"),
     ],

@@ -275,7 +275,7 @@ def test_full_queues_everywhere_are_told_as_full(
             Client(front.grpc_url, retries=0) as client,
             pytest.raises(ServerBusy, match="maximum queue size"),
         ):
-            client.process(*PANORAMAS, **SLOW)
+            client.upscale([IMAGES[0]] * 8, prompt="slow")
 
 
 @pytest.mark.thorough

@@ -8,7 +8,7 @@ import pytest
 
 from panotriton.errors import InvalidInput, RepositoryMissing
 from panotriton.pipeline.placement import read_placement
-from panotriton.server.contained import main, without_placed
+from panotriton.server.contained import main, with_models
 from panotriton.server.repository import (
     ALL_EXPORTED,
     EXPORTED_FILES,
@@ -101,15 +101,23 @@ def test_models_asked_for_must_be_there(tmp_path: Path) -> None:
 
 def test_a_container_loads_all_but_what_is_elsewhere(tmp_path: Path) -> None:
     repository = exported(tmp_path)
-    command = ["tritonserver", f"--model-repository={repository}", "--load-model=*", "--x"]
-    assert without_placed(command, "") == command
+    command = ["tritonserver", f"--model-repository={repository}", "--x", "--load-model=*"]
+    assert with_models(command, "") == command
     loads = [f"--load-model={name}" for name in served_here(repository, ["osediff_unet"])]
     assert "--load-model=osediff_unet" not in loads
     assert len(loads) > 5
-    expected = [*command[:2], *loads, "--x"]
-    assert without_placed(command, "osediff_unet=a:1") == expected
-    named = [*command[:2], "--load-model=osediff"]
-    assert without_placed(named, "osediff_unet=a:1") == named
+    assert with_models(command, "osediff_unet=a:1") == command[:3] + loads
+    named = [*command[:3], "--load-model=osediff"]
+    assert with_models(named, "osediff_unet=a:1") == named
+
+
+def test_what_only_a_named_model_asks_is_loaded_with_it(tmp_path: Path) -> None:
+    repository = exported(tmp_path)
+    command = ["tritonserver", f"--model-repository={repository}", "--load-model=qwen"]
+    assert with_models(command, "") == command
+    (repository / "qwen_vision").mkdir()
+    (repository / "qwen_vision" / "config.pbtxt").touch()
+    assert with_models(command, "") == [*command, "--load-model=qwen_vision"]
 
 
 def test_a_container_says_what_is_wrong_and_ends(capsys: pytest.CaptureFixture[str]) -> None:

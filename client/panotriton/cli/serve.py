@@ -15,7 +15,13 @@ from panotriton.cli.places import check_file, check_ports
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
-from panotriton.server.repository import ALL_EXPORTED, check_exported, check_served, placed
+from panotriton.server.repository import (
+    ALL_EXPORTED,
+    check_exported,
+    check_served,
+    placed,
+    with_behind,
+)
 from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
 _EXAMPLES = """\
@@ -114,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
     check_exported(options.repository, elsewhere=_elsewhere(placement, models))
     if models:
         check_served(options.repository, models)
+        models = with_behind(options.repository, models)
     if options.log_file:
         check_file(options.log_file)
     installation: Installation = find_installation(options.tritonserver)

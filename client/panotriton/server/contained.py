@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -24,13 +24,13 @@ from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
-from panotriton.server.repository import placed, served_here
+from panotriton.server.repository import placed, served_here, with_behind
 from panotriton.server.supervise import Supervisor
 
 _POLL_S = 0.5
 _EXIT_S = 10.0  # to unload what has nothing left to do
 _WRONG_SETTING = 2
-_ALL = "--load-model=*"
+_LOAD = "--load-model="
 _FOLDER = "--model-repository="
 
 
@@ -79,19 +79,26 @@ class Contained:
         return self._process
 
 
-def without_placed(command: Sequence[str], placement: str) -> list[str]:
-    """The command, loading all models but those that other servers have. Raises InvalidInput."""
+def with_models(command: Sequence[str], placement: str) -> list[str]:
+    """The command, loading what this server needs to. Raises InvalidInput for a wrong placement."""
     elsewhere = placed(placement)
-    if not elsewhere or _ALL not in command:
-        return list(command)
-    (repository,) = (part.removeprefix(_FOLDER) for part in command if part.startswith(_FOLDER))
-    if "://" in repository:
-        raise InvalidInput(
-            f"{SETTING} with the repository {repository}, which cannot be listed here: name the models "
-            "to load in PANOTRITON_LOAD_MODELS"
-        )
-    here = [f"--load-model={name}" for name in served_here(Path(repository), elsewhere)]
-    return [part for each in command for part in (here if each == _ALL else [each])]
+    asked = [part.removeprefix(_LOAD) for part in command if part.startswith(_LOAD)]
+    (folder,) = (part.removeprefix(_FOLDER) for part in command if part.startswith(_FOLDER))
+    rest = [part for part in command if not part.startswith(_LOAD)]
+    return rest + [_LOAD + name for name in _to_load(folder, asked, elsewhere)]
+
+
+def _to_load(folder: str, asked: list[str], elsewhere: Collection[str]) -> list[str]:
+    """Of *, not what other servers have; of names, also what only those ask."""
+    if "://" in folder:  # an object store, not to be listed here
+        if "*" in asked and elsewhere:
+            raise InvalidInput(
+                f"{SETTING} with the repository {folder}: name the models to load in PANOTRITON_LOAD_MODELS"
+            )
+        return asked
+    if "*" not in asked:
+        return with_behind(Path(folder), asked)
+    return served_here(Path(folder), elsewhere) if elsewhere else asked
 
 
 def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -102,7 +109,7 @@ def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     here = "127.0.0.1" if asked == "0.0.0.0" else asked  # noqa: S104
     key = os.environ.pop("PANOTRITON_ADMIN_KEY", "")
     try:
-        command = without_placed(command, environment.get(SETTING, ""))
+        command = with_models(command, environment.get(SETTING, ""))
     except InvalidInput as error:
         print(f"entrypoint: {error}", file=sys.stderr)
         return _WRONG_SETTING

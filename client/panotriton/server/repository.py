@@ -24,6 +24,7 @@ __all__ = [
     "copy_models",
     "placed",
     "served_here",
+    "with_behind",
 ]
 
 
@@ -74,6 +75,12 @@ def served_here(repository: Path, elsewhere: Collection[str]) -> list[str]:
     """The models of a repository's folder that are not elsewhere."""
     names = (config.parent.name for config in repository.glob("*/config.pbtxt"))
     return sorted(set(names) - set(elsewhere))
+
+
+def with_behind(repository: Path, models: Collection[str]) -> list[str]:
+    """The models, and what of the repository's only they ask."""
+    behind = (name for model in models for name in _BEHIND.get(model, ()))
+    return [*models, *(name for name in behind if (repository / name / "config.pbtxt").is_file())]
 
 
 def check_served(repository: Path, models: Collection[str]) -> None:
