@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -46,10 +48,18 @@ class Running:
     grpc: int
 
 
+# Not among those that the kernel gives to whoever connects somewhere or asks for any: such a one may be taken
+# again before the server, which loads its models first, comes to listen on it.
+PORTS = iter(random.sample(range(12_000, 32_000), 4000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, and another each time."""
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 @pytest.fixture(scope="module")

@@ -101,13 +101,13 @@ def test_models_asked_for_must_be_there(tmp_path: Path) -> None:
 
 def test_a_container_loads_all_but_what_is_elsewhere(tmp_path: Path) -> None:
     repository = exported(tmp_path)
-    command = ["tritonserver", f"--model-repository={repository}", "--x", "--load-model=*"]
+    command = ["tritonserver", f"--model-repository={repository}", "--load-model=*", "--x"]
     assert with_models(command, "") == command
     loads = [f"--load-model={name}" for name in served_here(repository, ["osediff_unet"])]
     assert "--load-model=osediff_unet" not in loads
     assert len(loads) > 5
-    assert with_models(command, "osediff_unet=a:1") == command[:3] + loads
-    named = [*command[:3], "--load-model=osediff"]
+    assert with_models(command, "osediff_unet=a:1") == [*command[:2], *loads, "--x"]
+    named = [*command[:2], "--load-model=osediff", "--x"]
     assert with_models(named, "osediff_unet=a:1") == named
 
 

@@ -84,8 +84,9 @@ def with_models(command: Sequence[str], placement: str) -> list[str]:
     elsewhere = placed(placement)
     asked = [part.removeprefix(_LOAD) for part in command if part.startswith(_LOAD)]
     (folder,) = (part.removeprefix(_FOLDER) for part in command if part.startswith(_FOLDER))
-    rest = [part for part in command if not part.startswith(_LOAD)]
-    return rest + [_LOAD + name for name in _to_load(folder, asked, elsewhere)]
+    loads = [_LOAD + name for name in _to_load(folder, asked, elsewhere)]
+    first = next((i for i, part in enumerate(command) if part.startswith(_LOAD)), len(command))
+    return [*command[:first], *loads, *(p for p in command[first:] if not p.startswith(_LOAD))]
 
 
 def _to_load(folder: str, asked: list[str], elsewhere: Collection[str]) -> list[str]:

@@ -222,9 +222,10 @@ class LocalServer:
     ) -> None:
         self.model_repository = Path(model_repository).absolute()
         self.host = host
-        self.http_port = http_port or _free_port(host)
-        self.grpc_port = grpc_port or _free_port(host)
-        self.metrics_port = metrics_port or _free_port(host)
+        free = _free_ports(host, 3)
+        self.http_port = http_port or free[0]
+        self.grpc_port = grpc_port or free[1]
+        self.metrics_port = metrics_port or free[2]
         self.log_file = log_file
         self.installation = installation
         self._log_verbose = log_verbose
@@ -502,10 +503,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _free_ports(host: str, count: int) -> list[int]:
+    """Different ones: each is held until all are found."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _check_port(host: str, port: int) -> None:
