@@ -199,12 +199,13 @@ def text(hops: list[dict[str, Any]], took: dict[str, list[float]], runs: int) ->
         for hop in hops
     ]
     head = ("a call to", "MB there and back", "same server, ms", "another, ms", "the hop, ms")
-    medians = [(name, f"{statistics.median(values):.1f}") for name, values in took.items()]
+    figures = (statistics.median, min, max)
+    seconds = [(name, *(f"{f(values):.1f}" for f in figures)) for name, values in took.items()]
     return (
         f"{script.table(head, rows)}\n\n"
-        f"A group of the small preset, crops of 256 px, 3 in-between views, median of {runs}; both ways the "
+        f"A group of the small preset, crops of 256 px, 3 in-between views, {runs} runs each, in turns, the "
         "same bit for bit:\n\n"
-        f"{script.table(('networks on', 's'), medians)}"
+        f"{script.table(('networks on', 'median s', 'least', 'most'), seconds)}"
     )
 
 

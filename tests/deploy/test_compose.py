@@ -38,12 +38,11 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())["services"]
 
 
-def test_both_files_are_valid_compose() -> None:
+def test_all_files_are_valid_compose() -> None:
     names = PyCompose.from_yaml((DOCKER / "compose.yaml").read_text()).service_names()
     assert set(names) == {"server", "prometheus", "grafana", "perf"}
-    assert PyCompose.from_yaml((DOCKER / "compose.gpu.yaml").read_text()).service_names() == [
-        "server"
-    ]
+    for name, services in (("compose.gpu.yaml", ["server"]), ("compose.auth.yaml", ["auth"])):
+        assert PyCompose.from_yaml((DOCKER / name).read_text()).service_names() == services
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from panotriton import Camera, Client, ConnectError, PanotritonError, Tls
 from panotriton.server.launch import find_installation
 from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import EXIT_GAVE_UP
+from tests.deploy.certificates import certificates
 from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -479,20 +480,6 @@ def test_a_limit_between_steps_goes_to_servers_that_know_it(
         wait_ready(server)  # its models are links there
     finally:
         stop(server)
-
-
-def certificates(folder: Path) -> None:
-    """ca.crt, and tls.* and caller.* that it signed, for localhost."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, cwd=folder, capture_output=True)
-
-    new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
-    openssl(*new, "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
-    for name in ("tls", "caller"):
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost")
-        files = ("-keyout", f"{name}.key", "-out", f"{name}.crt")
-        openssl(*new, "-subj", f"/CN={name}", *signed, *files)
 
 
 @pytest.mark.parametrize("mutual", ["false", "true"])
