@@ -60,7 +60,8 @@ def test_the_specification_can_refuse(change: tuple[str, str], says: str) -> Non
 
 
 def test_the_services_keep_the_rules() -> None:
-    assert list(problems(load(DOCKER / "compose.yaml"))) == []
+    for name in ("compose.yaml", "compose.auth.yaml"):
+        assert list(problems(load(DOCKER / name))) == []
 
 
 def test_each_rule_can_fail() -> None:

@@ -266,8 +266,14 @@ def stand_ins(folder: Path) -> Path:
 def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
+    repository, let_go = stand_ins(tmp_path / "repository"), tmp_path / "let go"
+    model = repository / "osediff_unet" / "1" / "model.py"
+    closed = f"while not Path({str(let_go)!r}).exists(): time.sleep(0.05)"
+    model.write_text(
+        "from pathlib import Path" + model.read_text().replace("time.sleep(0.5)", closed)
+    )
     own = {
-        "PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository")),
+        "PANOTRITON_REPOSITORY": str(repository),
         "PANOTRITON_LOAD_MODELS": "*",
         "PANOTRITON_EXIT_TIMEOUT_S": "240",
     }
@@ -289,6 +295,7 @@ def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
             with Client(client.url, retries=0) as newcomer, pytest.raises(PanotritonError):
                 newcomer.process(*panoramas, **options)
             assert not group.done(), server.log.read_text()
+            let_go.touch()
             assert len(group.result(240).pairs) == 16
         assert server.process.wait(60) == 0
     finally:
