@@ -30,9 +30,7 @@ _CHANNEL = [*GRPC_CHANNEL, ("grpc.enable_http_proxy", 0)]
 _LOOK_EVERY_S = 10.0  # for replicas that came or went
 _REST_S = 1.0  # of a replica that failed, doubled each time it does so again
 _MOST_REST_S = 30.0
-_WATCH_EVERY_S = (
-    10.0  # how long an answer is waited for before its server is asked whether it lives
-)
+_WATCH_EVERY_S = 10.0  # after which a server that owes an answer is asked whether it lives
 _SILENT_S = 20.0  # how long that may take
 _DEATHS = 2  # a request with which two servers went may be why
 _NEVER_SENT = "failed to connect"
