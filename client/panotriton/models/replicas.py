@@ -133,7 +133,7 @@ class _Replica:
     def __init__(self, url: str) -> None:
         self.url = url
         self._client = InferenceServerClient(url, channel_args=_CHANNEL)
-        self._in_flight = 0
+        self._out: set[asyncio.Task[Tensors]] = set()
         self._asked_s = 0.0
         self._failures = 0
         self._rests_until_s = 0.0
@@ -141,7 +141,7 @@ class _Replica:
 
     def merit(self, now: float) -> tuple[bool, int, float]:
         """The least is the best to ask."""
-        return now < self._rests_until_s, self._in_flight, self._asked_s
+        return now < self._rests_until_s, len(self._out), self._asked_s
 
     def rest(self) -> bool:
         """Leave it out for a while, longer each time; whether it was well before."""
@@ -160,22 +160,30 @@ class _Replica:
         await self._close_idle()
 
     async def ask(self, model: str, inputs: Sequence[Any], outputs: Sequence[str]) -> Tensors:
-        self._in_flight += 1
         self._asked_s = time.monotonic()
+        answer = asyncio.ensure_future(self._infer(model, inputs, outputs))
+        # Never cancelled: a server before 2.57 (25.04) may end by that. What nobody waits for any more ends
+        # unheard, as it does between models of one server.
+        self._out.add(answer)
+        answer.add_done_callback(self._answered)
+        await self._watch(answer)
+        return answer.result()
+
+    async def _infer(self, model: str, inputs: Sequence[Any], outputs: Sequence[str]) -> Tensors:
         wanted = [InferRequestedOutput(name) for name in outputs]
-        answer = asyncio.ensure_future(self._client.infer(model, inputs, outputs=wanted))
         try:
-            await self._watch(answer)
-            result = answer.result()
+            result = await self._client.infer(model, inputs, outputs=wanted)
             return {name: result.as_numpy(name) for name in outputs}
         except InferenceServerException as error:
             raise _meaning(model, error) from error
         finally:
-            answer.cancel()  # where nobody waits any more
-            self._in_flight -= 1
             await self._close_idle()
 
-    async def _watch(self, answer: asyncio.Future[Any]) -> None:
+    def _answered(self, answer: asyncio.Task[Tensors]) -> None:
+        self._out.discard(answer)
+        _ = answer.cancelled() or answer.exception()  # it may be nobody else's
+
+    async def _watch(self, answer: asyncio.Future[Tensors]) -> None:
         """Wait; pings know only that the machine lives, a server that is stopped answers nobody."""
         while not (await asyncio.wait({answer}, timeout=_WATCH_EVERY_S))[0]:
             try:
@@ -185,7 +193,7 @@ class _Replica:
                     raise _Away(f"no sign of life for {_SILENT_S:g} s", lost=True) from error
 
     async def _close_idle(self) -> None:
-        if self._left and not self._in_flight:
+        if self._left and not self._out - {asyncio.current_task()}:
             await self._client.close()
 
 
