@@ -3,6 +3,8 @@
 # added to the server's own. Settings, by environment (README.md explains them):
 #   PANOTRITON_REPOSITORY         folder or s3://, gs://, as:// address             /models
 #   PANOTRITON_LOAD_MODELS        names, space-separated; * is all                  *
+#   PANOTRITON_PLACE              NAME[,NAME]=HOST:PORT[,…] …: networks that other servers have; all else is
+#                                 loaded here                                       unset
 #   PANOTRITON_HOST               address to listen on                              0.0.0.0
 #   PANOTRITON_HTTP_PORT, …_GRPC_PORT, …_METRICS_PORT                               8000, 8001, 8002
 #   PANOTRITON_HEALTH_PORT        /ready, /live and /metrics of the supervisor     8003
@@ -25,6 +27,7 @@ set -eu
 server=${TRITONSERVER:-/opt/tritonserver/bin/tritonserver}
 backends=${TRITON_BACKENDS:-$(dirname "$(dirname "$server")")/backends}
 repository=${PANOTRITON_REPOSITORY:-/models}
+place=${PANOTRITON_PLACE:-}
 host=${PANOTRITON_HOST:-0.0.0.0}
 http_port=${PANOTRITON_HTTP_PORT:-8000}
 grpc_port=${PANOTRITON_GRPC_PORT:-8001}
@@ -213,7 +216,8 @@ for model in ${PANOTRITON_LOAD_MODELS:-*}; do
 done
 
 export PANOTRITON_HOST="$host" PANOTRITON_HTTP_HOST="$http_host" PANOTRITON_HTTP_PORT="$http_port" \
-    PANOTRITON_HEALTH_PORT="$health_port" PANOTRITON_EXIT_TIMEOUT_S="$exit_timeout_s" PANOTRITON_ADMIN_KEY="$key"
+    PANOTRITON_HEALTH_PORT="$health_port" PANOTRITON_EXIT_TIMEOUT_S="$exit_timeout_s" PANOTRITON_ADMIN_KEY="$key" \
+    PANOTRITON_PLACE="$place"
 
 # exec: the supervisor gets the container's signals and its exit code is the container's.
 exec python3 -m panotriton.server.contained "$server" \

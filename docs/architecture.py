@@ -62,7 +62,9 @@ CALLS_TEXT = """\
 `osediff`, `qwen_scorer` and `qwen_describer` are thin: they call the networks below through the server, so
 that the tiles and images of all requests meet in the same batches and weights exist once. `panorama_stream`
 goes the ensemble's way by calls of its own. This is read from the models' code. An optional input is named
-where the caller sends it; `osediff_tagger` and `qwen_vision` are asked where they were exported.
+where the caller sends it; `osediff_tagger` and `qwen_vision` are asked where they were exported. A call for
+a network goes to another server, over gRPC, where `PANOTRITON_PLACE` says so (`serve --place`, pools of the
+chart).
 
 """
 OVERLAP_TEXT = """

@@ -19,7 +19,7 @@ HELM = ROOT / "build" / "deploy" / "helm"
 RELEASES = ("1.35", "1.36", "1.37")
 
 # Kept as files under golden/, for a reviewable diff: make deploy-golden rewrites them.
-GOLDEN = ("cpu", "default", "mig", "s3", "keda-zero", "gateway", "kserve")
+GOLDEN = ("cpu", "default", "mig", "s3", "keda-zero", "gateway", "kserve", "two-pools")
 
 Manifest = dict[str, Any]
 
@@ -107,6 +107,44 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "sourceCidrs": ["203.0.113.0/24"],
         },
         "affinity": {"nodeAffinity": {}},
+    },
+    # The front needs no GPU: all that does is in the pools, which scale apart.
+    "two-pools": {
+        "gpu": {"resource": "", "count": 0},
+        "resources": {
+            "requests": {"cpu": "4", "memory": "16Gi"},
+            "limits": {"cpu": "8", "memory": "32Gi"},
+        },
+        "replicas": 2,
+        "podMonitor": {"enabled": True},
+        "pools": [
+            {
+                "name": "sr",
+                "models": [
+                    "osediff_text_encoder",
+                    "osediff_vae_encoder",
+                    "osediff_unet",
+                    "osediff_vae_decoder",
+                ],
+                "gpu": {"resource": "nvidia.com/gpu", "count": 1},
+                "autoscaling": {"kind": "hpa", "maxReplicas": 12, "pendingPerReplica": 32},
+                "nodeSelector": {"gpu": "l4"},
+            },
+            {
+                "name": "qwen",
+                "models": ["qwen"],
+                "replicas": 3,
+                "gpu": {"resource": "nvidia.com/gpu", "count": 1},
+                "nodeSelector": {"gpu": "l40s"},
+                "strategy": {"maxSurge": 1, "maxUnavailable": 0},
+            },
+        ],
+    },
+    "pools-keda": {
+        "autoscaling": {"kind": "keda"},
+        "kserve": {"enabled": True},
+        "tls": {"secret": "certificates"},
+        "pools": [{"name": "unet", "models": ["osediff_unet"]}],
     },
     "claim": {"gpu": {"claimTemplate": "one-gpu"}},
     "tls": {"tls": {"secret": "certificates", "mutual": True}},

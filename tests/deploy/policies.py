@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +17,9 @@ _RESTRICTED = {
     "runAsNonRoot": True,
 }
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "": 1}
+_QUANTITIES = _UNITS | {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_LABEL = re.compile(r"|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _OLD = {"autoscaling/v2beta1", "autoscaling/v2beta2", "policy/v1beta1", "batch/v1beta1"}
 _PROBES = {
     "startupProbe": "/ready",
@@ -166,14 +172,62 @@ def network_policy(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def selectors_match(manifests: list[Manifest]) -> Iterator[str]:
-    """A Service or PodMonitor must find the server's pods, by label and by port name."""
+    """A Service or PodMonitor must find the pods of one server, by label and by port name."""
     servers = [(_labels(m), _server(_pod(m))) for m in manifests if _is_server(m)]
     for kind, selector, ports in _selectors(manifests):
-        for labels, container in servers:
-            if not selector.items() <= labels.items():
-                yield f"{kind} selects {selector}, the pods have {labels}"
+        found = [server for labels, server in servers if selector.items() <= labels.items()]
+        if len(found) != 1:
+            yield f"{kind} selects {selector}, which {len(found)} of {len(servers)} servers have"
+        for container in found:
             named = {port["name"] for port in container["ports"]}
             yield from (f"{kind} names port {p}, the pod has {named}" for p in ports - named)
+
+
+def pools_are_reached(manifests: list[Manifest]) -> Iterator[str]:
+    """PANOTRITON_PLACE names headless services of servers that load it; policies let the front alone ask."""
+    services = {m["metadata"]["name"]: m["spec"] for m in _of_kind(manifests, "Service")}
+    for front in filter(_is_server, manifests):
+        placement = _environment(_server(_pod(front))).get("PANOTRITON_PLACE", "")
+        for models, addresses in (part.split("=") for part in placement.split()):
+            service = services.get(addresses.partition(".")[0], {"selector": {}})
+            if service.get("clusterIP") != "None":
+                yield f"{addresses} is no headless service: its replicas would share one connection"
+            pools = [m for m in manifests if _is_server(m) and _selected(service["selector"], m)]
+            loaded = [_environment(_server(_pod(m)))["PANOTRITON_LOAD_MODELS"] for m in pools]
+            if loaded != [models.replace(",", " ")]:
+                yield f"{addresses} has {loaded}, the front asks it for {models}"
+            yield from (text for pool in pools for text in _kept_apart(manifests, front, pool))
+
+
+def _kept_apart(manifests: list[Manifest], front: Manifest, pool: Manifest) -> Iterator[str]:
+    policies = [m["spec"] for m in _of_kind(manifests, "NetworkPolicy")]
+    into = [rule["from"] for p in policies if _chosen(p, pool) for rule in p["ingress"]]
+    out = [rule.get("to", []) for p in policies if _chosen(p, front) for rule in p["egress"]]
+    name = pool["metadata"]["name"]
+    for rules, other, way in ((into, front, "into"), (out, pool, "out of the front to")):
+        peers = [peer.get("podSelector", {}).get("matchLabels") for rule in rules for peer in rule]
+        if not any(labels and _selected(labels, other) for labels in peers):
+            yield f"no NetworkPolicy lets the front's calls {way} {name}"
+    asked = [
+        rule["from"]
+        for p in policies
+        if _chosen(p, pool)
+        for rule in p["ingress"]
+        if {"port": "grpc"} in rule["ports"]
+    ]
+    for peer in (peer for rule in asked for peer in rule):
+        if not _selected(peer.get("podSelector", {}).get("matchLabels", {}), front) or set(
+            peer
+        ) != {"podSelector"}:
+            yield f"NetworkPolicy lets others than the front ask {name}: {peer}"
+
+
+def _chosen(policy: Manifest, manifest: Manifest) -> bool:
+    return _selected(policy["podSelector"]["matchLabels"], manifest)
+
+
+def _selected(selector: dict[str, str], manifest: Manifest) -> bool:
+    return bool(selector) and selector.items() <= _labels(manifest).items()
 
 
 def job_resumes(manifests: list[Manifest]) -> Iterator[str]:
@@ -183,6 +237,68 @@ def job_resumes(manifests: list[Manifest]) -> Iterator[str]:
             yield "Job is not Indexed with backoffLimitPerIndex: one bad shard would fail the others"
         if spec["template"]["spec"]["restartPolicy"] != "Never":
             yield "Job restarts in place, which podFailurePolicy does not allow"
+
+
+def api_server_rules(manifests: list[Manifest]) -> Iterator[str]:
+    """What an API server checks beyond its schemas, as far as these manifests could get it wrong."""
+    names = [f"{m['kind']}/{m['metadata']['name']}" for m in manifests]
+    yield from (f"{name} is there twice" for name in _twice(names))
+    for manifest in manifests:
+        for label, value in manifest["metadata"].get("labels", {}).items():
+            if len(value) > 63 or not _LABEL.fullmatch(value):
+                yield f"{manifest['kind']}: label {label} is {value!r}"
+        name = manifest["metadata"]["name"]
+        if not _NAME.fullmatch(name) or len(name) > 63:
+            yield f"{manifest['kind']} is called {name!r}"
+    for manifest in _of_kind(manifests, "Deployment"):
+        if not _selected(manifest["spec"]["selector"]["matchLabels"], manifest):
+            yield f"{manifest['metadata']['name']}: the selector does not find its own pods"
+    for name, pod in _pods(manifests):
+        yield from (f"{name}: {text}" for text in _pod_rules(pod))
+    for scaler in _of_kind(manifests, "HorizontalPodAutoscaler"):
+        if not 0 < scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]:
+            yield f"{scaler['metadata']['name']}: minReplicas is not between 1 and maxReplicas"
+
+
+def _pod_rules(pod: Manifest) -> Iterator[str]:
+    volumes = [volume["name"] for volume in pod.get("volumes", [])]
+    yield from (f"volume {name} is there twice" for name in _twice(volumes))
+    for volume in pod.get("volumes", []):
+        if len(volume.keys() - {"name"}) != 1:
+            yield f"volume {volume['name']} has not exactly one source"
+    for container in _containers(pod):
+        for field in ("env", "ports"):
+            listed = [entry["name"] for entry in container.get(field, [])]
+            yield from (f"{field} {name} is there twice" for name in _twice(listed))
+        mounts = container.get("volumeMounts", [])
+        yield from (f"no volume {m['name']}" for m in mounts if m["name"] not in volumes)
+        yield from (f"two mounts at {path}" for path in _twice([m["mountPath"] for m in mounts]))
+        yield from (
+            f"port name {p['name']} is longer than 15"
+            for p in container.get("ports", [])
+            if len(p["name"]) > 15
+        )
+        limits = container["resources"]["limits"]
+        for what, asked in container["resources"]["requests"].items():
+            if what in limits and _quantity(asked) > _quantity(limits[what]):
+                yield f"requests {asked} of {what}, more than the limit {limits[what]}"
+        claims = {claim["name"] for claim in pod.get("resourceClaims", [])}
+        yield from (
+            f"no claim {c['name']}"
+            for c in container["resources"].get("claims", [])
+            if c["name"] not in claims
+        )
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _quantity(value: str | float) -> float:
+    number = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|Ki)?", str(value))
+    if number is None:
+        return math.nan
+    return float(number[1]) * _QUANTITIES[number[2] or ""]
 
 
 POLICIES: dict[str, Policy] = {
@@ -204,7 +320,9 @@ POLICIES: dict[str, Policy] = {
         disruption_budget,
         network_policy,
         selectors_match,
+        pools_are_reached,
         job_resumes,
+        api_server_rules,
     )
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from panotriton.server.repository import PLACEABLE
 from tests.deploy import charts, golden, policies
 from tests.deploy.charts import CHART, HERE, RELEASES, VARIANTS, Manifest, helm, render, rendered
 
@@ -41,14 +42,18 @@ def test_each_check_can_fail(fault: dict[str, Any]) -> None:
 def break_it(manifests: list[Manifest], fault: dict[str, Any]) -> Manifest:
     """Put one fault into the manifests; returns the one that now has it."""
     kind, *path = fault["at"].split(".")
-    manifest = next(manifest for manifest in manifests if manifest["kind"] == kind)
+    kind, _, name = kind.partition("/")
+    manifest = next(
+        m for m in manifests if m["kind"] == kind and name in ("", m["metadata"]["name"])
+    )
     node: Any = manifest
     for key in path[:-1]:
         node = node[int(key)] if key.isdigit() else node[key]
+    last = int(path[-1]) if path[-1].isdigit() else path[-1]
     if "set" in fault:
-        node[path[-1]] = fault["set"]
+        node[last] = fault["set"]
     else:
-        del node[path[-1]]
+        del node[last]
     return manifest
 
 
@@ -227,3 +232,77 @@ def test_image_volumes_where_the_feature_gate_is_vouched_for() -> None:
     values = {"repository": repository | {"image": image}}
     pod = one("Deployment", values, release="1.33")["spec"]["template"]["spec"]
     assert pod["volumes"][-1]["image"]["reference"] == "models:1"
+
+
+def named(kind: str, name: str, values: dict[str, Any]) -> Manifest:
+    (found,) = (m for m in render(values) if (m["kind"], m["metadata"]["name"]) == (kind, name))
+    return found
+
+
+def test_each_pool_has_its_own_replicas_resources_and_nodes() -> None:
+    values = VARIANTS["two-pools"]
+    sr, qwen = (named("Deployment", f"prod-panotriton-{p}", values)["spec"] for p in ("sr", "qwen"))
+    front = named("Deployment", "prod-panotriton", values)["spec"]
+    assert (front["replicas"], qwen["replicas"]) == (2, 3)
+    assert "replicas" not in sr  # its autoscaler's
+    scaler = one("HorizontalPodAutoscaler", values)["spec"]
+    assert scaler["scaleTargetRef"]["name"] == "prod-panotriton-sr"
+    assert scaler["maxReplicas"] == 12
+    assert qwen["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    pods = [part["template"]["spec"] for part in (front, sr, qwen)]
+    assert [pod.get("nodeSelector") for pod in pods] == [None, {"gpu": "l4"}, {"gpu": "l40s"}]
+    limits = [pod["containers"][0]["resources"]["limits"] for pod in pods]
+    assert [limit.get("nvidia.com/gpu") for limit in limits] == [None, 1, 1]
+    assert {pod["serviceAccountName"] for pod in pods} == {"prod-panotriton"}
+
+
+def test_a_pool_says_nothing_of_where_others_are() -> None:
+    """Only the front asks, and what callers of the front are for is the front's."""
+    values = VARIANTS["pools-keda"] | {"kserve": {"enabled": False}}
+    values |= {"server": {"maxInflight": 8}}
+    front, pool = (
+        {
+            e["name"]
+            for e in named("Deployment", name, values)["spec"]["template"]["spec"]["containers"][0][
+                "env"
+            ]
+        }
+        for name in ("prod-panotriton", "prod-panotriton-unet")
+    )
+    assert front - pool == {
+        "PANOTRITON_PLACE",
+        "PANOTRITON_TLS_FOLDER",
+        "PANOTRITON_TLS_MUTUAL",
+        "PANOTRITON_MAX_INFLIGHT",
+    }
+    assert not pool - front
+
+
+def test_a_pool_scales_by_the_calls_that_wait_for_its_networks() -> None:
+    triggers = named("ScaledObject", "prod-panotriton-unet", VARIANTS["pools-keda"])["spec"][
+        "triggers"
+    ]
+    (trigger,) = triggers
+    assert 'model=~"osediff_unet"' in trigger["metadata"]["query"]
+    assert 'pod=~"prod-panotriton-unet-.*"' in trigger["metadata"]["query"]
+
+
+def test_a_long_release_leaves_room_for_a_pools_names() -> None:
+    values = {"pools": [{"name": "super-resolution-gpu", "models": ["osediff_unet"]}]}
+    done = helm("template", "r" * 53, str(CHART), values=values)
+    names = [m["metadata"]["name"] for m in yaml.safe_load_all(done.stdout) if m]
+    assert max(map(len, names)) <= 63
+    assert len([name for name in names if name.endswith("-super-resolution-gpu-headless")]) == 1
+
+
+def test_the_schema_offers_what_can_be_placed() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    models = schema["properties"]["pools"]["items"]["properties"]["models"]["items"]["enum"]
+    assert set(models) == {*PLACEABLE}
+
+
+def test_the_commented_pools_of_the_values_render() -> None:
+    text = (CHART / "values.yaml").read_text()
+    lines = text.partition("pools: []\n")[2].partition("# and strategy")[0].splitlines()
+    pools = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+    assert named("Deployment", "prod-panotriton-unet", {"pools": pools})["spec"]["replicas"] == 4

@@ -38,12 +38,11 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())["services"]
 
 
-def test_both_files_are_valid_compose() -> None:
+def test_all_files_are_valid_compose() -> None:
     names = PyCompose.from_yaml((DOCKER / "compose.yaml").read_text()).service_names()
     assert set(names) == {"server", "prometheus", "grafana", "perf"}
-    assert PyCompose.from_yaml((DOCKER / "compose.gpu.yaml").read_text()).service_names() == [
-        "server"
-    ]
+    for name, services in (("compose.gpu.yaml", ["server"]), ("compose.auth.yaml", ["auth"])):
+        assert PyCompose.from_yaml((DOCKER / name).read_text()).service_names() == services
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,8 @@ def test_the_specification_can_refuse(change: tuple[str, str], says: str) -> Non
 
 
 def test_the_services_keep_the_rules() -> None:
-    assert list(problems(load(DOCKER / "compose.yaml"))) == []
+    for name in ("compose.yaml", "compose.auth.yaml"):
+        assert list(problems(load(DOCKER / name))) == []
 
 
 def test_each_rule_can_fail() -> None:

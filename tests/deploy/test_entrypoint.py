@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,6 +30,7 @@ from panotriton import Camera, Client, ConnectError, PanotritonError, Tls
 from panotriton.server.launch import find_installation
 from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import EXIT_GAVE_UP
+from tests.deploy.certificates import certificates
 from tests.deploy.charts import ROOT
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -46,10 +49,18 @@ class Running:
     grpc: int
 
 
+# Not among those that the kernel gives to whoever connects somewhere or asks for any: such a one may be taken
+# again before the server, which loads its models first, comes to listen on it.
+PORTS = iter(random.sample(range(12_000, 32_000), 4000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, and another each time."""
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +263,26 @@ def stand_ins(folder: Path) -> Path:
     return Path(made.build(folder))
 
 
+# In place of the half second that a stand-in takes: as long as it is not let go.
+CLOSED = """
+def closed():
+    from pathlib import Path
+    Path("{begun}").touch()
+    while not Path("{let_go}").exists():
+        time.sleep(0.05)
+"""
+
+
 def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
+    repository = stand_ins(tmp_path / "repository")
+    begun, let_go = tmp_path / "begun", tmp_path / "let_go"
+    model = repository / "osediff_unet" / "1" / "model.py"
+    code = model.read_text().replace("time.sleep(0.5)", "closed()")
+    model.write_text(code + CLOSED.format(begun=begun, let_go=let_go))
     own = {
-        "PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository")),
+        "PANOTRITON_REPOSITORY": str(repository),
         "PANOTRITON_LOAD_MODELS": "*",
         "PANOTRITON_EXIT_TIMEOUT_S": "240",
     }
@@ -269,7 +295,7 @@ def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
             while ask_supervisor(server, "ready") != 200:
                 time.sleep(0.1)
             group = pool.submit(client.process, *panoramas, prompt="slow", **options)
-            while not asked(server, "osediff_unet"):
+            while not begun.exists():
                 assert not group.done()
                 time.sleep(0.1)
             server.process.send_signal(signal.SIGTERM)
@@ -278,10 +304,36 @@ def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
             with Client(client.url, retries=0) as newcomer, pytest.raises(PanotritonError):
                 newcomer.process(*panoramas, **options)
             assert not group.done(), server.log.read_text()
+            let_go.touch()
             assert len(group.result(240).pairs) == 16
         assert server.process.wait(60) == 0
     finally:
         stop(server)
+
+
+def test_a_front_asks_a_pool_for_what_it_does_not_load(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As the chart starts both: the pool with its networks alone, the front with all the others."""
+    own = {"PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository"))}
+    networks = "osediff_unet osediff_vae_decoder"
+    (tmp_path / "pool").mkdir()
+    pool = start(environment | own | {"PANOTRITON_LOAD_MODELS": networks}, tmp_path / "pool")
+    place = f"{networks.replace(' ', ',')}=127.0.0.1:{pool.grpc}"
+    own |= {"PANOTRITON_LOAD_MODELS": "*", "PANOTRITON_PLACE": place}
+    front = start(environment | own, tmp_path)
+    try:
+        wait_ready(pool)
+        wait_ready(front)
+        with Client(f"127.0.0.1:{front.grpc}") as client:
+            sharp = client.upscale(np.zeros((64, 64, 3), np.uint8))
+            assert sharp.numpy().shape == (128, 128, 3)
+        assert asked(pool, "osediff_unet")
+        assert status(front, "v2/models/osediff/ready") == 200
+        assert status(front, "v2/models/osediff_unet/ready") != 200
+    finally:
+        stop(front)
+        stop(pool)
 
 
 def asked(server: Running, model: str) -> bool:
@@ -446,20 +498,6 @@ def test_a_limit_between_steps_goes_to_servers_that_know_it(
         stop(server)
 
 
-def certificates(folder: Path) -> None:
-    """ca.crt, and tls.* and caller.* that it signed, for localhost."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, cwd=folder, capture_output=True)
-
-    new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
-    openssl(*new, "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
-    for name in ("tls", "caller"):
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost")
-        files = ("-keyout", f"{name}.key", "-out", f"{name}.crt")
-        openssl(*new, "-subj", f"/CN={name}", *signed, *files)
-
-
 @pytest.mark.parametrize("mutual", ["false", "true"])
 def test_tls_and_callers_certificates(
     environment: dict[str, str], tmp_path: Path, mutual: str
@@ -505,6 +543,8 @@ def test_all_models_and_tracing_on_demand(environment: dict[str, str], tmp_path:
         ("PANOTRITON_ADMIN_KEY_FILE", "/nowhere", "missing or empty"),
         ("PANOTRITON_ADMIN_KEY_FILE", "/etc/passwd", "other characters than A-Z"),
         ("TRITONSERVER", "/nowhere", "not an executable"),
+        ("PANOTRITON_PLACE", "qwen=qwen", "'qwen=qwen' is not NAME[,NAME]=HOST:PORT"),
+        ("PANOTRITON_PLACE", "osediff=a:8001", "'osediff' cannot be placed"),
         ("PANOTRITON_GPU", "yes", "expected true or false or auto"),
         ("PANOTRITON_TLS_FOLDER", "/nowhere", "/nowhere/tls.crt is missing or empty"),
     ],

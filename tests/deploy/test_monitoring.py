@@ -98,8 +98,9 @@ def test_the_scaled_models_are_steps_of_the_pipeline() -> None:
 def test_adapter_and_autoscaler_agree_on_names() -> None:
     rules = yaml.safe_load((ROOT / "docker/prometheus/adapter-rules.yml").read_text())["rules"]
     offered = {rule["name"]["as"] for rule in rules["custom"]}
-    (scaler,) = (m for m in json.loads(rendered("hpa")) if m["kind"] == "HorizontalPodAutoscaler")
-    asked = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
+    manifests = json.loads(rendered("hpa")) + json.loads(rendered("two-pools"))
+    scalers = [m["spec"] for m in manifests if m["kind"] == "HorizontalPodAutoscaler"]
+    asked = {m["pods"]["metric"]["name"] for scaler in scalers for m in scaler["metrics"]}
     assert asked == offered
 
 

@@ -5,7 +5,7 @@ import sys
 
 from panotriton.cli import main, serve
 
-serve.check_exported = lambda repository: None
+serve.check_exported = lambda repository, elsewhere: None
 
 if __name__ == "__main__":
     sys.exit(main(["serve", *json.loads(sys.argv[1])]))

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from panotriton.cli.places import check_file, check_ports
 from panotriton.errors import ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
-from panotriton.server.repository import check_exported
+from panotriton.server.repository import (
+    ALL_EXPORTED,
+    check_exported,
+    check_served,
+    placed,
+    with_behind,
+)
 from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
 _EXAMPLES = """\
@@ -24,6 +30,8 @@ examples:
   panotriton serve --log                        the same, with the server's log on the terminal
   panotriton serve --http-port 9000 --grpc-port 9001 --metrics-port 9002
   panotriton serve --tritonserver /opt/tritonserver/bin/tritonserver   inside an NGC container
+  panotriton serve --models osediff_unet --host 10.0.0.7      a network alone, for another server,
+  panotriton serve --place osediff_unet=10.0.0.7:8001         which is told so
   panotriton serve -- --trace-config=rate=100   what follows -- goes to tritonserver as it is
 """
 
@@ -41,6 +49,19 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_repository_argument(parser)
+    parser.add_argument(
+        "--models",
+        metavar="NAME[,NAME]",
+        help="serve only these, such as networks that other servers ask (all)",
+    )
+    parser.add_argument(
+        "--place",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME]=HOST:PORT[,HOST:PORT]",
+        help="networks that the servers at these gRPC addresses have, and this one does not load; "
+        "may be given several times",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
         "--http-port", type=int, default=8000, help="%(default)s; 0 picks a free one"
@@ -94,7 +115,12 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
     check_ports(options)
-    check_exported(options.repository)
+    placement = " ".join(options.place)
+    models = options.models and options.models.split(",")
+    check_exported(options.repository, elsewhere=_elsewhere(placement, models))
+    if models:
+        check_served(options.repository, models)
+        models = with_behind(options.repository, models)
     if options.log_file:
         check_file(options.log_file)
     installation: Installation = find_installation(options.tritonserver)
@@ -115,6 +141,8 @@ def run(options: argparse.Namespace) -> int:
         exit_timeout_s=options.exit_timeout_s,
         extra_args=options.flags,
         controlled=True,
+        load_models=models,
+        placement=placement,
         installation=installation,
     )
     supervisor = Supervisor(server, drain_s=options.drain_s, restarts=options.restarts, say=_say)
@@ -130,6 +158,12 @@ def run(options: argparse.Namespace) -> int:
         if code:
             print(_tail(server), file=sys.stderr)
         return code
+
+
+def _elsewhere(placement: str, models: Sequence[str] | None) -> frozenset[str]:
+    """What this server does not need of an exported repository."""
+    others = ALL_EXPORTED - set(models) if models else frozenset()
+    return placed(placement) | others
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ Importable only inside tritonserver, which brings `triton_python_backend_utils`.
 from __future__ import annotations
 
 import asyncio
-import re
+import functools
+import os
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput, ServerBusy
+from panotriton.models.failures import Unavailable, failed
+from panotriton.models.replicas import Replicas
 from panotriton.pipeline.camera import sample_cameras
 from panotriton.pipeline.contract import (
     DEFAULTS,
@@ -29,10 +32,10 @@ from panotriton.pipeline.contract import (
 )
 from panotriton.pipeline.group import check_cameras
 from panotriton.pipeline.images import check_panorama, decode_image
+from panotriton.pipeline.placement import SETTING, read_placement
 
 __all__ = [
     "Cancelled",
-    "Unavailable",
     "answers",
     "ask_qwen",
     "attempt",
@@ -59,18 +62,10 @@ _MESSAGE = 1000  # characters
 _WAITING = ThreadPoolExecutor(30, "call")
 
 Tensors = dict[str, NDArray[Any]]
-_GONE = re.compile(
-    r"Stub process '\w+' is not healthy|Model '\w+' is not ready|has no available versions"
-)
-_FULL = "Exceeds maximum queue size"
 
 
 class Cancelled(Exception):
     """The caller wants no answer any more."""
-
-
-class Unavailable(Exception):
-    """A model that this one asks has no process at the moment: the server's trouble, not the request's."""
 
 
 def respond(requests: Sequence[Any], handle: Callable[[Any], Tensors]) -> list[Any]:
@@ -208,11 +203,14 @@ async def execute(request: Any, **options: Any) -> Any:
 
 
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
-    """Send one request to another model of this server and wait for it without blocking others.
+    """Send one request to another model and wait for it without blocking others.
 
-    Arrays are copied to shared memory once. Raises InferenceFailed with the model's own message,
-    Unavailable where it has died or is being replaced, or ServerBusy where its queue is full.
+    To one of this server, for which arrays are copied to shared memory once, or to where PANOTRITON_PLACE has
+    it, over gRPC. Raises InferenceFailed with the model's own message, Unavailable where it has died or is
+    being replaced, or ServerBusy where its queue is full.
     """
+    if (replicas := _elsewhere().get(model)) is not None:
+        return await replicas.call(model, inputs, outputs)
     request = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=list(outputs),
@@ -224,12 +222,13 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
-def failed(model: str, message: str) -> Exception:
-    """What to raise for another model's error; 24.10 gives it no code that would tell the two apart."""
-    if _FULL in message:
-        return ServerBusy(f"{model}: {message}")
-    gone = _GONE.search(message) is not None
-    return (Unavailable if gone else InferenceFailed)(f"{model}: {message}")
+@functools.cache
+def _elsewhere() -> dict[str, Replicas]:
+    """The models that other servers have; those at the same addresses share the channels."""
+    placement = read_placement(os.environ.get(SETTING, ""))
+    warn = pb_utils.Logger.log_warn
+    servers = {addresses: Replicas(addresses, warn) for addresses in set(placement.values())}
+    return {model: servers[addresses] for model, addresses in placement.items()}
 
 
 def calls_until(is_cancelled: Callable[[], bool]) -> Callable[..., Awaitable[Tensors]]:

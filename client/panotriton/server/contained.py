@@ -14,17 +14,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from panotriton.errors import InvalidInput
+from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
+from panotriton.server.repository import placed, served_here, with_behind
 from panotriton.server.supervise import Supervisor
 
 _POLL_S = 0.5
 _EXIT_S = 10.0  # to unload what has nothing left to do
+_WRONG_SETTING = 2
+_LOAD = "--load-model="
+_FOLDER = "--model-repository="
 
 
 class Contained:
@@ -72,6 +79,29 @@ class Contained:
         return self._process
 
 
+def with_models(command: Sequence[str], placement: str) -> list[str]:
+    """The command, loading what this server needs to. Raises InvalidInput for a wrong placement."""
+    elsewhere = placed(placement)
+    asked = [part.removeprefix(_LOAD) for part in command if part.startswith(_LOAD)]
+    (folder,) = (part.removeprefix(_FOLDER) for part in command if part.startswith(_FOLDER))
+    loads = [_LOAD + name for name in _to_load(folder, asked, elsewhere)]
+    first = next((i for i, part in enumerate(command) if part.startswith(_LOAD)), len(command))
+    return [*command[:first], *loads, *(p for p in command[first:] if not p.startswith(_LOAD))]
+
+
+def _to_load(folder: str, asked: list[str], elsewhere: Collection[str]) -> list[str]:
+    """Of *, not what other servers have; of names, also what only those ask."""
+    if "://" in folder:  # an object store, not to be listed here
+        if "*" in asked and elsewhere:
+            raise InvalidInput(
+                f"{SETTING} with the repository {folder}: name the models to load in PANOTRITON_LOAD_MODELS"
+            )
+        return asked
+    if "*" not in asked:
+        return with_behind(Path(folder), asked)
+    return served_here(Path(folder), elsewhere) if elsewhere else asked
+
+
 def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Serve until a signal or until only a new container helps; the exit code."""
     port = environment["PANOTRITON_HTTP_PORT"]
@@ -79,6 +109,11 @@ def main(command: Sequence[str], environment: Mapping[str, str]) -> int:
     asked = environment["PANOTRITON_HTTP_HOST"]
     here = "127.0.0.1" if asked == "0.0.0.0" else asked  # noqa: S104
     key = os.environ.pop("PANOTRITON_ADMIN_KEY", "")
+    try:
+        command = with_models(command, environment.get(SETTING, ""))
+    except InvalidInput as error:
+        print(f"entrypoint: {error}", file=sys.stderr)
+        return _WRONG_SETTING
     server = Contained(command, f"{here}:{port}", key)
     supervisor = Supervisor(
         server, drain_s=float(environment["PANOTRITON_EXIT_TIMEOUT_S"]), restarts=0

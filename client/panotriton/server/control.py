@@ -8,6 +8,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from panotriton.errors import PanotritonError
+from panotriton.pipeline.networks import NETWORKS
 
 __all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
 
@@ -19,6 +20,8 @@ _LAYERS = (
     ("crop", "decode", "interpolate", "options", "osediff", "preprocess", "select", "tap"),
     ("qwen_describer", "qwen_scorer"),
     ("qwen",),
+    # Last, for servers that others ask for their networks.
+    ("qwen_vision", *(model for roles in NETWORKS.values() for model in roles.models)),
 )
 
 

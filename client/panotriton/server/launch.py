@@ -32,9 +32,11 @@ from types import TracebackType
 from typing import IO
 
 from panotriton.errors import ServerStartError
+from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
+from panotriton.server.repository import placed, served_here
 
 __all__ = [
     "Installation",
@@ -192,8 +194,9 @@ class LocalServer:
     load; otherwise the others are served. `auto_complete` lets configs leave out inputs and outputs,
     for an extra process per model at start. `controlled` lets the holder of `control` load and unload
     models, and over gRPC every process of this machine; over HTTP that takes a key, since any web page
-    can send a request to localhost. Raises ServerStartError with the reason from the server's log,
-    which is kept at `log_file` where one is named.
+    can send a request to localhost. `placement` says which networks other servers have, which then are not
+    loaded here (`panotriton.pipeline.placement`). Raises ServerStartError with the reason from the server's
+    log, which is kept at `log_file` where one is named.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class LocalServer:
         log_file: Path | None = None,
         log_verbose: int = 0,
         load_models: Sequence[str] | None = None,
+        placement: str = "",
         strict: bool = True,
         auto_complete: bool = False,
         controlled: bool = False,
@@ -218,12 +222,17 @@ class LocalServer:
     ) -> None:
         self.model_repository = Path(model_repository).absolute()
         self.host = host
-        self.http_port = http_port or _free_port(host)
-        self.grpc_port = grpc_port or _free_port(host)
-        self.metrics_port = metrics_port or _free_port(host)
+        free = _free_ports(host, 3)
+        self.http_port = http_port or free[0]
+        self.grpc_port = grpc_port or free[1]
+        self.metrics_port = metrics_port or free[2]
         self.log_file = log_file
         self.installation = installation
         self._log_verbose = log_verbose
+        self._placement = placement
+        elsewhere = placed(placement)
+        if load_models is None and elsewhere:
+            load_models = served_here(self.model_repository, elsewhere)
         self._load_models = ["*"] if controlled and load_models is None else load_models
         self._strict = strict
         self._auto_complete = auto_complete
@@ -342,7 +351,7 @@ class LocalServer:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=environment(installation.library_path),
+            env=environment(installation.library_path) | {SETTING: self._placement},
             cwd=work,  # the stub imports `model` from its working directory first
             pass_fds=[self._lock],  # and on to the stubs: the folder is theirs as well
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
@@ -494,10 +503,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _free_ports(host: str, count: int) -> list[int]:
+    """Different ones: each is held until all are found."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _check_port(host: str, port: int) -> None:

@@ -3,10 +3,22 @@
 {{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" }}{{ end -}}
 {{- end }}
 
+{{/* A release has parts, each a Deployment of servers: the front, which callers ask, and the pools that it asks. What
+     is rendered for each part ranges over `prepend .Values.pools (dict)` and gets a root of its own, whose values
+     are the release's with the pool's over them; .Pool is the pool, empty for the front. */}}
+{{- define "panotriton.name" -}}
+{{- if .Pool }}{{ printf "%s-%s" (include "panotriton.fullname" . | trunc (sub 53 (len .Pool.name) | int) | trimSuffix "-") .Pool.name }}
+{{- else }}{{ include "panotriton.fullname" . }}{{ end -}}
+{{- end }}
+
 {{- define "panotriton.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/component: server
+{{ include "panotriton.component" . }}
+{{- end }}
+
+{{- define "panotriton.component" -}}
+app.kubernetes.io/component: {{ if .Pool }}pool-{{ .Pool.name }}{{ else }}server{{ end }}
 {{- end }}
 
 {{/* Without versions: in a pod they would roll every replica, and break a Job, though nothing else changed. */}}
@@ -18,13 +30,21 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end }}
 
+{{/* Networks and where their pools are, as PANOTRITON_PLACE has it; a headless service gives every replica. */}}
+{{- define "panotriton.placement" -}}
+{{- range $i, $pool := .Values.pools -}}
+{{- if $i }} {{ end -}}
+{{ join "," $pool.models }}={{ include "panotriton.name" (dict "Pool" $pool "Chart" $.Chart "Release" $.Release) }}-headless.{{ $.Release.Namespace }}.svc:8001
+{{- end -}}
+{{- end }}
+
 {{- define "panotriton.image" -}}
 {{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag }}{{ end -}}
 {{- end }}
 
 {{/* What runs: Deployments of the chart, or of KServe. */}}
 {{- define "panotriton.deployment" -}}
-{{ include "panotriton.fullname" . }}{{ if .Values.kserve.enabled }}-predictor{{ end }}
+{{ include "panotriton.name" . }}{{ if and .Values.kserve.enabled (not .Pool) }}-predictor{{ end }}
 {{- end }}
 
 {{- define "panotriton.labels" -}}
@@ -94,9 +114,10 @@ seccompProfile: {type: RuntimeDefault}
 {{- else }}/models{{ end -}}
 {{- end }}
 
-{{/* Groups that wait for execution, over all replicas. `or vector(0)`: no series is no queue. */}}
+{{/* What waits for execution over all replicas: groups, or a pool's calls. `or vector(0)`: no series is no queue. */}}
 {{- define "panotriton.pendingQuery" -}}
-sum(nv_inference_pending_request_count{namespace="{{ .Release.Namespace }}",pod=~"{{ include "panotriton.fullname" . }}-.*",model=~"{{ .Values.autoscaling.models }}"}) or vector(0)
+{{- $models := .Values.autoscaling.models }}{{ if .Pool }}{{ $models = join "|" .Pool.models }}{{ end -}}
+sum(nv_inference_pending_request_count{namespace="{{ .Release.Namespace }}",pod=~"{{ include "panotriton.name" . }}-.*",model=~"{{ $models }}"}) or vector(0)
 {{- end }}
 
 {{/* Seconds in queues per finished group. The floor is one group in the five minutes that are looked at: with
@@ -107,7 +128,7 @@ sum(rate(nv_inference_queue_duration_us{namespace="{{ .Release.Namespace }}",pod
 
 {{/* With TLS the server has no HTTP, and gRPC is no clear-text HTTP/2. */}}
 {{- define "panotriton.servicePorts" -}}
-{{- if .Values.tls.secret -}}
+{{- if and .Values.tls.secret (not .Pool) -}}
 - {name: grpc, port: 8001, targetPort: grpc}
 {{- else -}}
 - {name: http, port: 8000, targetPort: http, appProtocol: http}

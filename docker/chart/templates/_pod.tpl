@@ -55,7 +55,7 @@ initContainers:
       - {name: tmp, mountPath: /tmp}
 {{- end }}
 containers:
-  - name: {{ ternary "kserve-container" "server" .Values.kserve.enabled }}
+  - name: {{ ternary "kserve-container" "server" (and .Values.kserve.enabled (not .Pool)) }}
 {{- include "panotriton.container" . | nindent 4 }}
 volumes:
   # The default /dev/shm of a pod is 64 MiB. It counts as the container's memory.
@@ -64,9 +64,9 @@ volumes:
   - name: tmp
     emptyDir: {sizeLimit: {{ add (include "panotriton.mebibytes" .Values.tmp.size) (include "panotriton.downloadMebibytes" .) }}Mi}
 {{- include "panotriton.repositoryVolume" . | nindent 2 }}
-{{- with .Values.tls.secret }}
+{{- if and .Values.tls.secret (not .Pool) }}
   - name: tls
-    secret: {secretName: {{ . }}, defaultMode: 0440}
+    secret: {secretName: {{ .Values.tls.secret }}, defaultMode: 0440}
 {{- end }}
 {{- with .Values.server.extraVolumes }}
 {{- toYaml . | nindent 2 }}
@@ -126,7 +126,7 @@ volumeMounts:
   - {name: shm, mountPath: /dev/shm}
   - {name: tmp, mountPath: /tmp}
 {{- include "panotriton.repositoryMount" . | nindent 2 }}
-{{- if .Values.tls.secret }}
+{{- if and .Values.tls.secret (not .Pool) }}
   - {name: tls, mountPath: /run/secrets/tls, readOnly: true}
 {{- end }}
 {{- with .Values.server.extraVolumeMounts }}
@@ -136,7 +136,10 @@ volumeMounts:
 
 {{- define "panotriton.environment" -}}
 - {name: PANOTRITON_REPOSITORY, value: {{ include "panotriton.repositoryAddress" . | quote }}}
-- {name: PANOTRITON_LOAD_MODELS, value: {{ .Values.server.loadModels | quote }}}
+- {name: PANOTRITON_LOAD_MODELS, value: {{ if .Pool }}{{ join " " .Pool.models | quote }}{{ else }}{{ .Values.server.loadModels | quote }}{{ end }}}
+{{- if and .Values.pools (not .Pool) }}
+- {name: PANOTRITON_PLACE, value: {{ include "panotriton.placement" . | quote }}}
+{{- end }}
 - {name: PANOTRITON_MAX_REQUEST_BYTES, value: {{ int64 .Values.server.maxRequestBytes | quote }}}
 - {name: PANOTRITON_EXIT_TIMEOUT_S, value: {{ .Values.shutdown.longestGroupSeconds | quote }}}
 - {name: PANOTRITON_LOG_VERBOSE, value: {{ .Values.server.logVerbose | quote }}}
@@ -144,8 +147,8 @@ volumeMounts:
 - {name: PANOTRITON_CLIENT_SHM, value: "false"}
 # With a GPU, networks that were all exported for the CPU are a mistake: the start fails.
 - {name: PANOTRITON_GPU, value: {{ include "panotriton.gpu" . | quote }}}
-{{- with .Values.server.maxInflight }}
-- {name: PANOTRITON_MAX_INFLIGHT, value: {{ . | quote }}}
+{{- if and .Values.server.maxInflight (not .Pool) }}
+- {name: PANOTRITON_MAX_INFLIGHT, value: {{ .Values.server.maxInflight | quote }}}
 {{- end }}
 # Threads by the limit; libraries would count the node's cores.
 - name: OMP_NUM_THREADS
@@ -156,7 +159,7 @@ volumeMounts:
 - {name: PANOTRITON_TRACE_RATE, value: {{ .rate | quote }}}
 {{- end }}
 {{- end }}
-{{- if .Values.tls.secret }}
+{{- if and .Values.tls.secret (not .Pool) }}
 - {name: PANOTRITON_TLS_FOLDER, value: /run/secrets/tls}
 - {name: PANOTRITON_TLS_MUTUAL, value: {{ .Values.tls.mutual | quote }}}
 {{- end }}

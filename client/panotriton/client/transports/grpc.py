@@ -25,28 +25,11 @@ from panotriton.errors import (
     ServerBusy,
     ServerUnavailable,
 )
+from panotriton.pipeline.channel import GRPC_CHANNEL
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 
 __all__ = ["Asynchronous", "Blocking"]
 
-# Messages of any size; and a server that was away is looked for every second, not, as by default, after
-# up to two minutes: our own retries would find the channel asleep. Pings find a network that swallows
-# everything. Only beside calls, and two without data in between: a server that is not told to
-# expect more closes the connection on whoever sends them. The rest is `Conversation._watched`'s.
-_CHANNEL = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Where a server's error is longer than the usual 8 KB, gRPC says that it has no resources left.
-    ("grpc.max_metadata_size", 1 << 20),
-    ("grpc.absolute_max_metadata_size", 1 << 20),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 2),
-]
 # gRPC's own words for a connection that failed, and for a message that is larger than either side takes.
 _NEVER_SENT = "failed to connect"
 _CUT_OFF = (_NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken pipe", "keepalive")
@@ -94,7 +77,7 @@ class _Grpc(Transport):
 
     def _connect(self) -> Any:
         tls = self.tls.grpc_options() if self.tls else {}
-        return self.library.InferenceServerClient(self.url, channel_args=_CHANNEL, **tls)
+        return self.library.InferenceServerClient(self.url, channel_args=GRPC_CHANNEL, **tls)
 
     def options(self, timeout_s: float) -> dict[str, Any]:
         return super().options(timeout_s) | {"client_timeout": timeout_s}
