@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["BUSY", "DONE", "FAILED", "LOST", "SLOW", "Balance"]
+__all__ = ["BUSY", "DONE", "LOST", "SLOW", "UNUSED", "Balance"]
 
-DONE, BUSY, SLOW, LOST, FAILED = "done", "busy", "slow", "lost", "failed"
-"""What came of a group: made; refused for want of room; past its deadline; the replica did not answer or
-went; the replica answered that a group could not be made."""
+DONE, BUSY, SLOW, LOST, UNUSED = "done", "busy", "slow", "lost", "unused"
+"""What came of a group: made; refused for want of room; past its deadline; the replica went or did not
+answer; it was given up for a reason that says nothing of the replica."""
 
 _OBSERVED = 1000  # groups whose times count
 _ENOUGH = 20  # of them, before a deadline is drawn from them
@@ -50,8 +50,8 @@ class Replica:
 class Balance:
     """`per_replica` groups at each replica: one that it works on and those that wait there.
 
-    A replica that lost a group is down until `up`, then gets one group at a time until it has made one, so that
-    a group with which servers die stands out. `ServerBusy` halves a window, and success opens it again.
+    A replica that lost a group is down until `up`, then gets one group at a time until it has made one, so
+    that a group with which servers die stands out. `ServerBusy` halves a window, and success opens it again.
     """
 
     per_replica: int = 2
@@ -59,7 +59,9 @@ class Balance:
     times_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))
     _deadline_s: float | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _ranked: list[tuple[float, int, str]] = field(default_factory=list)  # of equals the longest waiting
+    _ranked: list[tuple[float, int, str]] = field(
+        default_factory=list
+    )  # of equals the longest waiting
     _resting: list[tuple[float, str]] = field(default_factory=list)
 
     def update(self, addresses: Iterable[str]) -> None:
@@ -119,6 +121,10 @@ class Balance:
     def _queue(self, replica: Replica) -> None:
         """Enter it anew; what was entered before counts no more."""
         replica.queued = next(self._numbers)
+        if len(self._ranked) > 8 * len(self.replicas) + 64:
+            valid = {(r.queued, r.address) for r in self.replicas.values()}
+            self._ranked = [entry for entry in self._ranked if entry[1:] in valid]
+            heapq.heapify(self._ranked)
         heapq.heappush(self._ranked, (replica.rank, replica.queued, replica.address))
 
     def _wake(self, now: float) -> None:
@@ -150,7 +156,10 @@ class Balance:
                 heapq.heappush(self._resting, (replica.rests_until, address))
         elif outcome == LOST:
             replica.down, replica.window = True, 1.0
-        self._queue(replica)
+        if replica.gone and not replica.load:
+            del self.replicas[address]
+        else:
+            self._queue(replica)
 
     def up(self, address: str) -> None:
         """A replica that was down answers again."""

@@ -12,7 +12,7 @@ file and lists the others, so that it costs no more than a few files per thousan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,11 @@ class Records:
             for some in _chunks(indices, BLOCK):
                 yield from (record for record in pool.map(self.read, some) if record)
 
+    def failures(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """What `failed` has recorded of each."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._read_failure, indices))
+
     def close(self, block: int, memory: Memory) -> None:
         """Sum up a thousand pairs that are settled."""
         indices = range(block * BLOCK, (block + 1) * BLOCK)
@@ -120,7 +125,9 @@ class Records:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for block, content in zip(closed, pool.map(self._read_closed, closed), strict=True):
                 _recall_closed(memory, block, content)
-            found = pool.map(lambda block: list(self._store.list(f"{_FOLDER}/{block:06d}")), folders)
+            found = pool.map(
+                lambda block: list(self._store.list(f"{_FOLDER}/{block:06d}")), folders
+            )
             single = [_parsed(name) for names in found for name in names]
             for index, ending in single:
                 if ending.startswith(_ATTEMPT):

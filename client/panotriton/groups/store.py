@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from panotriton.errors import InvalidInput, PanotritonError, StoreError, brief
 
@@ -69,15 +71,23 @@ class Store:
         """Remove a file, or a folder with all in it; nothing where there is none."""
         raise NotImplementedError
 
-    def exists(self, name: str) -> bool:
-        raise NotImplementedError
-
     def read_json(self, name: str) -> Any:
         """None where there is no such file."""
         try:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write piece by piece; it replaces the one of that name at the end."""
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            self._upload(name, file)
+
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        raise NotImplementedError
 
     def write_json(self, name: str, content: Any) -> None:
         self.write(name, json_bytes(content))
@@ -100,7 +110,9 @@ class FolderStore(Store):
     def create(self, name: str, data: bytes) -> bool:
         with self._beside(name, data) as written:
             try:
-                (self.folder / name).hardlink_to(written)  # the one step that refuses an existing name
+                (self.folder / name).hardlink_to(
+                    written
+                )  # the one step that refuses an existing name
             except FileExistsError:
                 return False
             return True
@@ -112,16 +124,17 @@ class FolderStore(Store):
                     yield entry.name
 
     def remove(self, name: str) -> None:
-        import shutil  # noqa: PLC0415
-
         path = self.folder / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
-    def exists(self, name: str) -> bool:
-        return (self.folder / name).exists()
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        with self._beside(name, b"") as written:
+            with written.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+            written.replace(self.folder / name)
 
     @contextlib.contextmanager
     def _beside(self, name: str, data: bytes) -> Iterator[Path]:
@@ -142,7 +155,7 @@ class ObjectStore(Store):
         scheme, _, rest = url.partition("://")
         if "@" in rest.split("/")[0]:
             raise InvalidInput(
-                f"the URL of {scheme}://…{rest.rpartition('@')[2]} carries credentials, which would end up in "
+                f"the URL {scheme}://…{rest.rpartition('@')[2]} carries credentials, which would end up in "
                 "logs: leave them out, and set the environment variables or files of the store's own tools"
             )
         self.place = url.rstrip("/")
@@ -183,13 +196,9 @@ class ObjectStore(Store):
         with self._named(name), contextlib.suppress(FileNotFoundError):
             self._files.rm(self._path(name), recursive=True)
 
-    def exists(self, name: str) -> bool:
-        with self._named(name):
-            try:
-                self._files.info(self._path(name), refresh=True)
-            except FileNotFoundError:
-                return False
-            return True
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        with self._named(name), self._files.open(self._path(name), "wb") as remote:
+            shutil.copyfileobj(file, remote, 1 << 24)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
