@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import pickle
+import sys
 import threading
 import uuid
 from collections.abc import Awaitable, Callable
@@ -54,6 +56,8 @@ class ClusterEngine:
 
     def __enter__(self) -> ClusterEngine:
         self._ray = _ray()
+        if not sys.stderr.isatty():  # where people watch, Ray shows how its pool fares
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
         options: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False}
         if self.address is None:
             options |= {
