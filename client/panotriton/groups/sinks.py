@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ LAYOUTS = ("folder", "webdataset", "parquet")
 Record = dict[str, Any]
 """A group's entry of results.json, with its key, and how many bytes it takes."""
 
+_AT_ONCE = 16  # files of a group on their way to an object store
 _DATA = "data"
 _HEADER = "PANOTRITON.group"
 
@@ -137,10 +139,8 @@ class UploadSink(Sink):
             fill_group(group, Path(place), pair.group_id, bases, {"key": pair.key, **about})
             files = sorted(path for path in Path(place).rglob("*") if path.is_file())
             size = sum(path.stat().st_size for path in files)
-            for path in files:
-                if path.name != layout.INFO:
-                    name = path.relative_to(place).as_posix()
-                    self.store.write(f"{_folder(pair.index)}/{name}", path.read_bytes())
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(lambda path: self._upload(pair, place, path), files))
             content = json.loads((Path(place) / layout.INFO).read_text(encoding="utf-8"))
         content["bytes"] = size
         info = f"{_folder(pair.index)}/{layout.INFO}"
@@ -149,6 +149,11 @@ class UploadSink(Sink):
                 return known
             self.store.write(info, json_bytes(content))  # another run's
         return _record(pair, content, size)
+
+    def _upload(self, pair: Pair, place: str, path: Path) -> None:
+        if path.name != layout.INFO:
+            name = f"{_folder(pair.index)}/{path.relative_to(place).as_posix()}"
+            self.store.write(name, path.read_bytes())
 
     def remove(self, index: int) -> None:
         self.store.remove(_folder(index))
