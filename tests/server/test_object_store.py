@@ -88,6 +88,9 @@ def run_and_kill(words: list[str], output: str, store: Any) -> list[dict[str, An
         assert process.wait() == -signal.SIGKILL
     before = {n: etag(store, n) for n in names(store, prefix) if n.count("0000000")}
     assert before
+    assert not [name for name in before if "failed" in name], [
+        store.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in before if "failed" in n
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

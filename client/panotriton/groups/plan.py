@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from panotriton.errors import InvalidInput, brief
+from panotriton.errors import InvalidInput, StoreError, brief
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.contract import Options
 from panotriton.pipeline.images import SUFFIXES, images_in
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _AT_ONCE = 16
+_WAITS_S = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,23 @@ def _in_store(url: str) -> list[str]:
 
 
 def read_panorama(panorama: str) -> bytes:
-    """A file's content. Raises InvalidInput where it cannot be read."""
-    folder, _, name = panorama.rpartition("/") if is_url(panorama) else ("", "", panorama)
+    """A file's content. Raises InvalidInput where it cannot be read, StoreError where its store cannot."""
     try:
-        return open_store(folder).read(name) if folder else Path(panorama).read_bytes()
+        return _read_url(panorama) if is_url(panorama) else Path(panorama).read_bytes()
     except OSError as error:
         raise InvalidInput(f"cannot read {brief(panorama)}: {error.strerror or error}") from error
+
+
+def _read_url(url: str) -> bytes:
+    """It was listed: a store that does not find it is asked again before the panorama is blamed."""
+    folder, _, name = url.rpartition("/")
+    store = open_store(folder)
+    for wait_s in _WAITS_S:
+        try:
+            return store.read(name)
+        except (FileNotFoundError, StoreError):
+            time.sleep(wait_s)
+    return store.read(name)
 
 
 def digests(panoramas: Sequence[str]) -> list[str | None]:
