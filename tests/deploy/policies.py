@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.deploy.charts import ray_pods
+
 Manifest = dict[str, Any]
 Policy = Callable[[list[Manifest]], Iterator[str]]
 
@@ -140,9 +142,9 @@ def one_owner_of_replicas(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def no_versions_in_pods(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in _of_kind(manifests, "Deployment", "Job", "InferenceService"):
+    for manifest in _of_kind(manifests, "Deployment", "Job", "RayJob", "InferenceService"):
         for label in ("app.kubernetes.io/version", "helm.sh/chart"):
-            if label in _labels(manifest):
+            if any(label in labels for labels in _all_labels(manifest)):
                 yield f"{manifest['kind']}: {label} in the pod would roll every replica, and break a Job"
 
 
@@ -179,10 +181,21 @@ def selectors_match(manifests: list[Manifest]) -> Iterator[str]:
 def job_resumes(manifests: list[Manifest]) -> Iterator[str]:
     for job in _of_kind(manifests, "Job"):
         spec = job["spec"]
-        if spec.get("completionMode") != "Indexed" or "backoffLimitPerIndex" not in spec:
-            yield "Job is not Indexed with backoffLimitPerIndex: one bad shard would fail the others"
         if spec["template"]["spec"]["restartPolicy"] != "Never":
             yield "Job restarts in place, which podFailurePolicy does not allow"
+        codes = [
+            rule["onExitCodes"]["values"]
+            for rule in spec.get("podFailurePolicy", {}).get("rules", [])
+            if rule["action"] == "FailJob"
+        ]
+        if codes != [[2, 6]]:
+            yield "Job tries again what stays wrong: input (2), too many failures (6)"
+    for job in _of_kind(manifests, "Job", "RayJob"):
+        if not job["spec"].get("backoffLimit"):
+            yield f"{job['kind']} is not tried again: the run would not go on where it was"
+    for job in _of_kind(manifests, "RayJob"):
+        if not job["spec"].get("shutdownAfterJobFinishes"):
+            yield "RayJob keeps its cluster when the run is done"
 
 
 POLICIES: dict[str, Policy] = {
@@ -225,9 +238,19 @@ def _labels(manifest: Manifest) -> dict[str, str]:
     return spec["template"]["metadata"]["labels"]
 
 
+def _all_labels(manifest: Manifest) -> list[dict[str, str]]:
+    if manifest["kind"] == "RayJob":
+        return [template["metadata"]["labels"] for template in ray_pods(manifest)]
+    return [_labels(manifest)]
+
+
 def _pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
     for manifest in _of_kind(manifests, "Deployment", "Job", "InferenceService"):
         yield f"{manifest['kind']}/{manifest['metadata']['name']}", _pod(manifest)
+    for job in _of_kind(manifests, "RayJob"):
+        for template in ray_pods(job):
+            (container,) = template["spec"]["containers"]
+            yield f"RayJob/{container['name']}", template["spec"]
 
 
 def _is_server(manifest: Manifest) -> bool:
