@@ -4,8 +4,8 @@
 
 Service times come from capacity.json; run.py puts what the bench `pipeline` measured beside them in the docs.
 The run is that of `panotriton dataset --engine ray`: which replica a group goes to is asked of the same
-`Balance`, so that what is simulated is what is deployed. A replica is one GPU, which works on one stage of one
-group at a time, and CPU steps and transfers, which overlap with the GPU's work on others.
+`Balance`, so that what is simulated is what is deployed. A replica is one GPU, which works on one stage of
+one group at a time, and CPU steps and transfers, which overlap with the GPU's work on others.
 """
 
 from __future__ import annotations

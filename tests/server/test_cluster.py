@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from panotriton.cli import main
+from panotriton.server.launch import LocalServer
 from tests.replica import Replica
 from tests.server.cluster import HARMS, Cluster, replicas, run_harmed, write_panoramas
 
+REAL = Path(__file__).parent.parent / "data" / "panoramas"
 GROUPS = 40
 OPTIONS = ["--crop-size", "64", "--interpolations", "1", "--upscale", "1", "--seed", "3"]
 
@@ -93,6 +96,21 @@ def test_whatever_is_killed_the_result_is_that_of_one_process(
     """A worker, a replica and the driver, each killed once at a moment that is seeded."""
     place = (panoramas, tmp_path / "out", servers, cluster)
     check_harmed(list(HARMS), 0, place, undisturbed)
+
+
+def test_a_real_tritonserver_makes_the_same_groups_for_a_cluster(
+    standin: LocalServer, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Up to a number of kept intervals: groups that were begun beyond it are not in the result."""
+    words = ["dataset", str(REAL), "--target-n", "6", "--url", standin.grpc_url, *OPTIONS, "--json"]
+    assert main([*words, "-o", str(tmp_path / "local")]) == 0
+    more = ["-o", str(tmp_path / "ray"), "--engine", "ray", "--address", cluster.address]
+    more += ["--workers", "2", "--worker-cpus", "0.25"]
+    command = [sys.executable, "-m", "panotriton", *words, *more]
+    done = subprocess.run(command, env=cluster.environment, stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+    assert "group_0001/group_info.json" in content(tmp_path / "ray")
 
 
 @pytest.mark.thorough

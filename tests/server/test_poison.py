@@ -81,7 +81,6 @@ class Nurse:
 def test_a_group_with_which_servers_die_is_left_after_three(
     panoramas: Path, tmp_path: Path, start: Callable[..., Replica], undisturbed: Any
 ) -> None:
-    """Counted over restarts of the run: it is stopped by the first death, and goes on."""
     output = tmp_path / "out"
     poison = ("--seconds", 0.1, "--poison", group_seed(SEED, POISON))
     servers = [start(*poison) for _ in range(2)]
