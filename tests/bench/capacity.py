@@ -205,6 +205,11 @@ class Simulation:
         )  # groups that workers hold, and whose they are
         workers = run.workers or math.ceil(run.replicas / 8)
         self._held: dict[int, set[int]] = {worker: set() for worker in range(workers)}
+        self._at_once = min(
+            run.in_flight, max(2, math.ceil(1.5 * run.per_replica * run.replicas / workers))
+        )
+        self._turn = deque(self._held)
+        self._in_hand: set[int] = set()
         self._out: dict[int, Request] = {}  # by group
         self._open = run.groups
 
@@ -226,9 +231,10 @@ class Simulation:
     # ── Ray: whoever has room takes the next ──
 
     def _send(self) -> None:
-        while self.todo and (worker := self._roomiest()) is not None:
+        while self.todo and (worker := self._with_room()) is not None:
             group = self.todo.popleft()
             self._held[worker].add(group)
+            self._in_hand.add(group)
             self.waiting.append((group, worker))
         for _ in range(len(self.waiting)):
             group, worker = self.waiting.popleft()
@@ -244,13 +250,15 @@ class Simulation:
             else:
                 self.waiting.append((group, worker))
 
-    def _roomiest(self) -> int | None:
-        at_once = min(
-            self.run.in_flight,
-            max(2, math.ceil(1.5 * self.run.per_replica * self.run.replicas / len(self._held))),
-        )
-        worker = min(self._held, key=lambda each: len(self._held[each]))
-        return worker if len(self._held[worker]) < at_once else None
+    def _with_room(self) -> int | None:
+        """The workers in turn, but those that hold all that they may."""
+        if len(self._in_hand) >= self._at_once * len(self._held):
+            return None
+        while len(self._held[self._turn[0]]) >= self._at_once:
+            self._turn.rotate(-1)
+        worker = self._turn[0]
+        self._turn.rotate(-1)
+        return worker
 
     def _begin(self, group: int, worker: int, address: str, ticket: int | None) -> None:
         replica = self.replicas[address]
@@ -309,6 +317,7 @@ class Simulation:
 
     def _settled(self, request: Request) -> None:
         self._held[request.worker].discard(request.group)
+        self._in_hand.discard(request.group)
         self._open -= 1
 
     # ── a replica ──
@@ -392,8 +401,11 @@ class Simulation:
 
     def _worker_dies(self, worker: int) -> None:
         """Ray starts another and gives it the same rows; the replicas are its again once it is missed."""
-        groups, self._held[worker] = sorted(self._held[worker]), set()
-        self._held[max(self._held) + 1] = self._held.pop(worker)
+        groups = sorted(self._held.pop(worker))
+        another = max(self._held) + 1
+        self._held[another] = set()
+        self._turn[self._turn.index(worker)] = another
+        self._in_hand.difference_update(groups)
         for group in groups:
             if request := self._out.pop(group, None):
                 self.replicas[request.replica].at.pop(id(request), None)
