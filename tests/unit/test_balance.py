@@ -29,7 +29,8 @@ def test_one_that_lost_a_group_gets_none_until_it_is_up_and_then_one_alone() -> 
     assert {two.take(0.0) for _ in range(4)} == {"r0", "r1"}
     two.give("r0", LOST, 0.0, 1.0)
     two.give("r0", LOST, 0.0, 1.0)
-    assert two.down == ["r0"]
+    assert two.replicas["r0"].down
+    assert not two.all_down
     assert two.take(2.0) is None
     two.up("r0")
     assert [two.take(3.0), two.take(3.0)] == ["r0", None]

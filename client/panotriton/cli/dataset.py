@@ -165,8 +165,9 @@ def run(options: argparse.Namespace) -> int:
                 print("stopped; the same command goes on from here", file=sys.stderr)
                 raise
     _show(options, console, dataset, summary)
-    if options.max_failed is not None and summary.failed > options.max_failed:
-        print(f"panotriton: {summary.failed} pairs failed, more than --max-failed", file=sys.stderr)
+    if dataset.too_many_failed:
+        limit = f"more pairs failed than --max-failed {options.max_failed}"
+        print(f"panotriton: {limit}: {shown(options.output)}/failed.json says why", file=sys.stderr)
         return _TOO_MANY_FAILED
     return 0 if summary.complete else 1
 

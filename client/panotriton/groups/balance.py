@@ -173,11 +173,6 @@ class Balance:
         return sum(int(r.window) for r in self.replicas.values() if not (r.down or r.gone))
 
     @property
-    def down(self) -> list[str]:
-        """Replicas to look after."""
-        return [r.address for r in self.replicas.values() if r.down and not r.gone]
-
-    @property
     def all_down(self) -> bool:
         return all(r.down or r.gone for r in self.replicas.values())
 

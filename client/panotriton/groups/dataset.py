@@ -220,7 +220,7 @@ class Dataset:
         return None
 
     def _wanted(self, index: int, engine: Engine) -> bool:
-        if index >= self._pair_count or self._too_many_failed():
+        if index >= self._pair_count or self.too_many_failed:
             return False
         if index < self._tally.floor:
             return True
@@ -244,11 +244,13 @@ class Dataset:
         self.report(self.summary(), _line(plan, outcome), outcome)
         return self._ended()
 
-    def _too_many_failed(self) -> bool:
+    @property
+    def too_many_failed(self) -> bool:
+        """Whether the run has ended, or would, for `max_failed`."""
         return self.max_failed is not None and len(self._memory.failed) > self.max_failed
 
     def _ended(self) -> bool:
-        if self._too_many_failed():
+        if self.too_many_failed:
             return True
         tally = self._tally
         if tally.settled < tally.floor:
@@ -284,7 +286,7 @@ class Dataset:
 
     def _finish(self, plan: Plan) -> Summary:
         end = self._tally.settled
-        if not self._too_many_failed():
+        if not self.too_many_failed:
             self._drop_after(end)
         summary = self.summary()
         failed = [index for index in sorted(self._memory.failed) if index < end]

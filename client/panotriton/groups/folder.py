@@ -128,7 +128,10 @@ def read_results(root: Path) -> list[dict[str, Any]]:
 
 
 def process_command(
-    panoramas: Iterable[Path], options: Mapping[str, Any], output: str = "out", *more: str
+    panoramas: Iterable[Path | str],
+    options: Mapping[str, Any],
+    output: str = "out",
+    *more: str,
 ) -> str:
     """The command line that makes a group again; options as group_info.json holds them."""
     words = ["panotriton", "process", *map(str, panoramas)]

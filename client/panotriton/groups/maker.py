@@ -191,7 +191,7 @@ class Maker:
             "version": __version__,
             "server": self._names[address],
             **self._plan.about,
-            "command": process_command([Path(name) for name in pair.panoramas], options),
+            "command": process_command(pair.panoramas, options),
         }
 
     def _recorded(self, pair: Pair, record: Record, seconds: float) -> Outcome:

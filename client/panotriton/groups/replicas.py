@@ -21,7 +21,7 @@ from panotriton.errors import (
     PanotritonError,
     quoted,
 )
-from panotriton.groups.balance import BUSY, DONE, LOST, UNUSED, Balance
+from panotriton.groups.balance import DONE, LOST, UNUSED, Balance
 
 __all__ = ["Lease", "Replicas", "Servers", "addresses"]
 
@@ -167,7 +167,7 @@ class Replicas:
             try:
                 if first or await client.ready():
                     if self._serves_ours(address, await client.weights()):
-                        self._met_one(address)
+                        self._balance.up(address)
                     return
             except PanotritonError as error:
                 self._error = self._error or error
@@ -186,9 +186,6 @@ class Replicas:
                 f"{dict(self._weights) or 'weights that were not named'}"
             )
         return False
-
-    def _met_one(self, address: str) -> None:
-        self._balance.up(address)
 
     def _count_pause(self, now: float) -> None:
         if not self._balance.all_down:
@@ -280,8 +277,7 @@ class Replicas:
             self._probe(lease.address)
         if outcome == DONE:
             self._made_one(lease.address)
-        if not (outcome == BUSY and not lease.ticket):
-            await self._wake()
+        await self._wake()
 
     def _made_one(self, address: str) -> None:
         self._waits_s.pop(address, None)
@@ -297,9 +293,3 @@ class Replicas:
     def room(self) -> int:
         """Groups that the replicas may have at once, all together."""
         return self._balance.room
-
-    @property
-    def states(self) -> dict[str, int]:
-        """How many replicas answer, and how many do not."""
-        down = len(self._balance.down)
-        return {"up": len(self._balance.replicas) - down, "down": down}
