@@ -77,10 +77,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "sampleN": 100,
             "inputClaim": "panoramas",
             "outputClaim": "groups",
-        }
+        },
+        "podMonitor": {"enabled": True},
     },
     "rayjob": {
         "image": {"pullSecrets": ["registry"]},
+        "podMonitor": {"enabled": True},
         "job": {
             "enabled": True,
             "engine": "ray",

@@ -15,6 +15,7 @@ _RESTRICTED = {
     "readOnlyRootFilesystem": True,
     "runAsNonRoot": True,
 }
+_COMPONENT = "app.kubernetes.io/component"
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "": 1}
 _OLD = {"autoscaling/v2beta1", "autoscaling/v2beta2", "policy/v1beta1", "batch/v1beta1"}
 _PROBES = {
@@ -168,10 +169,11 @@ def network_policy(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def selectors_match(manifests: list[Manifest]) -> Iterator[str]:
-    """A Service or PodMonitor must find the server's pods, by label and by port name."""
-    servers = [(_labels(m), _server(_pod(m))) for m in manifests if _is_server(m)]
+    """A Service or PodMonitor must find the server's pods, or the run's, by label and by port name."""
     for kind, selector, ports in _selectors(manifests):
-        for labels, container in servers:
+        found = _runs(manifests) if selector.get(_COMPONENT) == "dataset" else None
+        servers = [(_labels(m), _server(_pod(m))) for m in manifests if _is_server(m)]
+        for labels, container in servers if found is None else found:
             if not selector.items() <= labels.items():
                 yield f"{kind} selects {selector}, the pods have {labels}"
             named = {port["name"] for port in container["ports"]}
@@ -289,6 +291,13 @@ def _uncovered(
     for manifest in filter(_is_server, manifests):
         if not any(s.items() <= _labels(manifest).items() for s in selectors):
             yield f"no {kind} selects the pods of {manifest['kind']}"
+
+
+def _runs(manifests: list[Manifest]) -> list[tuple[dict[str, str], Manifest]]:
+    """The pods in which a data-set run's command is, its labels and its container."""
+    templates = [job["spec"]["template"] for job in _of_kind(manifests, "Job")]
+    templates += [ray_pods(job)[0] for job in _of_kind(manifests, "RayJob")]
+    return [(each["metadata"]["labels"], _server(each["spec"])) for each in templates]
 
 
 def _selectors(manifests: list[Manifest]) -> Iterator[tuple[str, dict[str, str], set[str]]]:

@@ -65,7 +65,7 @@ class ClusterEngine:
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
         try:
-            self._ray.init(self.address, **options)
+            self._ray.init(self.address or "local", **options)  # whatever RAY_ADDRESS says
         except ConnectionError as error:
             raise InvalidInput(f"no Ray cluster at {self.address}: {error}") from error
         arguments = {"patience_s": self.patience_s, **self.replicas}
