@@ -38,7 +38,7 @@ from panotriton.groups.plan import Plan, differences, digests
 from panotriton.groups.records import BLOCK, MAX_ATTEMPTS, Memory, Records
 from panotriton.groups.report import write_index, write_report
 from panotriton.groups.sinks import open_sink
-from panotriton.groups.store import FolderStore, json_bytes
+from panotriton.groups.store import FolderStore, json_bytes, json_line
 from panotriton.pipeline.contract import INTERVALS, Options
 
 __all__ = ["RETRY", "Dataset", "Engine", "Summary"]
@@ -322,7 +322,7 @@ class Dataset:
                 entry = {
                     name: value for name, value in record.items() if name not in ("key", "bytes")
                 }
-                file.write(separator + json_bytes(entry).rstrip(b"\n"))
+                file.write(separator + json_line(entry).rstrip(b"\n"))
                 separator = b",\n"
             file.write(b"\n]\n" if made else b"[]\n")
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from panotriton.groups.store import Store, json_bytes
+from panotriton.groups.store import Store, json_line
 
 __all__ = ["BLOCK", "MAX_ATTEMPTS", "Memory", "Records"]
 
@@ -49,7 +49,7 @@ class Records:
 
     def made(self, index: int, record: Mapping[str, Any]) -> bool:
         """Record a group; False where another process has done so before."""
-        return self._store.create(f"{_name(index)}.json", json_bytes(record))
+        return self._store.create(f"{_name(index)}.json", json_line(record))
 
     def failed(self, index: int, failure: Mapping[str, Any]) -> None:
         """Record, or record anew, why a pair gave no group."""
@@ -58,7 +58,7 @@ class Records:
     def attempted(self, index: int, attempt: Mapping[str, Any]) -> int:
         """Record that a server failed on the pair; how often that has happened now."""
         number = 1
-        while not self._store.create(f"{_name(index)}{_ATTEMPT}{number}.json", json_bytes(attempt)):
+        while not self._store.create(f"{_name(index)}{_ATTEMPT}{number}.json", json_line(attempt)):
             number += 1
         return number
 
@@ -94,7 +94,7 @@ class Records:
             "failed": {str(i): memory.failed[i] for i in indices if i in memory.failed},
             "attempts": {str(i): memory.attempts[i] for i in indices if i in memory.attempts},
         }
-        self._store.write(f"{_FOLDER}/{block:06d}{_CLOSED}", json_bytes(content))
+        self._store.write(f"{_FOLDER}/{block:06d}{_CLOSED}", json_line(content))
         memory.closed.add(block)
 
     def reopen(self, indices: Iterable[int], memory: Memory) -> None:

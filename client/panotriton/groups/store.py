@@ -19,7 +19,15 @@ from typing import Any, BinaryIO
 
 from panotriton.errors import InvalidInput, PanotritonError, StoreError, brief
 
-__all__ = ["FolderStore", "ObjectStore", "Store", "is_url", "json_bytes", "open_store"]
+__all__ = [
+    "FolderStore",
+    "ObjectStore",
+    "Store",
+    "is_url",
+    "json_bytes",
+    "json_line",
+    "open_store",
+]
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -40,10 +48,15 @@ def open_store(place: str | Path) -> Store:
 
 
 def json_bytes(content: Any) -> bytes:
-    """As every JSON file of a run is written."""
+    """As JSON that people read is written."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     # Of a name that is no UTF-8, Python's \udcff for the byte ff is JSON's escape as well.
     return text.encode(errors="backslashreplace")
+
+
+def json_line(content: Any) -> bytes:
+    """The same on one line, ten times as fast: what there is one of for each group."""
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 class Store:
