@@ -27,19 +27,20 @@ class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / settings_file("qwen")).read_text())
+        self._across_requests = _flag(args, "batch_across_requests")
         engine = {"torch": _Torch, "vllm": _Vllm}[settings["engine"]]
         self._engine = engine(folder, settings, args)
 
     async def execute(self, requests):
         asked = [attempt(_read, request) for request in requests]
-        together = defaultdict(list)  # question → indices of requests
+        together = defaultdict(list)  # indices of the requests that are worked on at once
         for index, request in enumerate(asked):
             if not isinstance(request, Exception):
-                together[request[1]].append(index)
+                together[request[1], None if self._across_requests else index].append(index)
         outcomes = await asyncio.gather(
             *(
                 self._engine.answer([image for i in indices for image in asked[i][0]], *question)
-                for question, indices in together.items()
+                for (question, _), indices in together.items()
             ),
             return_exceptions=True,
         )
@@ -124,6 +125,13 @@ class _Vllm:
             if tensor is not None:  # an empty response may only say that it was the last
                 return tensor.as_numpy().item()
         raise InferenceFailed(f"qwen_vllm answered without {output}")
+
+
+def _flag(args, name):
+    value = json.loads(args["model_config"])["parameters"][name]["string_value"]
+    if value not in ("true", "false"):
+        raise InvalidInput(f"{name} in config.pbtxt is {quoted(value)}; expected true or false")
+    return value == "true"
 
 
 def _read(request):
