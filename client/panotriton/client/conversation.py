@@ -207,14 +207,14 @@ class Conversation:
         return wire.decode(result, call.outputs, slot, places)
 
     async def _watched(
-        self, pending: Pending, deadline: float, drop: Callable[[Pending, bool], None]
+        self, pending: Pending, deadline: float, drop: Callable[[Pending, BaseException], None]
     ) -> Any:
         """The answer. While it does not come, the server is asked whether it lives.
 
         Pings and TCP know only that the machine does: a server that is stopped answers nobody. drop: what
-        is done with a request that is waited for no more, told whether it has had its time.
+        is done with a request that is waited for no more, told why.
         """
-        ended, hopeless = False, None
+        ended = False
         try:
             while not ended:
                 ended = await resolved(
@@ -223,19 +223,22 @@ class Conversation:
                 if not ended and (hopeless := await self._hopeless(deadline)):
                     raise hopeless
             return pending.result()
-        except BaseException:
+        except BaseException as why:
             if not ended:
-                drop(pending, hopeless is not None)
+                drop(pending, why)
             raise
 
-    def _drop(self, late: list[Pending] | None, pending: Pending, hopeless: bool) -> None:
+    def _drop(self, late: list[Pending] | None, pending: Pending, why: BaseException) -> None:
         """Cancel it, unless it may still write to memory of ours, or the server cannot bear that."""
         goes_on = not self._transport.may_cancel
-        if late is not None and (hopeless or goes_on):
+        had_its_time = isinstance(why, (TimeoutError, ServerUnavailable))
+        if late is not None and (had_its_time or goes_on):
             late.append(pending)
         elif not goes_on:
             pending.cancel()
-        if goes_on:
+        if goes_on and not isinstance(
+            why, KeyboardInterrupt
+        ):  # who presses Ctrl-C waits for nothing
             self._transport.leave(pending)
 
     async def _hopeless(self, deadline: float) -> Exception | None:

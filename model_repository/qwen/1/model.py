@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
-from panotriton.models.requests import answers, attempt, failed, required, strings
+from panotriton.models.requests import answers, attempt, execute, failed, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.images import check_images
@@ -70,6 +70,7 @@ class _Torch:
             max_pixels=settings["max_pixels"],
             memory_fraction=float(limits["gpu_memory_fraction"]["string_value"]),
             vision=FixedVision(tuple(grid), _see) if grid else None,
+            decode=settings.get("decode", "dynamic"),
         )
 
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
@@ -118,7 +119,7 @@ class _Vllm:
             requested_output_names=[output],
             inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
         )
-        for response in await request.async_exec(decoupled=True):
+        for response in await execute(request, decoupled=True):
             if response.has_error():
                 raise failed("qwen_vllm", response.error().message())
             tensor = pb_utils.get_output_tensor_by_name(response, output)

@@ -57,7 +57,7 @@ _TOO_LARGE = ("exceeds", "larger than max")
 # frees the call's state while it is in use: it ends by SIGSEGV, or goes on with bytes that are not its own,
 # and keeps memory for each (server pull requests 7840 and 8078). The handler of streams is another.
 _CANCELS_SINCE = (2, 57)
-_PARTING_S = 2.0  # to close a connection cancels what is out on it
+_PARTING_S = 10.0  # to close a connection cancels what is out on it
 
 
 class _Grpc(Transport):

@@ -33,7 +33,7 @@ _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
     "osediff": (super_resolution.router,),
     "quality": (quality.router,),
 }
-_MAX_BODIES_BYTES = 256 << 20  # what is read and worked on; its tensors and JSON take as much again
+_MAX_BODIES_BYTES = 128 << 20  # what is read and worked on; its tensors and JSON take as much again
 _MAX_SHARED_BYTES = 4 << 30  # a thread's; made as requests need it
 _WATCH_TIMEOUT_S = 0.8  # of a question to the server, so that /health can answer within a second
 _ABOUT = """\
