@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from panotriton.errors import ExportError, quoted
 from panotriton.models.one_step import TILES_A_REQUEST
+from panotriton.pipeline.files import WEIGHTS
 from panotriton.server.engines import ENGINES, ConfigEntries, Engine
 from panotriton.server.engines.shapes import BATCHES, EXPECTED
 
 __all__ = [
     "find_engine",
     "fit_config",
+    "name_weights",
     "read_config",
     "set_engine",
     "set_gpus",
@@ -118,6 +121,29 @@ def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ())
     config.write_text(text)
     entries = _merged(engine.precisions[precision], _shape_entries(model, engine, expected))
     config.write_text(text + _text(engine, entries))
+
+
+def name_weights(model: Path, *contents: bytes | Path) -> None:
+    """Have `model`'s config say what it was exported from: a checksum, which any client can ask for.
+
+    contents: all that its answers depend on. Where the folder has no config yet, nothing is said.
+    """
+    config = model / "config.pbtxt"
+    if not config.is_file():
+        return
+    total = hashlib.sha256()
+    for content in contents:
+        if isinstance(content, bytes):
+            total.update(content)
+            continue
+        with content.open("rb") as file:
+            while block := file.read(1 << 24):
+                total.update(block)
+    kept = re.sub(rf'\nparameters \{{ key: "{WEIGHTS}".*\n', "", config.read_text())
+    value = f"sha256:{total.hexdigest()}"
+    config.write_text(
+        f'{kept}\nparameters {{ key: "{WEIGHTS}" value {{ string_value: "{value}" }} }}\n'
+    )
 
 
 def _shape_entries(model: Path, engine: Engine, expected: Rows) -> ConfigEntries:

@@ -18,6 +18,7 @@ from typing import Any
 from panotriton.errors import ExportError, InvalidInput, PanotritonError, brief, quoted
 from panotriton.pipeline.files import PROMPT, settings_file
 from panotriton.server.repository import copy_model
+from panotriton_export.configs import name_weights
 from panotriton_export.weights import WeightsError, check_weights
 
 __all__ = ["ENGINES", "check_folder", "export_qwen", "read_prompt"]
@@ -84,6 +85,12 @@ def export_qwen(
     (version / settings_file("qwen")).write_text(json.dumps(settings, indent=1) + "\n")
     _write_prompt(repository / "qwen_scorer", prompt)
     _write_prompt(repository / "qwen_describer", _prompt("describe.txt"))
+    asked = [repository / front / "1" / PROMPT for front in ("qwen_scorer", "qwen_describer")]
+    how = {
+        name: value for name, value in settings.items() if name != "weights"
+    }  # not: where they lie
+    how_bytes = json.dumps(how, sort_keys=True).encode()
+    name_weights(repository / "qwen", *sorted(model.glob("*.safetensors")), *asked, how_bytes)
     report(f"qwen: {settings['architecture']} from {model}, engine {engine}")
 
 

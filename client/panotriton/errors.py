@@ -10,6 +10,7 @@ PanotritonError
 │   └── InvalidImage      an image is of the wrong kind, too large or broken
 ├── ModelUnavailable      the server runs but does not serve that model
 ├── InferenceFailed       a model failed on a request that was well formed
+├── StoreError            an object store refused, or could not be reached
 ├── SharedMemoryError     a shared-memory region could not be made, registered or removed
 ├── ExportError           weights cannot be turned into what the server loads
 ├── EngineError           an engine is not installed, or cannot open a graph
@@ -70,6 +71,10 @@ class ModelUnavailable(PanotritonError):
 
 class InferenceFailed(PanotritonError):
     """A model failed on a well-formed request; the server's log has the details."""
+
+
+class StoreError(PanotritonError):
+    """An object store refused a request or could not be reached; the message names the object."""
 
 
 class SharedMemoryError(PanotritonError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from panotriton.server.repository import copy_model
 from panotriton_export.configs import (
     find_engine,
     fit_config,
+    name_weights,
     read_config,
     set_engine,
     tiles_a_request,
@@ -188,6 +190,7 @@ def _write_front(source: Checkpoint, repository: Path, settings: Mapping[str, An
     for folder in front_folders(repository, "osediff"):
         write_tokenizer(source.base.load_tokenizer(), folder / TOKENIZER)
         write_settings(folder, "osediff", settings)
+    name_weights(repository / "osediff", json.dumps(settings, sort_keys=True).encode())
 
 
 def _check_whole_image(source: Checkpoint, repository: Path, precision: str) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panotriton.models.tags import Tags
+from panotriton.pipeline.files import TAGS
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import find_engine, fit_config, set_engine
+from panotriton_export.configs import find_engine, fit_config, name_weights, set_engine
 from panotriton_export.front import front_folders
 from panotriton_export.graph import ParityResult, export_component
 from panotriton_export.pickles import CheckpointError
@@ -57,6 +58,9 @@ def export_tagger(
     set_engine(repository / NAME, engine, precision)
     for folder in front_folders(repository, "osediff"):
         source.tags.write(folder)
+    graph = repository / NAME / "1"
+    files = sorted(path for path in graph.iterdir() if path.name.startswith("model.onnx"))
+    name_weights(repository / NAME, *files, (folder / TAGS).read_bytes())
     for result in results:
         report(str(result))
     return results

@@ -3,27 +3,27 @@
     python tests/bench/capacity.py [--hardware NAME]
 
 Service times come from capacity.json; run.py puts what the bench `pipeline` measured beside them in the docs.
-The run is what docker/chart/files/shard.py does: this file imports its `share` and `pick`, so that what is
-simulated is what is deployed. A replica is one GPU, which works on one stage of one group at a time, and CPU
-steps and transfers, which overlap with the GPU's work on others.
+The run is that of `panotriton dataset --engine ray`: which replica a group goes to is asked of the same
+`Balance`, so that what is simulated is what is deployed. A replica is one GPU, which works on one stage of
+one group at a time, and CPU steps and transfers, which overlap with the GPU's work on others.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
-import importlib.util
 import itertools
 import json
 import math
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from panotriton.groups.balance import DONE, LOST, SLOW, UNUSED, Balance
+from panotriton.groups.records import MAX_ATTEMPTS
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = Path(__file__).with_name("capacity.json")
@@ -33,21 +33,6 @@ INTERVALS, PAIRS = 8, 16
 PAIR_MEGAPIXELS = 2048 * 1024 / 1e6  # a pair of 512 px crops, upscaled by 2
 VIEW_MEGAPIXELS = 1024 * 1024 / 1e6
 RGB_BYTES_PER_MEGAPIXEL = 3e6
-
-
-def _shard() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shard", ROOT / "docker/chart/files/shard.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit(
-            "docker/chart/files/shard.py is missing: run this in the project's own tree"
-        )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["shard"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-shard = _shard()
 
 
 @dataclass(frozen=True)
@@ -116,19 +101,25 @@ def measured(pipeline: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A data-set run and what befalls it. `restart_s` None: a dead replica stays dead."""
+    """A data-set run and what befalls it: shares of the replicas that die, of those that take three times
+    as long, and of the workers that die. `restart_s` None: a dead replica stays dead. keep_s: what a worker
+    takes to encode and store a group, in which it holds no replica.
+    """
 
     replicas: int
-    shards: int
     groups: int
     per_replica: int = 2
-    most: int = 64
+    workers: int | None = None  # one for eight replicas
+    in_flight: int = 16  # groups that a worker holds at most
     keep_probability: float = 0.4
     spread: float = 0.1  # of service times, as the sigma of a lognormal
+    keep_s: float = 5.0
     dying: float = 0.0
+    slow: float = 0.0
+    workers_dying: float = 0.0
     restart_s: float | None = None
     detect_s: float = 20.0
-    refresh_s: float = 10.0
+    silent_s: float = 30.0
     seed: int = 0
 
 
@@ -138,6 +129,7 @@ class Report:
 
     run: Run
     finished: Counter[int] = field(default_factory=Counter)
+    left: list[int] = field(default_factory=list)  # dead letters
     requeued: int = 0
     deaths: int = 0
     most_pending: int = 0
@@ -165,11 +157,14 @@ class Report:
 
 @dataclass(eq=False)
 class Request:
-    """One group on its way through one replica; `shard` gets it back, finished or not."""
+    """One try of one group, on its way through one replica."""
 
     group: int
-    shard: Shard
+    worker: int
+    replica: str
+    ticket: int | None
     steps: Iterator[tuple[str, float]]
+    sent_at: float
     gpu_s: float = 0.0  # of all its steps so far
     step_s: float = 0.0  # of the one that it waits for or is in
     asked_at: float = 0.0
@@ -179,23 +174,12 @@ class Request:
 @dataclass
 class Replica:
     name: str
+    slowness: float = 1.0
     alive: bool = True
     born: float = 0.0
     at: dict[int, Request] = field(default_factory=dict)
     gpu: Request | None = None
     queue: deque[Request] = field(default_factory=deque)
-
-
-@dataclass(eq=False)
-class Shard:
-    """A driver: its groups, and its part of the replicas."""
-
-    index: int
-    todo: deque[int]
-    load: Counter[str] = field(default_factory=Counter)
-    resting: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, float] = field(default_factory=dict)
-    in_flight: int = 0
 
 
 class Simulation:
@@ -209,16 +193,30 @@ class Simulation:
         self._number = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self.replicas = {f"{n:05d}": Replica(f"{n:05d}") for n in range(run.replicas)}
-        self._alive = sorted(self.replicas)
-        groups = range(run.groups)
-        self.shards = [Shard(i, deque(groups[i :: run.shards])) for i in range(run.shards)]
-        self._unfinished = list(self.shards)
+        for name in self.random.sample(sorted(self.replicas), round(run.slow * run.replicas)):
+            self.replicas[name].slowness = 3.0
+        self.balance = Balance(run.per_replica)
+        self.balance.update(self.replicas)
+        self._alive = set(self.replicas)
+        self.attempts: Counter[int] = Counter()
+        self.todo = deque(range(run.groups))
+        self.waiting: deque[tuple[int, int]] = (
+            deque()
+        )  # groups that workers hold, and whose they are
+        workers = run.workers or math.ceil(run.replicas / 8)
+        self._held: dict[int, set[int]] = {worker: set() for worker in range(workers)}
+        self._at_once = min(
+            run.in_flight, max(2, math.ceil(1.5 * run.per_replica * run.replicas / workers))
+        )
+        self._turn = deque(self._held)
+        self._in_hand: set[int] = set()
+        self._out: dict[int, Request] = {}  # by group
+        self._open = run.groups
 
     def simulate(self) -> Report:
         self._plan_deaths()
-        for each in self.shards:
-            self._refresh(each)
-        while self._events and self._unfinished:
+        self._send()
+        while self._events and self._open:
             self.now, _, happen = heapq.heappop(self._events)
             happen()
         self.report.seconds = self.now
@@ -230,62 +228,103 @@ class Simulation:
     def _after(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now + seconds, next(self._number), happen))
 
-    # ── the shards: docker/chart/files/shard.py ──
+    # ── Ray: whoever has room takes the next ──
 
-    def _refresh(self, each: Shard) -> None:
-        if each not in self._unfinished:
-            return
-        rank = self._unfinished.index(each)
-        each.parts = shard.share(self._alive, rank, len(self._unfinished))
-        each.resting = {name: until for name, until in each.resting.items() if until > self.now}
-        self._send(each)
-        self._after(self.run.refresh_s, lambda: self._refresh(each))
+    def _send(self) -> None:
+        while self.todo and (worker := self._with_room()) is not None:
+            group = self.todo.popleft()
+            self._held[worker].add(group)
+            self._in_hand.add(group)
+            self.waiting.append((group, worker))
+        for _ in range(len(self.waiting)):
+            group, worker = self.waiting.popleft()
+            if group not in self._held.get(worker, ()):
+                continue  # its worker has died
+            ticket = group if self.attempts[group] else None
+            address = self.balance.take(self.now, ticket)
+            if address is not None:
+                self._begin(group, worker, address, ticket)
+            elif ticket is None:
+                self.waiting.appendleft((group, worker))
+                return  # nor is there room for the others
+            else:
+                self.waiting.append((group, worker))
 
-    def _send(self, each: Shard) -> None:
-        window = max(1, round(self.run.per_replica * sum(each.parts.values())))
-        while each.todo and each.parts and each.in_flight < min(window, self.run.most):
-            name = shard.pick(each.parts, each.load, each.resting)
-            request = self._request(each, each.todo.popleft())
-            each.load[name] += 1
-            each.in_flight += 1
-            self._arrive(self.replicas[name], request)
+    def _with_room(self) -> int | None:
+        """The workers in turn, but those that hold all that they may."""
+        if len(self._in_hand) >= self._at_once * len(self._held):
+            return None
+        while len(self._held[self._turn[0]]) >= self._at_once:
+            self._turn.rotate(-1)
+        worker = self._turn[0]
+        self._turn.rotate(-1)
+        return worker
 
-    def _request(self, each: Shard, group: int) -> Request:
+    def _begin(self, group: int, worker: int, address: str, ticket: int | None) -> None:
+        replica = self.replicas[address]
         chance = random.Random(self.run.seed * 1_000_003 + group)  # the same group costs the same
         kept = sum(chance.random() < self.run.keep_probability for _ in range(INTERVALS))
         steps = [
-            (what, seconds * chance.lognormvariate(0, self.run.spread))
+            (what, seconds * replica.slowness * chance.lognormvariate(0, self.run.spread))
             for what, seconds in self.times.steps(kept)
         ]
-        return Request(group, each, iter(steps))
+        request = Request(group, worker, address, ticket, iter(steps), self.now)
+        self._out[group] = request
+        if deadline_s := self.balance.deadline_s:
+            self._after(deadline_s, lambda: self._late(request))
+        self._arrive(replica, request)
 
-    def _returned(self, replica: Replica, request: Request) -> None:
-        each = request.shard
-        each.load[replica.name] -= 1
-        each.in_flight -= 1
+    def _late(self, request: Request) -> None:
+        replica = self.replicas[request.replica]
+        if replica.at.pop(id(request), None):
+            self._gave(request, SLOW, counts=True)
 
-    def _failed(self, replica: Replica, request: Request) -> None:
-        self._returned(replica, request)
+    def _gave(self, request: Request, outcome: str, *, counts: bool) -> None:
+        """A try that gave no group: once more, or never again."""
+        if self._out.get(request.group) is not request:
+            return  # its worker has died, and it was begun anew
+        del self._out[request.group]
+        self.balance.give(request.replica, outcome, 0.0, self.now, request.ticket)
         self.report.requeued += 1
-        request.shard.todo.appendleft(request.group)
-        request.shard.resting[replica.name] = self.now + self.run.refresh_s
-        self._send(request.shard)
+        self.attempts[request.group] += counts
+        if self.attempts[request.group] >= MAX_ATTEMPTS:
+            self.report.left.append(request.group)
+            self._settled(request)
+        else:
+            self.waiting.appendleft((request.group, request.worker))
+        self._send()
 
-    def _succeeded(self, replica: Replica, request: Request) -> None:
-        self._returned(replica, request)
+    def _failed(self, request: Request, *, counts: bool) -> None:
+        self._gave(request, LOST, counts=counts)
+
+    def _succeeded(self, request: Request) -> None:
+        if self._out.get(request.group) is not request:
+            return
+        del self._out[request.group]
+        seconds = self.now - request.sent_at
+        self.balance.give(request.replica, DONE, seconds, self.now, request.ticket)
+        self._after(self.run.keep_s, lambda: self._kept(request))
+        self._send()
+
+    def _kept(self, request: Request) -> None:
+        if request.group not in self._held.get(request.worker, ()):
+            return  # the worker died with it
         self.report.finished[request.group] += 1
-        self.report.useful_s += request.gpu_s
+        self.report.useful_s += request.gpu_s / self.replicas[request.replica].slowness
         self.report.waits_s.append(request.waited_s)
-        each = request.shard
-        self._send(each)
-        if not each.todo and not each.in_flight:
-            self._unfinished.remove(each)
+        self._settled(request)
+        self._send()
+
+    def _settled(self, request: Request) -> None:
+        self._held[request.worker].discard(request.group)
+        self._in_hand.discard(request.group)
+        self._open -= 1
 
     # ── a replica ──
 
     def _arrive(self, replica: Replica, request: Request) -> None:
         if not replica.alive:  # connection refused
-            self._after(0.1, lambda: self._failed(replica, request))
+            self._after(0.1, lambda: self._failed(request, counts=False))
             return
         replica.at[id(request)] = request
         self.report.most_pending = max(self.report.most_pending, len(replica.at))
@@ -297,7 +336,7 @@ class Simulation:
         step = next(request.steps, None)
         if step is None:
             del replica.at[id(request)]
-            self._succeeded(replica, request)
+            self._succeeded(request)
         elif step[0] == "gpu":
             request.asked_at, request.gpu_s = self.now, request.gpu_s + step[1]
             request.step_s = step[1]
@@ -307,10 +346,15 @@ class Simulation:
             self._after(step[1], lambda: self._next(replica, request))
 
     def _work(self, replica: Replica) -> None:
-        if replica.gpu is None and replica.queue:
-            request = replica.gpu = replica.queue.popleft()
-            request.waited_s += self.now - request.asked_at
-            self._after(request.step_s, lambda: self._worked(replica, request))
+        while replica.gpu is None and replica.queue:
+            request = replica.queue.popleft()
+            if id(request) in replica.at:  # it was not given up
+                self._begin_work(replica, request)
+
+    def _begin_work(self, replica: Replica, request: Request) -> None:
+        replica.gpu = request
+        request.waited_s += self.now - request.asked_at
+        self._after(request.step_s, lambda: self._worked(replica, request))
 
     def _worked(self, replica: Replica, request: Request) -> None:
         if replica.gpu is request:
@@ -327,6 +371,10 @@ class Simulation:
         for name in self.random.sample(sorted(self.replicas), count):
             replica = self.replicas[name]
             self._after(self.random.uniform(0, 0.95 * about_s), lambda r=replica: self._die(r))
+        count = round(self.run.workers_dying * len(self._held))
+        for worker in self.random.sample(sorted(self._held), count):
+            at_s = self.random.uniform(0, 0.95 * about_s)
+            self._after(at_s, lambda w=worker: self._worker_dies(w))
 
     def _die(self, replica: Replica) -> None:
         self.report.deaths += 1
@@ -335,25 +383,57 @@ class Simulation:
         lost, replica.at, replica.gpu = list(replica.at.values()), {}, None
         replica.queue.clear()
         for request in lost:
-            self._after(self.run.detect_s, lambda q=request: self._failed(replica, q))
-        self._after(self.run.detect_s, lambda: self._alive.remove(replica.name))
+            self._after(self.run.detect_s, lambda q=request: self._failed(q, counts=True))
+        self._after(self.run.detect_s, lambda: self._listed(replica, there=False))
         if self.run.restart_s is not None:
             self._after(self.run.detect_s + self.run.restart_s, lambda: self._restart(replica))
 
     def _restart(self, replica: Replica) -> None:
         replica.alive, replica.born = True, self.now
-        self._alive.append(replica.name)
-        self._alive.sort()
+        self._listed(replica, there=True)
+        self.balance.up(replica.name)
+        self._send()
+
+    def _listed(self, replica: Replica, *, there: bool) -> None:
+        """The name of the headless service is looked up again."""
+        (self._alive.add if there else self._alive.discard)(replica.name)
+        self.balance.update(self._alive)
+
+    def _worker_dies(self, worker: int) -> None:
+        """Ray starts another and gives it the same rows; the replicas are its again once it is missed."""
+        groups = sorted(self._held.pop(worker))
+        another = max(self._held) + 1
+        self._held[another] = set()
+        self._turn[self._turn.index(worker)] = another
+        self._in_hand.difference_update(groups)
+        for group in groups:
+            if request := self._out.pop(group, None):
+                self.replicas[request.replica].at.pop(id(request), None)
+                self._after(self.run.silent_s, lambda q=request: self._reclaimed(q))
+            self.report.requeued += 1
+        self.todo.extendleft(reversed(groups))
+        self._send()
+
+    def _reclaimed(self, request: Request) -> None:
+        self.balance.give(request.replica, UNUSED, 0.0, self.now, request.ticket)
+        self._send()
 
 
+TWO_HUNDRED = Run(200, 20_000)
 SCENARIOS = {
-    "all well": Run(200, 25, 20_000),
-    "5 % die and stay dead": Run(200, 25, 20_000, dying=0.05),
-    "5 % die, back after 10 min": Run(200, 25, 20_000, dying=0.05, restart_s=600),
-    "1 request per replica": Run(200, 25, 20_000, per_replica=1, dying=0.05),
-    "4 requests per replica": Run(200, 25, 20_000, per_replica=4, dying=0.05),
-    "1,000 replicas, 5 % die": Run(1000, 100, 100_000, dying=0.05),
-    "4,000 replicas, 5 % die": Run(4000, 400, 400_000, dying=0.05),
+    "all well": TWO_HUNDRED,
+    "5 % die and stay dead": replace(TWO_HUNDRED, dying=0.05),
+    "5 % die, back after 10 min": replace(TWO_HUNDRED, dying=0.05, restart_s=600),
+    "the same, 8 % of workers too": replace(
+        TWO_HUNDRED, dying=0.05, restart_s=600, workers_dying=0.08
+    ),
+    "the same, 5 % thrice as slow": replace(
+        TWO_HUNDRED, dying=0.05, restart_s=600, workers_dying=0.08, slow=0.05
+    ),
+    "1 group per replica": replace(TWO_HUNDRED, per_replica=1, dying=0.05),
+    "4 groups per replica": replace(TWO_HUNDRED, per_replica=4, dying=0.05),
+    "1,000 replicas, 5 % die": Run(1000, 100_000, dying=0.05),
+    "4,000 replicas, 5 % die": Run(4000, 400_000, dying=0.05),
 }
 
 

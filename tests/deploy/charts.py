@@ -19,7 +19,18 @@ HELM = ROOT / "build" / "deploy" / "helm"
 RELEASES = ("1.35", "1.36", "1.37")
 
 # Kept as files under golden/, for a reviewable diff: make deploy-golden rewrites them.
-GOLDEN = ("cpu", "default", "mig", "s3", "keda-zero", "gateway", "kserve", "two-pools")
+GOLDEN = (
+    "cpu",
+    "default",
+    "mig",
+    "s3",
+    "keda-zero",
+    "gateway",
+    "kserve",
+    "two-pools",
+    "job",
+    "rayjob",
+)
 
 Manifest = dict[str, Any]
 
@@ -71,7 +82,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "kserve": {"kserve": {"enabled": True}, "replicas": 3},
     "kserve-keda": {"kserve": {"enabled": True}, "autoscaling": {"kind": "keda"}},
-    "job": {"job": {"enabled": True, "inputClaim": "panoramas", "outputClaim": "groups"}},
+    "job": {
+        "job": {
+            "enabled": True,
+            "sampleN": 100,
+            "inputClaim": "panoramas",
+            "outputClaim": "groups",
+        },
+        "podMonitor": {"enabled": True},
+    },
+    "rayjob": {
+        "image": {"pullSecrets": ["registry"]},
+        "podMonitor": {"enabled": True},
+        "job": {
+            "enabled": True,
+            "engine": "ray",
+            "image": "panotriton-ray:0.1.0",
+            "input": "s3://in/panoramas",
+            "output": "s3://out/run",
+            "secret": "store",
+            "targetN": 1000000,
+            "format": "webdataset",
+            "options": ["--license=cc-by-4.0"],
+            "deadlineSeconds": 604800,
+            "labels": {"kueue.x-k8s.io/queue-name": "datasets"},
+            "nodeSelector": {"pool": "cpu"},
+            "tolerations": [{"key": "batch", "operator": "Exists"}],
+            "priorityClassName": "batch",
+            "ray": {"workers": 25},
+        },
+    },
     "observed": {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -194,8 +234,8 @@ def _schema_problems(text: str, release: str) -> tuple[str, ...]:
         if custom.exists():
             schema = json.loads(custom.read_text())
             jsonschema.Draft202012Validator(schema).validate(manifest)
-            inner = _pod_of_custom(manifest)
-            return _schema_problems(json.dumps(inner), release) if inner else ()
+            pods = (json.dumps(pod) for pod in _pods_of_custom(manifest))
+            return tuple(problem for pod in pods for problem in _schema_problems(pod, release))
         kubernetes_validate.validate(manifest, release, strict=True)
     except jsonschema.ValidationError as error:
         where = ".".join(map(str, error.absolute_path))
@@ -205,13 +245,26 @@ def _schema_problems(text: str, release: str) -> tuple[str, ...]:
     return ()
 
 
-def _pod_of_custom(manifest: Manifest) -> Manifest | None:
-    """The pod that an InferenceService's predictor is, to be held against Kubernetes's own schema."""
-    if manifest["kind"] != "InferenceService":
-        return None
-    own = ("minReplicas", "maxReplicas", "labels", "deploymentStrategy")
-    spec = {k: v for k, v in manifest["spec"]["predictor"].items() if k not in own}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": spec}
+def _pods_of_custom(manifest: Manifest) -> list[Manifest]:
+    """The pods that a custom resource makes, to be held against Kubernetes's own schema."""
+    if manifest["kind"] == "InferenceService":
+        own = ("minReplicas", "maxReplicas", "labels", "deploymentStrategy")
+        spec = {k: v for k, v in manifest["spec"]["predictor"].items() if k not in own}
+        return [
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": spec}
+        ]
+    if manifest["kind"] == "RayJob":
+        return [
+            {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "ray"}}
+            for template in ray_pods(manifest)
+        ]
+    return []
+
+
+def ray_pods(manifest: Manifest) -> list[Manifest]:
+    """The templates of a RayJob's head and workers."""
+    cluster = manifest["spec"]["rayClusterSpec"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def server_models() -> set[str]:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.deploy.charts import ray_pods
+
 Manifest = dict[str, Any]
 Policy = Callable[[list[Manifest]], Iterator[str]]
 
@@ -16,6 +18,7 @@ _RESTRICTED = {
     "readOnlyRootFilesystem": True,
     "runAsNonRoot": True,
 }
+_COMPONENT = "app.kubernetes.io/component"
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "": 1}
 _QUANTITIES = _UNITS | {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -146,9 +149,9 @@ def one_owner_of_replicas(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def no_versions_in_pods(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in _of_kind(manifests, "Deployment", "Job", "InferenceService"):
+    for manifest in _of_kind(manifests, "Deployment", "Job", "RayJob", "InferenceService"):
         for label in ("app.kubernetes.io/version", "helm.sh/chart"):
-            if label in _labels(manifest):
+            if any(label in labels for labels in _all_labels(manifest)):
                 yield f"{manifest['kind']}: {label} in the pod would roll every replica, and break a Job"
 
 
@@ -172,12 +175,14 @@ def network_policy(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def selectors_match(manifests: list[Manifest]) -> Iterator[str]:
-    """A Service or PodMonitor must find the pods of one server, by label and by port name."""
+    """A Service or PodMonitor must find the pods of one server, or all the run's, by label and port name."""
     servers = [(_labels(m), _server(_pod(m))) for m in manifests if _is_server(m)]
     for kind, selector, ports in _selectors(manifests):
-        found = [server for labels, server in servers if selector.items() <= labels.items()]
-        if len(found) != 1:
-            yield f"{kind} selects {selector}, which {len(found)} of {len(servers)} servers have"
+        of_run = selector.get(_COMPONENT) == "dataset"
+        pods = list(_runs(manifests)) if of_run else servers
+        found = [pod for labels, pod in pods if selector.items() <= labels.items()]
+        if len(found) != (len(pods) if of_run else 1):
+            yield f"{kind} selects {selector}, which {len(found)} of {len(pods)} pods have"
         for container in found:
             named = {port["name"] for port in container["ports"]}
             yield from (f"{kind} names port {p}, the pod has {named}" for p in ports - named)
@@ -233,10 +238,21 @@ def _selected(selector: dict[str, str], manifest: Manifest) -> bool:
 def job_resumes(manifests: list[Manifest]) -> Iterator[str]:
     for job in _of_kind(manifests, "Job"):
         spec = job["spec"]
-        if spec.get("completionMode") != "Indexed" or "backoffLimitPerIndex" not in spec:
-            yield "Job is not Indexed with backoffLimitPerIndex: one bad shard would fail the others"
         if spec["template"]["spec"]["restartPolicy"] != "Never":
             yield "Job restarts in place, which podFailurePolicy does not allow"
+        codes = [
+            rule["onExitCodes"]["values"]
+            for rule in spec.get("podFailurePolicy", {}).get("rules", [])
+            if rule["action"] == "FailJob"
+        ]
+        if codes != [[2, 6]]:
+            yield "Job tries again what stays wrong: input (2), too many failures (6)"
+    for job in _of_kind(manifests, "Job", "RayJob"):
+        if not job["spec"].get("backoffLimit"):
+            yield f"{job['kind']} is not tried again: the run would not go on where it was"
+    for job in _of_kind(manifests, "RayJob"):
+        if not job["spec"].get("shutdownAfterJobFinishes"):
+            yield "RayJob keeps its cluster when the run is done"
 
 
 def api_server_rules(manifests: list[Manifest]) -> Iterator[str]:
@@ -343,9 +359,19 @@ def _labels(manifest: Manifest) -> dict[str, str]:
     return spec["template"]["metadata"]["labels"]
 
 
+def _all_labels(manifest: Manifest) -> list[dict[str, str]]:
+    if manifest["kind"] == "RayJob":
+        return [template["metadata"]["labels"] for template in ray_pods(manifest)]
+    return [_labels(manifest)]
+
+
 def _pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
     for manifest in _of_kind(manifests, "Deployment", "Job", "InferenceService"):
         yield f"{manifest['kind']}/{manifest['metadata']['name']}", _pod(manifest)
+    for job in _of_kind(manifests, "RayJob"):
+        for template in ray_pods(job):
+            (container,) = template["spec"]["containers"]
+            yield f"RayJob/{container['name']}", template["spec"]
 
 
 def _is_server(manifest: Manifest) -> bool:
@@ -384,6 +410,13 @@ def _uncovered(
     for manifest in filter(_is_server, manifests):
         if not any(s.items() <= _labels(manifest).items() for s in selectors):
             yield f"no {kind} selects the pods of {manifest['kind']}"
+
+
+def _runs(manifests: list[Manifest]) -> list[tuple[dict[str, str], Manifest]]:
+    """The pods in which a data-set run's command is, its labels and its container."""
+    templates = [job["spec"]["template"] for job in _of_kind(manifests, "Job")]
+    templates += [ray_pods(job)[0] for job in _of_kind(manifests, "RayJob")]
+    return [(each["metadata"]["labels"], _server(each["spec"])) for each in templates]
 
 
 def _selectors(manifests: list[Manifest]) -> Iterator[tuple[str, dict[str, str], set[str]]]:

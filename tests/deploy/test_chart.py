@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from typing import Any
 
 import pytest
 import yaml
 
+from panotriton.cli import build_parser
 from panotriton.server.repository import PLACEABLE
 from tests.deploy import charts, golden, policies
 from tests.deploy.charts import CHART, HERE, RELEASES, VARIANTS, Manifest, helm, render, rendered
@@ -107,12 +110,37 @@ def test_secrets_come_by_reference_only() -> None:
     assert server_container(VARIANTS["s3"])["envFrom"] == [{"secretRef": {"name": "s3"}}]
 
 
-def test_the_job_runs_all_shards_at_once_and_sends_to_every_replica() -> None:
-    values = {"job": VARIANTS["job"]["job"] | {"shards": 3}}
-    (job,) = (m for m in render(values) if m["kind"] == "Job")
-    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert "--server=prod-panotriton-headless.pano.svc:8001" in container["args"]
+def run_options(arguments: list[str]) -> argparse.Namespace:
+    """As the command understands them."""
+    return build_parser().parse_args(arguments)
+
+
+def test_the_job_is_the_command_and_sends_to_every_replica() -> None:
+    (container,) = one("Job", VARIANTS["job"])["spec"]["template"]["spec"]["containers"]
+    options = run_options(container["args"])
+    assert options.url == "dns:///prod-panotriton-headless.pano.svc:8001"
+    assert (options.folders, options.output) == (["/input"], "/output/run")
+    assert (options.engine, options.sample_n, options.target_n) == ("local", 100, None)
+    assert (options.max_failed, options.progress) == (0, "json")
+
+
+def test_the_ray_job_is_the_same_command_over_its_cluster() -> None:
+    spec = one("RayJob", VARIANTS["rayjob"])["spec"]
+    name, *arguments = shlex.split(spec["entrypoint"])
+    assert name == "panotriton"
+    options = run_options(arguments)
+    assert (options.engine, options.address, options.target_n) == ("ray", "auto", 1000000)
+    assert (options.folders, options.output) == (["s3://in/panoramas"], "s3://out/run")
+    assert (options.format, options.license) == ("webdataset", "cc-by-4.0")
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["replicas"] == workers["maxReplicas"] == 25
+    assert spec["activeDeadlineSeconds"] == 604800
+    metadata = one("RayJob", VARIANTS["rayjob"])["metadata"]
+    assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "datasets"
+    for template in charts.ray_pods(one("RayJob", VARIANTS["rayjob"])):
+        assert template["spec"]["nodeSelector"] == {"pool": "cpu"}
+        assert template["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+        assert template["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "store"}}]
 
 
 @pytest.mark.parametrize("variant", charts.GOLDEN)
@@ -146,11 +174,11 @@ def test_the_network_policy_lets_those_in_whom_the_other_values_send() -> None:
     assert {"namespaceSelector": proxies} in callers(VARIANTS["gateway"])
     assert {"ipBlock": {"cidr": "203.0.113.0/24"}} in callers(VARIANTS["everywhere"])
     elsewhere = {"networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"a": "b"}}}]}}
-    shards = {
+    run = {
         "app.kubernetes.io/instance": "prod",
         "app.kubernetes.io/component": "dataset",
     }
-    assert {"podSelector": {"matchLabels": shards}} in callers(VARIANTS["job"] | elsewhere)
+    assert {"podSelector": {"matchLabels": run}} in callers(VARIANTS["job"] | elsewhere)
 
 
 def test_a_load_balancer_keeps_the_callers_addresses() -> None:

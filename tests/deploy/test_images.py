@@ -75,7 +75,7 @@ def test_every_install_keeps_to_the_tested_versions() -> None:
         for text in stage.all_of("RUN")
         if "pip install" in text
     ]
-    assert len(installs) == 3
+    assert len(installs) == 4
     assert all("-c constraints.txt" in text for text in installs)
     assert '-c "$source/constraints.txt"' in (DOCKER / "install-cpu.sh").read_text()
     constraints = (ROOT / "constraints.txt").read_text()

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from panotriton.groups.dataset import Summary
+from panotriton.groups.maker import Outcome
+from panotriton.groups.progress import Progress, Usage, exposed
+from panotriton.groups.replicas import Servers
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import LocalServer
 from panotriton.server.supervise import Supervisor
@@ -30,7 +34,16 @@ def served() -> Iterator[Served]:
         supervisor = Supervisor(server, drain_s=1.0)
         with answer_probes(supervisor, "127.0.0.1", 0) as port:
             own = metrics_page(f"http://127.0.0.1:{port}/metrics")
-        yield queries.served_metrics(metrics_page(server.metrics_url) + own)
+        yield queries.served_metrics(metrics_page(server.metrics_url) + own + run_metrics())
+
+
+def run_metrics() -> str:
+    """Of a data-set run that has made a group."""
+    progress = Progress(10, None)
+    progress.usage = Usage(Servers(["127.0.0.1:1"]))
+    progress.update(Summary(1, 0, 3, 5, complete=False), Outcome(0, kept=3, bytes=1000))
+    with exposed(progress, 0) as port:
+        return metrics_page(f"http://127.0.0.1:{port}/metrics")
 
 
 def metrics_page(url: str) -> str:

@@ -145,6 +145,8 @@ class TritonPythonModel:
         tensor = pb_utils.get_input_tensor_by_name(request, "IMAGES")
         return pb_utils.Tensor("IMAGES_OUT", tensor.as_numpy())
 """
+WEIGHTS = "sha256:stand-in"
+WEIGHTS_CONFIG = f'\nparameters {{ key: "weights" value {{ string_value: "{WEIGHTS}" }} }}\n'
 _STANDINS = {
     "osediff_text_encoder": TEXT_ENCODER,
     "osediff_vae_encoder": VAE_ENCODER,
@@ -169,6 +171,8 @@ def build(folder: Path) -> Path:
     for name in ("osediff", "panorama_stream"):
         (folder / name / "1" / "osediff.json").write_text(json.dumps(SETTINGS))
         tokenizer().save(str(folder / name / "1" / "tokenizer.json"))
+    with (folder / "osediff" / "config.pbtxt").open("a") as config:
+        config.write(WEIGHTS_CONFIG)
     _write(folder / "echo", ECHO_CONFIG, ECHO)
     return folder
 

@@ -171,6 +171,11 @@ def test_tiles_give_the_same_bits_whatever_arrives_first(standin: LocalServer) -
                 np.testing.assert_array_equal(result.numpy(), alone)
 
 
+def test_a_server_tells_what_its_weights_are(client: Any) -> None:
+    """Of the stand-ins only one says so in its config."""
+    assert client.weights() == {"osediff": "sha256:stand-in"}
+
+
 def test_timings_add_up(client: Any) -> None:
     timings = client.upscale(noise(40, 64), prompt="slow").timings
     assert timings.compute_ms > 500

@@ -228,21 +228,27 @@ def test_patience_ends_with_its_own_code_and_the_run_goes_on_later(
     assert content(output) == content(undisturbed)
 
 
+def fail_on_the_second(output: Path, undisturbed: Path) -> None:
+    """As if the servers had failed on the second pair of a run that has ended."""
+    shutil.copytree(undisturbed, output)
+    shutil.rmtree(output / "group_0002")
+    record = output / "records" / "000000" / "000000002.json"
+    record.unlink()
+    failure = {"panoramas": [], "error": "a model failed", "trouble": "server"}
+    record.with_name("000000002.failed.json").write_text(json.dumps(failure))
+
+
 def test_a_pair_that_a_server_failed_on_keeps_its_place_for_the_next_run(
     standin: LocalServer, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As if the servers had failed on the second pair of a run that has ended."""
     output = tmp_path / "out"
-    shutil.copytree(undisturbed, output)
-    failure = {"panoramas": [], "error": "the server died 2 times under it", "trouble": "server"}
-    failed = json.dumps({"2": failure})
-    (output / "failed.json").write_text(failed)
-    shutil.rmtree(output / "group_0002")
+    fail_on_the_second(output, undisturbed)
     assert main(arguments(output, standin.grpc_url)) == 0
+    (output / "records" / "000000" / "000000002.failed.json").unlink()
     assert content(output) == content(undisturbed)
 
-    (output / "failed.json").write_text(failed)
-    shutil.rmtree(output / "group_0002")
+    shutil.rmtree(output)
+    fail_on_the_second(output, undisturbed)
     more = ["--sample-n", str(GROUPS), "--retry-failed", "none"]
     assert main(arguments(output, standin.grpc_url, *more)) == 0
     assert not (output / "group_0002").exists()

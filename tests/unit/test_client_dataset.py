@@ -1,17 +1,15 @@
 """What a data-set run is made of, without a server."""
 
-import asyncio
 import shutil
-import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
-from panotriton.client.aio import AsyncClient
 from panotriton.errors import InvalidInput
-from panotriton.groups.dataset import Dataset, find_panoramas, group_seed, pair_order
+from panotriton.groups.dataset import Dataset
+from panotriton.groups.plan import find_panoramas, group_seed, pair_order
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 
@@ -34,7 +32,7 @@ def test_seeds_are_fixed_and_differ() -> None:
 def test_panoramas_are_found_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.png", "notes.txt", "c.webp"):
         (tmp_path / name).write_bytes(b"")
-    names = [path.name for path in find_panoramas([tmp_path])]
+    names = [Path(path).name for path in find_panoramas([tmp_path])]
     assert names == ["a.png", "b.JPG", "c.webp"]
     with pytest.raises(InvalidInput, match="is not a folder"):
         find_panoramas([tmp_path / "a.png"])
@@ -50,7 +48,9 @@ def test_panoramas_are_found_in_a_fixed_order(tmp_path: Path) -> None:
         ({}, "exactly one of sample_n"),
         ({"sample_n": 1, "target_n": 1}, "exactly one of sample_n"),
         ({"sample_n": 0}, "sample_n is 0"),
-        ({"sample_n": 1, "in_flight": 0}, "in_flight is 0"),
+        ({"sample_n": 1, "max_failed": -1}, "max_failed is -1"),
+        ({"sample_n": 1, "layout": "zip"}, "format is 'zip'; expected one of folder"),
+        ({"sample_n": 1, "layout": "parquet", "pages": True}, "HTML pages are written"),
     ],
 )
 def test_bad_runs_are_refused(tmp_path: Path, arguments: dict[str, Any], says: str) -> None:
@@ -70,29 +70,3 @@ def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -
     }
     with pytest.raises(InvalidInput, match="crop_size is 63"):
         Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1, options=options)
-
-
-def test_nothing_is_written_once_a_run_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Groups past the target are still being written when it is reached: they go, with .work."""
-
-    class Client:
-        async def process(self, *paths: Path, **options: Any) -> str:
-            return paths[0].stem
-
-    def fill(group: str, part: Path, number: int, *more: Any) -> dict[str, Any]:
-        for index in range(20 if number > 1 else 1):
-            folder = part / f"part_{index}"
-            folder.mkdir(parents=True)
-            time.sleep(0.01)
-        return {"kept": [1]}
-
-    monkeypatch.setattr("panotriton.groups.dataset.fill_group", fill)
-    paths = sorted(PANORAMAS.glob("*.jpg"))
-    run = Dataset(paths, tmp_path, 1, target_n=1, in_flight=4)
-    assert asyncio.run(run.run(cast(AsyncClient, Client()))).groups == 1
-    left = {path.name for path in tmp_path.iterdir()}
-    time.sleep(0.3)
-    assert {path.name for path in tmp_path.iterdir()} == left
-    assert "group_0001" in left and ".work" not in left

@@ -34,6 +34,7 @@ exit codes:
   0  done               2  wrong arguments or input    130  interrupted
   1  the work failed    3  no server answers          4    serve: starting again did not help
   5  dataset: no healthy server for --patience-s
+  6  dataset: more pairs failed than --max-failed
 of several images each is worked on, and the first that failed gives the code
 """
 # What an operating system says of a name that was given; anything else, as a full disk, is no one's mistake.

@@ -68,6 +68,10 @@ class AsyncClient(Conversation):
         """`Client.models`."""
         return await self._models()
 
+    async def weights(self) -> dict[str, str]:
+        """`Client.weights`."""
+        return await self._weights()
+
     async def statistics(self, model: str = "") -> dict[str, StageTime]:
         """`Client.statistics`."""
         return await self._statistics(model)

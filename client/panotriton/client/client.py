@@ -92,6 +92,10 @@ class Client(Conversation):
         """
         return run(self._models())
 
+    def weights(self) -> dict[str, str]:
+        """Checksums of what the networks were exported from, by model; of older exports there are none."""
+        return run(self._weights())
+
     def statistics(self, model: str = "") -> dict[str, StageTime]:
         """Totals since the server started, by model name: all models, or one."""
         return run(self._statistics(model))

@@ -30,6 +30,8 @@ from panotriton.errors import (
     quoted,
 )
 from panotriton.pipeline.events import Event
+from panotriton.pipeline.files import WEIGHTS
+from panotriton.pipeline.networks import NETWORKS, PIPELINE
 from panotriton.pipeline.results import Health, Model, StageTime, Timings
 
 __all__ = ["Conversation", "finished", "waits"]
@@ -47,6 +49,7 @@ _TROUBLE_BACKOFF = 4  # times as long: a process starts, a queue only moves on
 _DEATHS = 2
 _STATISTICS_WAIT_S = 0.1
 _STREAM = "panorama_stream"
+_WEIGHED = tuple(filter(None, (PIPELINE, NETWORKS[PIPELINE].tagger, "qwen")))
 
 
 class Conversation:
@@ -85,6 +88,21 @@ class Conversation:
             return wire.models(await self._ask("get_model_repository_index"))
         except InferenceFailed:  # over HTTP `serve` shows it to the holder of a key alone
             return wire.loaded(await self._ask("get_inference_statistics", model_name=""))
+
+    async def _weights(self) -> dict[str, str]:
+        found = {}
+        for model in _WEIGHED:
+            try:
+                config = await self._ask("get_model_config", model_name=model)
+            except (
+                InferenceFailed,
+                InvalidInput,
+                ModelUnavailable,
+            ):  # it has none, or not that one
+                continue
+            if weights := wire.parameter(config, WEIGHTS):
+                found[model] = weights
+        return found
 
     async def _statistics(self, model: str) -> dict[str, StageTime]:
         try:

@@ -21,6 +21,7 @@ __all__ = [
     "loaded",
     "models",
     "not_served",
+    "parameter",
     "region_names",
     "requested",
     "stage_times",
@@ -107,6 +108,11 @@ def _stage_time(entry: Mapping[str, Any]) -> StageTime:
         compute_ms=sum(map(total_ms, ("compute_input", "compute_infer", "compute_output"))),
         requests=int(stats.get("success", {}).get("count", 0)),
         request_ms=total_ms("success"),
+        busy_ms=sum(
+            int(batch.get(part, {}).get("ns", 0)) / 1e6
+            for batch in entry.get("batch_stats", [])
+            for part in ("compute_input", "compute_infer", "compute_output")
+        ),
     )
 
 
@@ -138,6 +144,13 @@ def loaded(report: Any) -> list[Model]:
     return [
         Model(entry["name"], entry.get("version", ""), True, "") for entry in report["model_stats"]
     ]
+
+
+def parameter(config: Any, name: str) -> str | None:
+    """A parameter of a model's config as JSON, of either protocol."""
+    known = config.get("config", config).get("parameters", {})
+    value = known.get(name, {}).get("string_value")
+    return str(value) if value else None
 
 
 def region_names(status: Any) -> list[str]:

@@ -18,24 +18,29 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput, brief
 from panotriton.groups import layout
+from panotriton.groups.store import json_bytes
 from panotriton.pipeline.contract import INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence, warning_field
 
 __all__ = [
     "JPEG_QUALITY",
+    "RESULT",
     "base_name",
     "fill_group",
+    "jpeg_bytes",
     "next_group_id",
     "process_command",
     "read_result",
     "read_results",
+    "result_entry",
     "write_group",
     "write_json",
 ]
 
 JPEG_QUALITY = 95
-_RESULT = ("group_id", "kept", "scores", "intervals")
+RESULT = ("group_id", "kept", "scores", "intervals")
+"""What an entry of results.json has."""
 
 # Of 255, less what the longest name adds: number, view and, while it is written, dot and process.
 _LONGEST = layout.between_view("_1", INTERVALS, MAX_INTERPOLATIONS, sharp=True).rpartition("/")[2]
@@ -98,10 +103,14 @@ def fill_group(
         (folder / name).mkdir(parents=True)
     names = layout.distinct_bases(*bases)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
-        list(pool.map(lambda item: _write_jpeg(folder / item[0], item[1]), _images(group, names)))
+        list(
+            pool.map(
+                lambda item: _replace(folder / item[0], jpeg_bytes(item[1])), _images(group, names)
+            )
+        )
     for path, content in _parameters(group, names):
         write_json(folder / path, content)
-    result = _result(group, names, group_id)
+    result = result_entry(group, bases, group_id)
     write_json(folder / layout.INFO, about | warning_field(group.warning) | result)
     return result
 
@@ -109,7 +118,7 @@ def fill_group(
 def read_result(folder: Path) -> dict[str, Any]:
     """A complete group's entry of results.json."""
     content = json.loads((folder / layout.INFO).read_text(encoding="utf-8"))
-    return {name: content[name] for name in _RESULT}
+    return {name: content[name] for name in RESULT}
 
 
 def read_results(root: Path) -> list[dict[str, Any]]:
@@ -119,7 +128,10 @@ def read_results(root: Path) -> list[dict[str, Any]]:
 
 
 def process_command(
-    panoramas: Iterable[Path], options: Mapping[str, Any], output: str = "out", *more: str
+    panoramas: Iterable[Path | str],
+    options: Mapping[str, Any],
+    output: str = "out",
+    *more: str,
 ) -> str:
     """The command line that makes a group again; options as group_info.json holds them."""
     words = ["panotriton", "process", *map(str, panoramas)]
@@ -169,15 +181,16 @@ def _parameters(group: Group, names: tuple[str, str]) -> Iterator[tuple[str, Any
         )
 
 
-def _result(group: Group, names: tuple[str, str], group_id: int) -> dict[str, Any]:
-    """One group's entry of results.json; paths are relative to its folder, NaN scores are null."""
+def result_entry(group: Group, bases: tuple[str, str], group_id: int) -> dict[str, Any]:
+    """A group's entry of results.json; paths are relative to its folder, NaN scores are null."""
+    names = layout.distinct_bases(*bases)
     content = (
         group_id,
         list(group.kept),
         [_score(pair) for pair in group.pairs],
         [_interval(interval, names) for interval in group.intervals],
     )
-    return dict(zip(_RESULT, content, strict=True))
+    return dict(zip(RESULT, content, strict=True))
 
 
 def _score(pair: Pair) -> dict[str, Any]:
@@ -218,17 +231,16 @@ def _add_result(root: Path, result: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace `path` by `content` as JSON, atomically."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    # Of a name that is no UTF-8, Python's \udcff for the byte ff is JSON's escape as well.
-    _replace(path, text.encode(errors="backslashreplace"))
+    _replace(path, json_bytes(content))
 
 
-def _write_jpeg(path: Path, image: U8) -> None:
+def jpeg_bytes(image: U8) -> bytes:
+    """An RGB image (H, W, 3) as the JPEG that groups hold."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     ok, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not ok:
-        raise OSError(f"cannot encode {path}")
-    _replace(path, data.tobytes())
+        raise OSError(f"OpenCV cannot encode an image of shape {image.shape}")
+    return bytes(data)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "RIGHT_PARAMS",
     "SHARP",
     "SIDES",
+    "WORK",
     "base_prefix",
     "between_name",
     "between_view",
@@ -60,6 +61,8 @@ RIGHT_PARAMS = f"{_PARAMS}/shared_right_params.json"
 LEFT_1_PARAMS = f"{_PARAMS}/panorama1_left_params.json"
 INFO, REPORT = "group_info.json", "report.html"
 RESULTS, INDEX, FAILED = "results.json", "index.html", "failed.json"
+
+WORK = ".work"  # where a run writes what is not complete
 
 _GROUP = "group_"
 _ENCLOSING = re.compile(rf"^(.*?/{_GROUP}\d+)/")

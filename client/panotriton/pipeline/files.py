@@ -5,11 +5,13 @@ The export writes them, the models read them, and the launcher looks whether the
 
 from __future__ import annotations
 
-__all__ = ["PROMPT", "TAGS", "TOKENIZER", "settings_file"]
+__all__ = ["PROMPT", "TAGS", "TOKENIZER", "WEIGHTS", "settings_file"]
 
 PROMPT = "prompt.txt"
 TAGS = "tags.json"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights"
+"""The parameter of a config.pbtxt that says, as a checksum, what the model was exported from."""
 
 
 def settings_file(name: str) -> str:

@@ -188,7 +188,8 @@ class StageTime:
     """A model's work since the server started, or between two readings of the server's statistics.
 
     On a shared server it includes what others asked meanwhile. `inferences` counts batch rows,
-    `requests` what was answered without an error, in `request_ms` altogether.
+    `requests` what was answered without an error, in `request_ms` altogether. `compute_ms` counts a batch for
+    each of its requests, `busy_ms` once.
     """
 
     model: str
@@ -198,6 +199,7 @@ class StageTime:
     compute_ms: float
     requests: int = 0
     request_ms: float = 0.0
+    busy_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

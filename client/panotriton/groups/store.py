@@ -1,0 +1,242 @@
+"""Where a run reads and writes: a folder, or an object store by its URL.
+
+Everything is written whole or not at all. `create` is what makes a group's result exist exactly once: of
+several writers one succeeds, and the others learn that they came late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from panotriton.errors import InvalidInput, PanotritonError, StoreError, brief
+
+__all__ = [
+    "FolderStore",
+    "ObjectStore",
+    "Store",
+    "is_url",
+    "json_bytes",
+    "json_line",
+    "open_store",
+]
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+def is_url(place: object) -> bool:
+    """Whether `place` names an object store rather than a folder of this machine."""
+    return bool(_URL.match(str(place)))
+
+
+def open_store(place: str | Path) -> Store:
+    """The store at a path or a URL (s3://bucket/prefix, gs://bucket/prefix, what fsspec knows).
+
+    Credentials are the environment's, as the store's own tools read them. Raises InvalidInput for a
+    URL that carries some, for an unknown scheme, and where the scheme's library is not installed.
+    """
+    return ObjectStore(str(place)) if is_url(place) else FolderStore(Path(place))
+
+
+def json_bytes(content: Any) -> bytes:
+    """As JSON that people read is written."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Of a name that is no UTF-8, Python's \udcff for the byte ff is JSON's escape as well.
+    return text.encode(errors="backslashreplace")
+
+
+def json_line(content: Any) -> bytes:
+    """The same on one line, ten times as fast: what there is one of for each group."""
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+class Store:
+    """Files below one place, by relative names with slashes."""
+
+    place: str
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError where there is none."""
+        raise NotImplementedError
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the file."""
+        raise NotImplementedError
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that must not exist; False where it does."""
+        raise NotImplementedError
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Names of what lies directly in a folder, without its path; none where there is no folder."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all in it; nothing where there is none."""
+        raise NotImplementedError
+
+    def read_json(self, name: str) -> Any:
+        """None where there is no such file."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write piece by piece; it replaces the one of that name at the end."""
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            self._upload(name, file)
+
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        raise NotImplementedError
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write(name, json_bytes(content))
+
+
+class FolderStore(Store):
+    """A folder of this machine, or one that all machines of a run mount."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.place = str(folder)
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._beside(name, data) as written:
+            written.replace(self.folder / name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._beside(name, data) as written:
+            try:
+                (self.folder / name).hardlink_to(
+                    written
+                )  # the one step that refuses an existing name
+            except FileExistsError:
+                return False
+            return True
+
+    def list(self, folder: str) -> Iterator[str]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    yield entry.name
+
+    def remove(self, name: str) -> None:
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        with self._beside(name, b"") as written:
+            with written.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+            written.replace(self.folder / name)
+
+    @contextlib.contextmanager
+    def _beside(self, name: str, data: bytes) -> Iterator[Path]:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+        try:
+            temporary.write_bytes(data)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class ObjectStore(Store):
+    """An object store, through fsspec. `create` is a conditional put (If-None-Match, if-generation-match)."""
+
+    def __init__(self, url: str) -> None:
+        scheme, _, rest = url.partition("://")
+        if "@" in rest.split("/")[0]:
+            raise InvalidInput(
+                f"the URL {scheme}://…{rest.rpartition('@')[2]} carries credentials, which would end up in "
+                "logs: leave them out, and set the environment variables or files of the store's own tools"
+            )
+        self.place = url.rstrip("/")
+        self._root = rest.rstrip("/")
+        self._files = _file_system(scheme)
+
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
+        return ObjectStore, (self.place,)  # connections don't travel
+
+    def read(self, name: str) -> bytes:
+        with self._named(name):
+            return bytes(self._files.cat_file(self._path(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._named(name):
+            self._files.pipe_file(self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._named(name):
+            try:
+                self._files.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if "PreconditionFailed" in f"{error!r} {error.__cause__!r}" or "412" in str(error):
+                    return False
+                raise
+            return True
+
+    def list(self, folder: str) -> Iterator[str]:
+        path = self._path(folder).rstrip("/")
+        with self._named(folder), contextlib.suppress(FileNotFoundError):
+            for found in self._files.ls(path, detail=False, refresh=True):
+                if name := str(found).rstrip("/").removeprefix(f"{path}/"):
+                    yield name
+
+    def remove(self, name: str) -> None:
+        with self._named(name), contextlib.suppress(FileNotFoundError):
+            self._files.rm(self._path(name), recursive=True)
+
+    def _upload(self, name: str, file: BinaryIO) -> None:
+        with self._named(name), self._files.open(self._path(name), "wb") as remote:
+            shutil.copyfileobj(file, remote, 1 << 24)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Libraries raise what they like: all but a missing file becomes a StoreError that says where."""
+        try:
+            yield
+        except (FileNotFoundError, PanotritonError):
+            raise
+        except Exception as error:
+            raise StoreError(f"{self.place}/{name}: {type(error).__name__}: {error}") from error
+
+
+def _file_system(scheme: str) -> Any:
+    extra = _EXTRAS.get(scheme)
+    install = f": pip install 'panotriton[{extra}]'" if extra else ""
+    try:
+        import fsspec  # noqa: PLC0415 an extra's
+
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise InvalidInput(f"{scheme}:// needs a library that is not installed{install}") from error
+    except ValueError as error:
+        raise InvalidInput(
+            f"{brief(scheme)}:// is no scheme of an object store; expected s3:// or gs://, or a folder's path"
+        ) from error
