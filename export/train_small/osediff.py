@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--pixels", type=int, default=131072, help="of the crops of one step")
-    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--vae-share", type=float, default=1.0, help="of the rate, for the VAE")
     parser.add_argument(
         "--threads", type=int, default=2, help="crops of a step at once; others, other rounding"
     )

@@ -27,6 +27,7 @@ from panotriton_export.train_small.super_resolution.text import TAGS
 
 __all__ = ["Run", "to_tensor"]
 
+Group = dict[str, Any]  # "params", and "share" of the rate
 BASE_SHARE = 0.92  # of the steps; the adapters get the rest
 SIZES = (128, 96, 128, 192)  # px of crops, in turn
 
@@ -97,14 +98,16 @@ def _gather(models: list[SmallOsediff]) -> None:
 class Stage:
     """One stage's parameters, optimiser, and running average of the weights (what is kept)."""
 
-    def __init__(self, parameters: list[nn.Parameter], peak: float, steps: int) -> None:
-        self.parameters, self.peak, self.steps = parameters, peak, steps
-        self.optimiser = Soap(parameters, peak)
-        self.average: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, groups: list[Group], peak: float, steps: int) -> None:
+        self.peak, self.steps = peak, steps
+        self.parameters = [each for group in groups for each in group["params"]]
+        self.optimiser = Soap(groups, peak)
+        self.average: list[Tensor] = [each.detach().clone() for each in self.parameters]
 
     def step(self, step: int) -> None:
         """Learn from the parameters' gradients, and forget them."""
-        self.optimiser.param_groups[0]["lr"] = rate(step, self.steps, self.peak)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate(step, self.steps, self.peak) * group["share"]
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -155,8 +158,13 @@ class Run:
         """Start a stage from the weights as they are."""
         base = name == "base"
         model = self.model
-        weights = (
-            [*model.vae.parameters(), *model.unet.parameters()] if base else add_adapters(model)
+        groups: list[Group] = (
+            [
+                {"params": [*model.vae.parameters()], "share": self.args.vae_share},
+                {"params": [*model.unet.parameters()], "share": 1.0},
+            ]
+            if base
+            else [{"params": add_adapters(model), "share": 1.0}]
         )
         steps = self.base_steps if base else self.args.steps - self.base_steps
         self.name = name
@@ -164,7 +172,7 @@ class Run:
         if base:
             for each in self.replicas:
                 hold_carried(each.vae)
-        self.stage = Stage(weights, self.args.rate if base else self.args.rate / 4, steps)
+        self.stage = Stage(groups, self.args.rate if base else self.args.rate / 4, steps)
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["stage"] == "adapters":
