@@ -65,6 +65,39 @@ goes the ensemble's way by calls of its own. This is read from the models' code.
 where the caller sends it; `osediff_tagger` and `qwen_vision` are asked where they were exported.
 
 """
+OVERLAP_TEXT = """
+## How images overlap
+
+An image goes through five stages. None waits for all images to be through the one before:
+
+| stage | where | at once |
+|---|---|---|
+| resized to the network's size | threads of `osediff`, in bands of 256 rows | all: two more than below |
+| encoder, denoiser, decoder | models of their own, a process each | `images_in_flight` |
+| colours aligned | threads of `osediff`, into the answer | as above |
+
+So while one image is decoded, the next is denoised, a third encoded and a fourth resized: the slowest network
+is never idle between its first image and its last, and of the processor's work only the first resize and the
+last alignment are waited for. `panorama_stream`, which asks for image after image, shares these places over
+a group (`Places`). `tests/unit/test_overlap.py` shows it, by a clock that only moves when everything waits.
+
+- **Tiles.** An image sends as many in one request as `tiles_a_request` of osediff.json says, which the
+  export takes from the denoiser's config: on a GPU its largest batch, so that a pair's 8 tiles are a full
+  one, on a CPU four, which those of other requests join. On a GPU no request waits for others while the
+  network is idle; while it works, they gather. `tiles_in_flight` bounds what of one image is sent and not
+  yet back.
+- **Threads.** A call to another model holds a thread until it is answered. Those threads are the calls'
+  own, 30 a model: with asyncio's, the cores and four, calls in flight would keep images from being resized.
+- **Copies.** Pixels cross as bytes; an answer is read where the server put it; an image that needs no
+  resizing is not copied. Latents between two networks pass through the processor's memory: Python models
+  could keep them on a GPU by DLPack, which has not been tried.
+- **The scorer** works on whole batches in a process of its own; `gpu_memory_fraction` of
+  `qwen/config.pbtxt` is its share of a GPU's memory.
+- **Several GPUs.** Triton starts an instance of each network on every GPU that it sees, each a process with
+  its own weights, sessions and, for the scorer, share of that GPU's memory. `export … --gpus 0,1` names
+  some, in the line `instance_group` of each config. Requests go to whichever is free.
+
+"""
 NETWORK_TEXT = """
 ## Another super-resolution network
 
@@ -222,6 +255,7 @@ def page():
         "\n",
         CALLS_TEXT,
         calls_diagram(models),
+        OVERLAP_TEXT,
         NETWORK_TEXT,
         "\n",
         ROOMS_TEXT,

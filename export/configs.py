@@ -8,13 +8,24 @@ from pathlib import Path
 
 import onnx
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from panotriton.errors import ExportError, quoted
+from panotriton.models.one_step import TILES_A_REQUEST
 from panotriton.server.engines import ENGINES, ConfigEntries, Engine
 from panotriton.server.engines.shapes import BATCHES, EXPECTED
 
-__all__ = ["find_engine", "fit_config", "read_config", "set_engine", "set_instances"]
+__all__ = [
+    "find_engine",
+    "fit_config",
+    "read_config",
+    "set_engine",
+    "set_gpus",
+    "set_instances",
+    "tiles_a_request",
+]
+
+_GPU_INSTANCES = re.compile(r"kind: KIND_(?:GPU|AUTO)( count: \d+)(?: gpus: \[[^\]]*\])?")
 
 Rows = Sequence[Mapping[str, tuple[int, ...]]]  # shapes of inputs, without the batch
 
@@ -58,9 +69,34 @@ def set_instances(model: Path, count: int) -> None:
     config.write_text(re.sub(r"count: \d+", f"count: {count}", config.read_text()))
 
 
+def set_gpus(model: Path, gpus: Sequence[int]) -> None:
+    """Have `model` run on these GPUs, by as many instances on each as its config says.
+
+    Without, Triton runs it on every GPU that it sees. Each instance is a process with weights and sessions
+    of its own. Raises ExportError for a model that is not for a GPU.
+    """
+    config = model / "config.pbtxt"
+    text, count = _GPU_INSTANCES.subn(
+        rf"kind: KIND_GPU\1 gpus: [ {', '.join(map(str, gpus))} ]", config.read_text()
+    )
+    if not count:
+        raise ExportError(f"{config} has no instances on a GPU, of which one could be chosen")
+    config.write_text(text)
+
+
 def read_config(model: Path) -> ModelConfig:
     """`model`/config.pbtxt."""
     return text_format.Parse((model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def tiles_a_request(denoiser: ModelConfig) -> int:
+    """How many tiles an image sends at once: on a GPU as many as fill the largest batch, without a wait.
+
+    Elsewhere no more than four, since a batch of tiles of several images computes as quickly.
+    """
+    most = int(denoiser.max_batch_size)
+    on_gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in denoiser.instance_group)
+    return most if on_gpu or BATCHES in denoiser.parameters else min(TILES_A_REQUEST, most)
 
 
 def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ()) -> None:
@@ -75,6 +111,10 @@ def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ())
     text = re.sub(rf'backend: "({"|".join(_backends())})"', f'backend: "{engine.backend}"', text)
     if batch := engine.largest_batch(model.name):
         text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {batch}", text)
+    if (
+        engine.fixed_batches
+    ):  # requests gather while the network is busy; while it is not, none has to wait
+        text = re.sub(r"max_queue_delay_microseconds: \d+", "max_queue_delay_microseconds: 0", text)
     config.write_text(text)
     entries = _merged(engine.precisions[precision], _shape_entries(model, engine, expected))
     config.write_text(text + _text(engine, entries))

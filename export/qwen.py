@@ -23,6 +23,7 @@ from panotriton_export.weights import WeightsError, check_weights
 __all__ = ["ENGINES", "check_folder", "export_qwen", "read_prompt"]
 
 ENGINES = ("torch", "vllm")
+DECODING = ("dynamic", "static")
 
 ARCHITECTURES = (
     "Qwen2VLForConditionalGeneration",
@@ -46,6 +47,7 @@ def export_qwen(
     copy: bool = False,
     engine: str = "torch",
     vision_size: tuple[int, int] | None = None,
+    decode: str = "dynamic",
     question: bool = True,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -55,12 +57,13 @@ def export_qwen(
     run. prompt_file replaces the default quality prompt. dtype: auto (what the weights are stored
     in; bf16 on a GPU), bf16, fp16 or fp32. max_pixels bounds an image in the processor, else the
     folder's own bound counts; it is the cheapest way to speed, and changes scores. vision_size:
-    export the vision tower too, for images of that height and width. question: ask the model one
+    export the vision tower too, for images of that height and width. decode: dynamic, or static for steps of
+    a reply that are compiled on a GPU, see `QwenVL`. question: ask the model one
     by PyTorch before anything is written, which takes its memory. Raises ExportError for a folder
     that is not a complete Qwen-VL one, or whose answer is none, and for options that do not go
     together; InvalidInput for a prompt file that is no text.
     """
-    _check_options(dtype, max_pixels, engine, vision_size)
+    _check_options(dtype, max_pixels, engine, vision_size, decode)
     prompt = read_prompt(prompt_file) if prompt_file else _prompt("quality.txt")
     settings: dict[str, Any] = {"engine": engine, "architecture": check_folder(model, engine)}
     if question and not _quantized(model):
@@ -74,6 +77,7 @@ def export_qwen(
         settings |= {
             "weights": _place(model, version / "weights", copy),
             "dtype": _DTYPES[dtype],
+            "decode": decode,
             "max_pixels": max_pixels,
             "vision_grid": _vision(model, repository, vision_size, max_pixels, report),
         }
@@ -132,7 +136,11 @@ def _quantized(model: Path) -> str:
 
 
 def _check_options(
-    dtype: str, max_pixels: int | None, engine: str, vision_size: tuple[int, int] | None
+    dtype: str,
+    max_pixels: int | None,
+    engine: str,
+    vision_size: tuple[int, int] | None,
+    decode: str,
 ) -> None:
     if dtype not in _DTYPES:
         raise ExportError(f"dtype is {quoted(dtype)}; expected one of {', '.join(_DTYPES)}")
@@ -142,6 +150,10 @@ def _check_options(
         raise ExportError(f"engine is {quoted(engine)}; expected one of {', '.join(ENGINES)}")
     if engine == "vllm" and vision_size is not None:
         raise ExportError("vLLM has a vision tower of its own: leave --export-vision out")
+    if decode not in DECODING:
+        raise ExportError(f"decode is {quoted(decode)}; expected one of {', '.join(DECODING)}")
+    if engine == "vllm" and decode != DECODING[0]:
+        raise ExportError("vLLM decodes in its own way: leave --decode out")
 
 
 def _vllm(model: Path, repository: Path, max_pixels: int | None, dtype: str) -> dict[str, Any]:

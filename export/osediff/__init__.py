@@ -19,7 +19,13 @@ from panotriton.pipeline.networks import OSEDIFF
 from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
 from panotriton.server.engines import CPU, Engine
 from panotriton.server.repository import copy_model
-from panotriton_export.configs import find_engine, fit_config, read_config, set_engine
+from panotriton_export.configs import (
+    find_engine,
+    fit_config,
+    read_config,
+    set_engine,
+    tiles_a_request,
+)
 from panotriton_export.front import front_folders, write_settings
 from panotriton_export.graph import (
     Component,
@@ -91,6 +97,7 @@ def export_osediff(
         used = write_network(each, repository, expected, results, report)
     if precision in _TRIED:
         settings["decoder_precision"] = used  # the last one's
+    settings["tiles_a_request"] = tiles_a_request(read_config(repository / OSEDIFF.denoiser))
     _write_front(source, repository, settings)
     check_distinct(repository)
     report(_check_whole_image(source, repository, precision))

@@ -52,24 +52,27 @@ def networks(candidate: str, limit_s: int) -> Part:
 
 
 PARTS = (
-    Part("server", (str(FOLDER / "serving.py"),), 190),
+    Part("server", (str(FOLDER / "serving.py"),), 220),
     networks("shipped", 60),
     Part("parity", (str(FOLDER / "parity.py"),), 60),
     Part("tests", (str(FOLDER / "marked.py"),), 75),
     Part("scorer", (str(FOLDER / "reading.py"),), 90),
+    Part("scorer, static", (str(FOLDER / "reading.py"), "--decode", "static"), 150),
     networks("as exported", 60),
     networks("CUDA graphs", 60),
     networks("exhaustive search", 60),
     networks("NCHW", 45),
     networks("torch eager", 45),
     networks("torch compiled", 120),
+    networks("AOTInductor", 120),
+    networks("TensorRT", 120),
 )
 CANDIDATES = [each.name.removeprefix("networks, ") for each in PARTS if "networks" in each.name]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plain", type=Path, help="graphs whose group norms are in pieces, for `as exported`"
+        "--plain", type=Path, help="graphs whose group norms are in pieces, for what needs them"
     )
     parser.add_argument(
         "--limit", type=int, default=LIMIT_S, help="seconds of all parts (%(default)s)"
@@ -84,7 +87,7 @@ def run_part(
     results = work / f"{part.name}.json"
     command = [sys.executable, *part.command, "--repository", str(repository)]
     command += ["--json", str(results), *["--quick"] * chosen.quick]
-    if chosen.plain and part.name == "networks, as exported":
+    if chosen.plain and "networks" in part.name:
         command += ["--plain", str(chosen.plain)]
     began = time.perf_counter()
     limit_s = part.limit_s * (_QUICK_TIMES if chosen.quick else 1)
@@ -201,13 +204,15 @@ def callers(parts: Mapping[str, Any]) -> str:
         for part, found in parts.items()
         if not part.startswith("networks")
         for name, value in found.items()
-        if name != "failed"
+        if name not in ("failed", "not_run")
     ]
     return script.table(("part", "measure", "result"), rows) if rows else ""
 
 
 def shown(value: Any) -> str:
     if isinstance(value, Mapping):
+        if "error" in value:
+            return f"not run: {shown(value['error'])}"
         return ", ".join(f"{name} {shown(each)}" for name, each in value.items())
     if isinstance(value, list):
         return " ".join(map(shown, value)) or "none"
@@ -218,7 +223,7 @@ def table_of_networks(parts: Mapping[str, Any], floors_ms: Mapping[str, float]) 
     """ms of each network and shape by each candidate, the first call's beside it, over the floor."""
     found = {each: parts.get(f"networks, {each}", {}) for each in CANDIDATES}
     labels = [name for each in found.values() for name in each if " " in name]
-    columns = [each for each in CANDIDATES if found[each]]
+    columns = [each for each in CANDIDATES if found[each].keys() & set(labels)]
     if not columns:
         return ""
     rows = [
@@ -234,14 +239,19 @@ def cell(value: Any) -> str:
     if not isinstance(value, Mapping):
         return ""
     if "error" in value:
-        return shown(value["error"])
+        return shown(value)
     return f"{value['ms']} ({value['first_ms']:.0f})" + " not finite" * (
         not value.get("finite", True)
     )
 
 
 def failures(parts: Mapping[str, Any]) -> str:
-    lines = [f"- {name}: {found['failed']}" for name, found in parts.items() if "failed" in found]
+    lines = [
+        f"- {name}: {found[why]}" if why == "failed" else f"- {name}: not run: {found[why]}"
+        for name, found in parts.items()
+        for why in ("failed", "not_run")
+        if why in found
+    ]
     return "Not all of it ran:\n\n" + "\n".join(lines) if lines else ""
 
 

@@ -1,16 +1,26 @@
-"""Good requests beside ones that die while batched with others' in `qwen`: the same answer, each time.
+"""Good requests beside everything bad at once: the same answers each time, and memory that stays flat.
 
-The real qwen_scorer, qwen_describer and qwen around a stand-in for the weights that hashes what it is asked.
+The real pipeline, scorer and describer around stand-ins for the networks. The stand-in for the scorer's
+weights hashes what it is asked, so that one wrong byte shows; and it has no ties to break, which real
+weights have: see tests/bench/ties.py.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
 import os
 import random
 import shutil
 import socket
+import statistics
+import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +32,19 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from panotriton.server.launch import LocalServer
+from panotriton.client.aio import AsyncClient
+from panotriton.client.client import Client
+from panotriton.client.shared_memory import FOLDER, PREFIX
+from panotriton.errors import PanotritonError, RequestTimeout
 from tests.conftest import ROOT
+from tests.faults.conftest import SMALL, Serving, served
+from tests.faults.test_malformed import ENDPOINTS, body, send
 
 pytestmark = pytest.mark.thorough
-SOAK_S = float(os.environ.get("PANOTRITON_FAULTS_SOAK_S", "60"))
-MOST_GROWTH = 1.5  # of resident memory from a third of the time on: a leak a request is far more
+SOAK_S = float(os.environ.get("PANOTRITON_FAULTS_SOAK_S", "90"))
+SEED = 19
+MOST_GROWTH = 1.1  # from the middle third of the time to the last: a leak a request is far more
+MIB = 1 << 20
 ENGINE = """
 
 
@@ -39,26 +56,103 @@ class _Hash:
 
     async def answer(self, images, *question):
         texts = (repr((i.shape, question)).encode() + np.ascontiguousarray(i).tobytes() for i in images)
-        return [(hashlib.sha256(text).hexdigest(), 0.5) for text in texts]
+        return [(hashlib.sha256(text).hexdigest(), int(i.mean()) % 10 / 10) for i, text in zip(images, texts)]
 """
-OUTPUTS = {"qwen_describer": ["DESCRIPTION", "DESCRIPTION_ERROR"], "qwen_scorer": ["RAW_OUTPUT"]}
+TEXTS = {"qwen_describer": ["DESCRIPTION", "DESCRIPTION_ERROR"], "qwen_scorer": ["RAW_OUTPUT"]}
+PROTOCOLS = {"grpc": tritonclient.grpc, "http": tritonclient.http}
+
+Panoramas = tuple[np.ndarray, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def asked(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("soak") / "repository"
-    for model in (*OUTPUTS, "qwen"):
-        shutil.copytree(ROOT / "model_repository" / model, folder / model)
-    for model in OUTPUTS:
-        shutil.copy(repository / model / "1" / "prompt.txt", folder / model / "1")
-    code = folder / "qwen" / "1" / "model.py"
+def asked(
+    quick_repository: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("soak")
+    models = folder / "repository"
+    shutil.copytree(quick_repository, models)
+    for model in (*TEXTS, "qwen"):
+        shutil.rmtree(models / model, ignore_errors=True)
+        shutil.copytree(ROOT / "model_repository" / model, models / model)
+    for model in TEXTS:
+        shutil.copy(repository / model / "1" / "prompt.txt", models / model / "1")
+    code = models / "qwen" / "1" / "model.py"
     real = code.read_text()
     fake = real.replace('{"torch": _Torch, "vllm": _Vllm}[settings["engine"]]', "_Hash")
     assert fake != real
     code.write_text(fake + ENGINE)
-    (folder / "qwen" / "1" / "qwen.json").write_text("{}")
-    with LocalServer(folder) as running:
+    (models / "qwen" / "1" / "qwen.json").write_text("{}")
+    with served(models, folder, "--restarts=1000") as running:
         yield running
+
+
+class Good:
+    """One caller's requests, each of which had an answer before."""
+
+    def __init__(self, serving: Serving, panoramas: Panoramas, protocol: str) -> None:
+        url = serving.grpc if protocol == "grpc" else serving.http
+        self._library = PROTOCOLS[protocol]
+        self._plain = self._library.InferenceServerClient(url)
+        self._client = Client(url, protocol=protocol, retries=0, timeout_s=120)
+        self._memory = self._client.shared_memory(256 * MIB)
+        self._panoramas = panoramas
+        self.kinds: dict[str, Callable[[], str]] = {
+            "group": self._group,
+            "group in shared memory": lambda: self._group(via=self._memory),
+        }
+        if protocol == "grpc":
+            self.kinds["stream"] = self._stream
+        for model in TEXTS:
+            for seed in range(4):
+                self.kinds[f"{model} {seed}"] = lambda m=model, s=seed: self._texts(m, images(s))
+
+    def _group(self, **options: Any) -> str:
+        made = self._client.process(*self._panoramas, **SMALL, **options)
+        return digest(made.pairs, made.intervals)
+
+    def _stream(self) -> str:
+        options = SMALL | {"threshold": 0.3}
+        events = list(self._client.stream(*self._panoramas, **options))
+        if type(events[-1]).__name__ != "Done":
+            raise InferenceServerException(str(events[-1]))
+        # Its events come in the order in which the server's work ended.
+        return digest(*sorted(digest(without_times(event)) for event in events[:-1]))
+
+    def _texts(self, model: str, pixels: np.ndarray) -> str:
+        tensor = self._library.InferInput("IMAGES", list(pixels.shape), "UINT8")
+        tensor.set_data_from_numpy(pixels)
+        result = self._plain.infer(model, [tensor])
+        return digest([text for name in TEXTS[model] for text in result.as_numpy(name).flat])
+
+
+def without_times(event: Any) -> dict[str, Any]:
+    values = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    return {
+        name: value
+        for name, value in values.items()
+        if not any(word in name for word in ("seconds", "_s", "done", "total", "time"))
+    }
+
+
+def digest(*values: Any) -> str:
+    """Of everything in nested results; arrays by their bytes."""
+    state = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            value = list(value.items())
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        elif isinstance(value, np.ndarray):
+            state.update(repr((value.shape, value.dtype)).encode() + value.tobytes())
+        else:
+            state.update(repr(value).encode())
+
+    add(values)
+    return state.hexdigest()
 
 
 def images(seed: int) -> np.ndarray:
@@ -67,94 +161,214 @@ def images(seed: int) -> np.ndarray:
     return draw.integers(0, 256, shape, np.uint8)
 
 
-def ask(protocol: Any, client: Any, model: str, pixels: np.ndarray) -> list[bytes]:
-    tensor = protocol.InferInput("IMAGES", list(pixels.shape), "UINT8")
-    tensor.set_data_from_numpy(pixels)
-    result = client.infer(model, [tensor])
-    return [text for name in OUTPUTS[model] for text in result.as_numpy(name).flat]
+class Bad:
+    """What goes wrong with other callers. Each method is one kind, done once."""
 
+    def __init__(self, serving: Serving, panoramas: Panoramas) -> None:
+        self._serving = serving
+        self._panoramas = panoramas
+        self.kinds = [self.interrupt, self.drop, self.confuse, self.nonsense]
+        self.kinds += [self.abandon, self.give_up, self.pool]
 
-def cancel(server: LocalServer, draw: random.Random) -> None:
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+    def interrupt(self, draw: random.Random) -> None:
+        """A task that is cancelled while its request is out."""
+
+        async def main() -> None:
+            async with AsyncClient(self._serving.grpc, retries=0) as client:
+                ask = draw.choice([client.describe, client.score])
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(
+                        ask(list(images(draw.randrange(1000, 2000)))), draw.uniform(0, 0.1)
+                    )
+
+        asyncio.run(main())
+
+    def drop(self, draw: random.Random) -> None:
         pixels = images(draw.randrange(1000, 2000))
-        tensor = tritonclient.grpc.InferInput("IMAGES", list(pixels.shape), "UINT8")
+        tensor = tritonclient.http.InferInput("IMAGES", list(pixels.shape), "UINT8")
         tensor.set_data_from_numpy(pixels)
-        call = client.async_infer(
-            draw.choice(sorted(OUTPUTS)), [tensor], lambda result, error: None
+        data, header = tritonclient.http.InferenceServerClient.generate_request_body([tensor])
+        host, port = self._serving.http.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                f"POST /v2/models/{draw.choice(sorted(TEXTS))}/infer HTTP/1.1\r\nHost: {host}\r\n"
+                f"Inference-Header-Content-Length: {header}\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n".encode()
+                + data[: draw.choice([len(data), len(data) // 2])]
+            )
+            time.sleep(draw.uniform(0, 0.02))
+
+    def confuse(self, draw: random.Random) -> None:
+        """Refused by `qwen` itself, in one batch with good ones."""
+        with tritonclient.grpc.InferenceServerClient(self._serving.grpc) as client:
+            tensor = tritonclient.grpc.InferInput("IMAGE", [1, 28, 28, 3], "UINT8")
+            tensor.set_data_from_numpy(np.zeros((1, 28, 28, 3), np.uint8))
+            texts = []
+            for name in ("SYSTEM_PROMPT", "READING", "STOP_AFTER"):
+                texts.append(tritonclient.grpc.InferInput(name, [1, 1], "BYTES"))
+                text = draw.choice([b"", b"\xff\xfe", b"y" * 5000])
+                texts[-1].set_data_from_numpy(np.array([[text]], np.object_))
+            limit = tritonclient.grpc.InferInput("MAX_NEW_TOKENS", [1, 1], "INT32")
+            limit.set_data_from_numpy(np.array([[draw.choice([-1, 0, 2**31 - 1])]], np.int32))
+            client.infer("qwen", [tensor, *texts, limit])
+
+    def nonsense(self, draw: random.Random) -> None:
+        models = (
+            "panorama",
+            "panorama_encoded",
+            "panorama_stream",
+            "preprocess",
+            "osediff",
+            "qwen",
         )
-        time.sleep(draw.uniform(0, 0.02))
-        call.cancel()
+        models += ("osediff_unet", *TEXTS, "select", "interpolate", "options")
+        path = draw.choice(ENDPOINTS).format(model=draw.choice(models), name="r")
+        send(self._serving, path, body(draw))
+
+    def abandon(self, draw: random.Random) -> None:
+        """A stream or a group whose caller is gone."""
+        with Client(self._serving.grpc, retries=0) as client:
+            events = client.stream(*self._panoramas, **SMALL)
+            for _ in range(draw.randrange(5)):
+                next(events, None)
+            events.close()  # type: ignore[attr-defined]
+
+    def give_up(self, draw: random.Random) -> None:
+        """A time-out while the server writes to, or reads from, the caller's memory."""
+        timeout_s = draw.uniform(0.002, 0.3)
+        with (
+            Client(self._serving.grpc, retries=0, timeout_s=timeout_s) as client,
+            client.shared_memory(64 * MIB) as memory,
+            contextlib.suppress(RequestTimeout),
+        ):
+            client.process(*self._panoramas, **SMALL, via=memory)
+
+    def pool(self, draw: random.Random) -> None:
+        with (
+            Client(self._serving.grpc, retries=0, timeout_s=60) as client,
+            client.shared_memory(16 * MIB) as memory,
+        ):
+            client.upscale(np.zeros((32, 32 + draw.randrange(32), 3), np.uint8), via=memory)
 
 
-def drop(server: LocalServer, draw: random.Random) -> None:
-    pixels = images(draw.randrange(1000, 2000))
-    tensor = tritonclient.http.InferInput("IMAGES", list(pixels.shape), "UINT8")
-    tensor.set_data_from_numpy(pixels)
-    body, header = tritonclient.http.InferenceServerClient.generate_request_body([tensor])
-    host, port = server.http_url.split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            f"POST /v2/models/{draw.choice(sorted(OUTPUTS))}/infer HTTP/1.1\r\nHost: {host}\r\n"
-            f"Inference-Header-Content-Length: {header}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body[: draw.choice([len(body), len(body) // 2])]
-        )
-        time.sleep(draw.uniform(0, 0.02))
+def stack(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)) if frame else ""
 
 
-def confuse(server: LocalServer, draw: random.Random) -> None:
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
-        tensor = tritonclient.grpc.InferInput("IMAGE", [1, 28, 28, 3], "UINT8")
-        tensor.set_data_from_numpy(np.zeros((1, 28, 28, 3), np.uint8))
-        texts = []
-        for name in draw.sample(["SYSTEM_PROMPT", "READING", "STOP_AFTER"], 2):
-            texts.append(tritonclient.grpc.InferInput(name, [1, 1], "BYTES"))
-            text = draw.choice([b"", b"\xff\xfe", b"y" * 5000])
-            texts[-1].set_data_from_numpy(np.array([[text]], np.object_))
-        with pytest.raises(InferenceServerException):
-            client.infer("qwen", [tensor, *texts])
+def mapped(server: psutil.Process) -> int:
+    """What a server has of /dev/shm, regions of callers included that are gone by now."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssShmem"))
+    return int(line.split()[1]) * 1024
 
 
-def growth(server: LocalServer) -> int:
-    processes = psutil.Process(server.pid)
-    return sum(p.memory_info().rss for p in (processes, *processes.children()))
+def own_regions() -> int:
+    """What the callers of this process have there."""
+    total = 0
+    for path in FOLDER.glob(f"{PREFIX}{os.getpid()}_*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            total += path.stat().st_blocks * 512
+    return total
 
 
-def test_good_answers_stay_the_same_beside_requests_that_die(asked: LocalServer) -> None:
+class Memory:
+    """Private bytes of a server and its processes, and bytes of /dev/shm, since its start."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._pid = 0
+        self.samples: list[tuple[int, int]] = []
+        self.longest: list[tuple[int, int]] = []
+        self.largest = (0, "")
+
+    def sample(self) -> None:
+        with contextlib.suppress(
+            psutil.Error, ValueError, FileNotFoundError
+        ):  # it is just being started
+            server = self._serving.server()
+            if server.pid != self._pid:
+                self._pid, self.samples = server.pid, []
+            processes = (server, *server.children(recursive=True))
+            each = [(process.memory_full_info().uss, process.cmdline()[1]) for process in processes]
+            self.largest = max(self.largest, *each)
+            resident = sum(private for private, _ in each)
+            shared = mapped(server) + own_regions()
+            self.samples.append((resident, shared))
+            self.longest = max(self.longest, self.samples, key=len)
+
+    def growth(self) -> tuple[float, float]:
+        """The medians of the last third over those of the middle third."""
+        third = len(self.longest) // 3
+        middle, last = self.longest[third : 2 * third], self.longest[2 * third :]
+
+        def ratio(which: int) -> float:
+            before, after = (statistics.median(s[which] for s in part) for part in (middle, last))
+            return after / max(before, MIB)
+
+        return ratio(0), ratio(1)
+
+
+def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
+    asked: Serving, panoramas: Panoramas
+) -> None:
     ended = threading.Event()
     wrong: list[str] = []
+    counts: Counter[str] = Counter()
+    callers = [Good(asked, panoramas, protocol) for protocol in PROTOCOLS]
+    expected = {kind: ask() for caller in callers for kind, ask in caller.kinds.items()}
+    for caller in callers:
+        for kind, ask in caller.kinds.items():
+            assert ask() == expected[kind], f"{kind}: another answer without any bad request"
 
-    def repeat(work: Callable[[LocalServer, random.Random], None], seed: int) -> None:
-        draw = random.Random(seed)
+    def good(number: int) -> None:
+        caller = Good(asked, panoramas, ("grpc", "http")[number % 2])
+        draw = random.Random(SEED + number)
         while not ended.is_set():
+            kind = draw.choice(sorted(caller.kinds))
             try:
-                work(asked, draw)
-            except Exception as error:
-                wrong.append(f"{work.__name__}: {error}")
+                answer = caller.kinds[kind]()
+            except (PanotritonError, InferenceServerException, OSError) as error:
+                counts["no answer"] += 1
+                counts[f"  {type(error).__name__}: {str(error)[:100]}"] += 1
+                ended.wait(1)
+                continue
+            counts["good"] += 1
+            if answer != expected[kind]:
+                wrong.append(f"{kind}: another answer after {counts}")
+
+    def bad(number: int) -> None:
+        kinds = Bad(asked, panoramas).kinds
+        draw = random.Random(SEED + number)
+        work = kinds[number % len(kinds)]
+        while not ended.is_set():
+            with contextlib.suppress(PanotritonError, InferenceServerException, OSError):
+                work(draw)
+            counts[work.__name__] += 1
             ended.wait(0.03)
 
-    hostile = [
-        threading.Thread(target=repeat, args=(work, seed), daemon=True)
-        for seed, work in enumerate((cancel, drop, confuse))
-    ]
-    with (
-        tritonclient.grpc.InferenceServerClient(asked.grpc_url) as grpc,
-        tritonclient.http.InferenceServerClient(asked.http_url) as http,
-    ):
-        ways = ((tritonclient.grpc, grpc), (tritonclient.http, http))
-        questions = [(model, images(seed)) for seed in range(6) for model in OUTPUTS]
-        expected = [ask(*ways[0], *question) for question in questions]
-        for thread in hostile:
-            thread.start()
-        began, warm = time.monotonic(), 0
-        while time.monotonic() - began < SOAK_S and not wrong:
-            for question, answer in zip(questions, expected, strict=True):
-                for way in ways:
-                    assert ask(*way, *question) == answer, question[0]
-            if not warm and time.monotonic() - began > SOAK_S / 3:
-                warm = growth(asked)
-        ended.set()
-        for thread in hostile:
-            thread.join(30)
+    memory = Memory(asked)
+    threads = [threading.Thread(target=good, args=(n,), daemon=True) for n in range(4)]
+    threads += [threading.Thread(target=bad, args=(n,), daemon=True) for n in range(7)]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    while time.monotonic() - began < SOAK_S and not wrong:
+        memory.sample()
+        ended.wait(max(1.0, SOAK_S / 200))
+    ended.set()
+    for thread in threads:
+        thread.join(150)
+        assert not thread.is_alive(), f"waits for nothing: {stack(thread)}\n{asked.text()}"
+    restarts = asked.count("panotriton_server_restarts_total")
+    print(f"{SOAK_S:.0f} s, {restarts:.0f} restarts, {dict(counts)}")
+    for resident, shared in memory.longest[:: max(1, len(memory.longest) // 10)]:
+        print(f"  {resident / MIB:.0f} MiB resident, {shared / MIB:.0f} MiB in /dev/shm")
+    print("growth", memory.growth(), "largest", memory.largest)
     assert not wrong
-    assert warm
-    assert growth(asked) < MOST_GROWTH * warm
+    assert counts["good"]
+    assert max(memory.growth()) < MOST_GROWTH
+    asked.wait_until(lambda: asked.probe("/ready")[0] == 200, "service again")
+    for caller in callers:
+        for kind, ask in caller.kinds.items():
+            assert ask() == expected[kind], kind

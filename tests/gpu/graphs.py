@@ -37,7 +37,7 @@ from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import CUDA
 from panotriton.server.repository import copy_model, copy_models
 from panotriton_export import graph
-from panotriton_export.configs import fit_config, set_engine
+from panotriton_export.configs import fit_config, read_config, set_engine, tiles_a_request
 from panotriton_export.front import front_folders, write_settings
 from panotriton_export.gpu_operators import for_gpu, portable
 from panotriton_export.osediff import random_sd, text_encoder, unet, vae_decoder, vae_encoder
@@ -137,13 +137,14 @@ def configure(repository: Path) -> None:
         copy_model(name, repository)
         fit_config(repository / name)
         set_engine(repository / name, CUDA, "fp16", expected.get(name, ()))
+    tiles = tiles_a_request(read_config(repository / OSEDIFF.denoiser))
     copy_models(repository)
     tokenizer = Tokenizer.from_file(str(SMALL / "osediff" / "base" / "tokenizer" / TOKENIZER))
     tokenizer.enable_truncation(PROMPT_TOKENS)
     tokenizer.enable_padding(length=PROMPT_TOKENS)
     for folder in front_folders(repository, "osediff"):
         tokenizer.save(str(folder / TOKENIZER))
-        write_settings(folder, "osediff", SETTINGS)
+        write_settings(folder, "osediff", SETTINGS | {"tiles_a_request": tiles})
     export_qwen(SMALL / "qwen", repository, copy=True)
 
 

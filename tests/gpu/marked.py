@@ -13,7 +13,7 @@ import record
 from record import script
 
 # Not those of tests/server: each would start a server of full size. serving.py asks its own.
-WHERE = ("tests/gpu", "tests/unit/test_qwen.py")
+WHERE = ("tests/gpu", "tests/unit/test_qwen.py", "tests/unit/test_qwen_decode.py")
 
 
 def main() -> None:

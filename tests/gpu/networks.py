@@ -3,13 +3,15 @@
     python tests/gpu/networks.py --repository R --candidate shipped
 
 Inputs come from NumPy and results go there, as in the server. Candidates differ in what opens the graph; of
-`as exported` the graphs do too: --plain names a repository whose group norms were exported in pieces.
+`as exported` and TensorRT the graphs do too: --plain names a repository whose group norms were exported in
+pieces. A candidate whose library is not here says so under not_run.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,9 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from panotriton.pipeline.networks import OSEDIFF
-from panotriton.server.engines import Settings
+from panotriton.server.engines import TENSORRT, Settings
 from panotriton.server.engines.onnxruntime import ShapedSessions
+from panotriton.server.engines.shapes import Shapes
 
 # Name → options of onnxruntime's provider, and parameters, over those of the config.
 CANDIDATES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
@@ -32,14 +35,16 @@ CANDIDATES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "CUDA graphs": ({}, {"cuda_graphs": "1"}),
     "NCHW": ({"prefer_nhwc": "0"}, {}),
     "as exported": ({"prefer_nhwc": "0"}, {}),
+    "TensorRT": ({}, {}),
 }
-TORCH = ("torch eager", "torch compiled")
+PLAIN = ("as exported", "TensorRT")  # which knows no fused operators
+TORCH = ("torch eager", "torch compiled", "AOTInductor")
 MODELS = OSEDIFF.required
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidate", choices=[*CANDIDATES, *TORCH], default="shipped")
-    parser.add_argument("--plain", type=Path, help="of `as exported` (the repository itself)")
+    parser.add_argument("--plain", type=Path, help=f"of {', '.join(PLAIN)} (the repository itself)")
 
 
 def opened(model: Path, candidate: str) -> ShapedSessions:
@@ -49,6 +54,11 @@ def opened(model: Path, candidate: str) -> ShapedSessions:
     given, parameters = CANDIDATES[candidate]
     engine, settings = record.engine(), Settings.of(config)
     accelerators = dict(settings.accelerators)
+    if candidate == "TensorRT":
+        shapes = settings.shapes
+        engine, given = TENSORRT, dict(TENSORRT.precisions["fp16"].accelerator or {})
+        given |= _profile(shapes.expected if shapes else ())
+        given["trt_engine_cache_path"] = tempfile.gettempdir()
     accelerators[engine.accelerator] = {**accelerators.get(engine.accelerator, {}), **given}
     settings = replace(
         settings, accelerators=accelerators, parameters={**settings.parameters, **parameters}
@@ -57,6 +67,25 @@ def opened(model: Path, candidate: str) -> ShapedSessions:
     if not isinstance(graph, ShapedSessions):
         raise TypeError(f"{model} fixes no shapes; export it with --provider cuda")
     return graph
+
+
+def _profile(expected: Sequence[Shapes]) -> dict[str, str]:
+    """TensorRT's, by the function that writes the config."""
+    entries = TENSORRT.shape_entries
+    return dict(entries(expected).accelerator or {}) if entries and expected else {}
+
+
+def without_tensorrt() -> str:
+    """Why it cannot be tried here; "" where it can."""
+    import onnxruntime  # noqa: PLC0415, of this candidate alone
+
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        return f"the installed onnxruntime {onnxruntime.__version__} has no TensorRT"
+    try:
+        import tensorrt  # noqa: F401, PLC0415
+    except ImportError as error:
+        return f"{error}: pip install tensorrt"
+    return ""
 
 
 def drawn(zeros: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,12 +148,13 @@ def by_torch(candidate: str, found: record.Record, quick: bool) -> None:
             torch.tensor([999], device=device),
             tensor(batch, 77, width),
         )
-        network = compiled(unet)
-        return lambda: network(*fed).sample
+        network = ready(unet, fed)
+        return lambda: network(*fed)
 
     def half(network: Any, *shape: int) -> Callable[[], Any]:
-        fed, ready = tensor(*shape), compiled(network)
-        return lambda: ready(fed)
+        fed = (tensor(*shape),)
+        opened = ready(network, fed)
+        return lambda: opened(*fed)
 
     def compiled(network: Any) -> Any:
         if candidate == "torch eager":
@@ -133,6 +163,18 @@ def by_torch(candidate: str, found: record.Record, quick: bool) -> None:
         if device == "cpu":
             return torch.compile(network, backend="eager")
         return torch.compile(network, mode="reduce-overhead")
+
+    def packaged(network: Any, fed: tuple[Any, ...]) -> Any:
+        """Of these very shapes, by its own graph and, on a GPU, kernels that are compiled beforehand."""
+        with torch.no_grad():
+            program = torch.export.export(network, fed)
+        if device == "cpu":
+            return program.module()
+        path = torch._inductor.aoti_compile_and_package(program)
+        return torch._inductor.aoti_load_package(path)
+
+    def ready(network: Any, fed: tuple[Any, ...]) -> Any:
+        return packaged(network, fed) if candidate == "AOTInductor" else compiled(network)
 
     def waited(make: Callable[[], Callable[[], Any]]) -> Any:
         run = make()
@@ -166,7 +208,10 @@ def main() -> None:
     if chosen.candidate in TORCH:
         by_torch(chosen.candidate, found, chosen.quick)
         return
-    plain = chosen.candidate == "as exported" and chosen.plain
+    if chosen.candidate == "TensorRT" and (why := without_tensorrt()):
+        found["not_run"] = why
+        return
+    plain = chosen.candidate in PLAIN and chosen.plain
     by_onnxruntime(plain or chosen.repository, chosen.candidate, found, chosen.quick)
 
 

@@ -17,6 +17,7 @@ platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --p
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     "${platforms[@]}" --dest "$work/wheels" onnxruntime-gpu==1.31.1 \
     $(for name in numpy tritonclient diffusers grpcio protobuf onnx onnx-ir onnxscript ml-dtypes psutil \
+        requests urllib3 idna certifi charset-normalizer importlib-metadata zipp qwen-vl-utils \
         pytest pluggy iniconfig peft cuda-bindings cuda-pathfinder rich python-rapidjson tokenizers; do echo "$name==$(version "$name")"; done)
 mkdir -p "$work/kit/site" "$work/kit/first"
 for wheel in "$work"/wheels/*.whl; do

@@ -168,12 +168,12 @@ def build(folder: Path) -> Path:
         _write(folder / name, text.replace('"onnxruntime"', '"python"'), code)
     for name in ("osediff", "panorama_stream"):
         (folder / name / "1" / "osediff.json").write_text(json.dumps(SETTINGS))
-        _tokenizer().save(str(folder / name / "1" / "tokenizer.json"))
+        tokenizer().save(str(folder / name / "1" / "tokenizer.json"))
     _write(folder / "echo", ECHO_CONFIG, ECHO)
     return folder
 
 
-def _tokenizer() -> Tokenizer:
+def tokenizer() -> Tokenizer:
     """Reads one known word and pads to the 77 tokens of a prompt."""
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -37,6 +37,8 @@ def test_every_part_runs_on_the_cpu(repository: Path, tmp_path: Path) -> None:
         if isinstance(value, dict) and "error" in value
     }
     assert errors == {}
+    assert "has no TensorRT" in parts["networks, TensorRT"]["not_run"]
+    assert "- networks, TensorRT: not run: " in content["markdown"]
     assert parts["parity"]["whole image"]["psnr_db"] > 45
     assert len(parts["server"]["sizes in random order"]["ratios"]) == 10
     assert "A smoke run: no figure means anything." in content["markdown"]

@@ -274,3 +274,50 @@ def test_what_vllm_says_of_a_failure_reaches_the_caller(
         ),
     ):
         client.score(pairs[0])
+
+
+COUNTS = """
+
+
+class _Counts:
+    def __init__(self, *settings): pass
+
+    async def answer(self, images, *question):
+        return [(str(len(images)), 0.5) for _ in images]
+"""
+
+
+@pytest.mark.parametrize(
+    ("across", "together"), [("true", ["3", "3", "3"]), ("false", ["1", "2", "2"])]
+)
+def test_requests_share_a_batch_or_not_as_the_config_says(
+    tmp_path: Path, across: str, together: list[str]
+) -> None:
+    copy_model("qwen", tmp_path)
+    code = tmp_path / "qwen" / "1" / "model.py"
+    code.write_text(code.read_text().replace('"torch": _Torch', '"torch": _Counts') + COUNTS)
+    (tmp_path / "qwen" / "1" / "qwen.json").write_text('{"engine": "torch"}')
+    config = tmp_path / "qwen" / "config.pbtxt"
+    text = config.read_text().replace("microseconds: 5000", "microseconds: 1000000")
+    key = 'key: "batch_across_requests" value { string_value: '
+    assert f'{key}"true"' in text
+    config.write_text(text.replace(f'{key}"true"', f'{key}"{across}"'))
+    image = np.zeros((28, 28, 3), np.uint8)
+
+    def question(count: int) -> dict[str, np.ndarray]:
+        texts = {"SYSTEM_PROMPT": b"Look.", "READING": b"text", "STOP_AFTER": b""}
+        asked = {name: np.full((count, 1), text, object) for name, text in texts.items()}
+        limit = np.ones((count, 1), np.int32)
+        return {"IMAGE": np.stack([image] * count), "MAX_NEW_TOKENS": limit} | asked
+
+    async def main(url: str) -> list[str]:
+        async with AsyncClient(url) as client:
+            asked = [
+                client.infer("qwen", question(count), {"TEXT": 0, "VALUE": 0}) for count in (1, 2)
+            ]
+            return [
+                text.decode() for got in await asyncio.gather(*asked) for text in got["TEXT"].flat
+            ]
+
+    with LocalServer(tmp_path) as server:
+        assert asyncio.run(main(server.grpc_url)) == together

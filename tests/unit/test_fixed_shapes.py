@@ -10,21 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from panotriton.cli import main
-from panotriton.errors import EngineError, InvalidInput
+from panotriton.errors import EngineError, ExportError, InvalidInput
 from panotriton.local import in_process, open_network
 from panotriton.models.input_shapes import input_shapes
 from panotriton.models.one_step import read_network
 from panotriton.models.super_resolution import Limits, SuperResolver
 from panotriton.pipeline.contract import Options
 from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
-from panotriton.server.engines import CPU, CUDA, TENSORRT, ConfigEntries, Settings, onnxruntime
+from panotriton.server.engines import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    ConfigEntries,
+    Engine,
+    Settings,
+    onnxruntime,
+)
 from panotriton.server.engines.onnxruntime import BoundSession, ShapedSessions
 from panotriton.server.engines.per_shape import PerShape
 from panotriton.server.engines.shapes import FixedShapes, text_of
-from panotriton_export.configs import set_engine
+from panotriton_export.configs import read_config, set_engine, set_gpus, tiles_a_request
 from tests.server import graphs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -97,9 +105,57 @@ def test_the_config_for_a_gpu_names_batches_shapes_and_the_backend(tmp_path: Pat
     assert fixed.expected == tuple(
         {"LATENT": (batch, 4, 96, 96), "PROMPT_EMBEDS": (batch, 77, 1024)} for batch in (1, 4, 8)
     )
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0
     set_engine(unet, CPU, "fp32")
     config, parameters = parameters_of(unet)
     assert (config.backend, config.max_batch_size, parameters) == ("onnxruntime", 8, {})
+
+
+@pytest.mark.parametrize(
+    ("engine", "tiles"),
+    [
+        (CUDA, 8),
+        (replace(CUDA, fixed_batches={"osediff_unet": (1, 2)}), 2),  # never more than it takes
+        (replace(CPU, fixed_batches={"osediff_unet": (1, 6)}), 6),
+        (TENSORRT, 8),
+        (CPU, 4),
+        (replace(CPU, batches={"osediff_unet": 3}), 3),
+    ],
+)
+def test_an_image_sends_as_many_tiles_as_the_config_takes(
+    tmp_path: Path, engine: Engine, tiles: int
+) -> None:
+    unet = model(tmp_path, "osediff_unet")
+    set_engine(unet, engine, "fp32")
+    assert tiles_a_request(read_config(unet)) == tiles
+
+
+def test_several_gpus_are_a_line_of_the_config(tmp_path: Path) -> None:
+    unet, qwen = model(tmp_path, "osediff_unet"), model(tmp_path, "qwen")
+    set_engine(unet, CUDA, "fp16")
+    for path, count in ((unet, 1), (qwen, 1)):
+        for gpus in ([0, 1], [2]):
+            set_gpus(path, gpus)
+            (group,) = parameters_of(path)[0].instance_group
+            found = (ModelInstanceGroup.Kind.Name(group.kind), group.count, list(group.gpus))
+            assert found == ("KIND_GPU", count, gpus)
+    with pytest.raises(ExportError, match="osediff/config.pbtxt has no instances on a GPU"):
+        set_gpus(model(tmp_path, "osediff"), [0])
+
+
+def test_gpus_are_refused_where_there_would_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = ["export", "osediff", "--preset", "full-random", "--output", str(tmp_path)]
+    qwen = ["export", "qwen", "--model", str(tmp_path), "--output", str(tmp_path)]
+    assert main([*full, "--gpus", "0,1"]) == 2
+    assert "--gpus means nothing to cpu; use --provider cuda or tensorrt" in capsys.readouterr().err
+    assert main([*qwen, "--engine", "vllm", "--gpus", "0"]) == 2
+    assert "--gpus means nothing to vllm, which has tensor_parallel_size" in capsys.readouterr().err
+    for wrong in ("0,0", "0,", "-1", "a"):
+        with pytest.raises(SystemExit):
+            main([*full, f"--gpus={wrong}"])
+        assert "names no GPUs; expected different numbers, as 0,1" in capsys.readouterr().err
 
 
 def test_images_go_through_the_vae_one_by_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import gpu  # noqa: E402
 import record  # noqa: E402
 import run as bench_run  # noqa: E402
 import script  # noqa: E402
+import serving  # noqa: E402
 import slim  # noqa: E402
 
 from panotriton.server.engines import CPU  # noqa: E402
@@ -88,7 +90,10 @@ def test_the_table_has_a_column_for_each_candidate_that_was_measured() -> None:
     }
     text = gpu.table_of_networks(parts, {"osediff_unet 1x4x64x64": 0.81})
     assert "| network, input | shipped | torch eager | floor |" in text
-    assert "| osediff_unet 1x4x64x64 | 5.0 (100) | out of / memory | 0.81 |" in text
+    assert "| osediff_unet 1x4x64x64 | 5.0 (100) | not run: out of / memory | 0.81 |" in text
+    parts["networks, TensorRT"] = {"not_run": "no TensorRT", "took_s": 1.0}
+    assert "TensorRT |" not in gpu.table_of_networks(parts, {})
+    assert "- networks, TensorRT: not run: no TensorRT" in gpu.failures(parts)
     assert "| server | 512 px | ms 20.0, first_ms 30.0 |" in gpu.callers(parts)
 
 
@@ -119,6 +124,18 @@ def test_a_gpus_results_alone_leave_the_other_machines_figures(
     bench_run.write_docs({"machine": script.machine(), "results": results})
     assert "kept" in page.read_text()
     assert "| a card |" in page.read_text()
+
+
+def test_copies_between_a_process_and_the_gpu_are_told_by_the_profilers_trace() -> None:
+    """Its events as Kineto names them; what is no copy is left out."""
+
+    def copy(way: str, count: int) -> dict[str, Any]:
+        name = f"Memcpy {way} (Pinned -> Device)"
+        return {"ph": "X", "cat": "gpu_memcpy", "name": name, "args": {"bytes": count}}
+
+    kernel = {"ph": "X", "cat": "kernel", "name": "Memcpy HtoD of another kind", "args": {}}
+    trace = {"traceEvents": [copy("HtoD", 3), kernel, copy("DtoH", 5), copy("HtoD", 4), {}]}
+    assert serving.copied_bytes(trace) == {"HtoD": 7, "DtoH": 5, "DtoD": 0}
 
 
 def test_a_figure_that_cannot_be_had_leaves_its_reason(tmp_path: Path) -> None:

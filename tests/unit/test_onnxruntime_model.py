@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 import panotriton
-from panotriton.server.engines import CPU, ENGINES
+from panotriton.server.engines import CPU, CUDA, ENGINES
 from panotriton.server.engines.shapes import FixedShapes
+from tests.server import graphs
 
 MODEL = Path(panotriton.__file__).parent / "server" / "backends" / "onnxruntime" / "model.py"
 
@@ -99,6 +102,50 @@ def instance(backend):
 
 def rows(*values: float) -> np.ndarray:
     return np.array(values, np.float32)[:, None]  # (rows, 1)
+
+
+# --- devices
+
+
+def test_each_instance_opens_its_own_sessions_on_its_own_gpu(backend, monkeypatch, tmp_path):
+    """Two, as the server starts them for `gpus: [ 0, 1 ]`, by an engine that writes down what it was told."""
+    opened = []
+
+    def opener(path, settings):
+        opened.append((settings.device, settings.threads))
+        return CPU.open(path, settings)
+
+    monkeypatch.setitem(ENGINES, "cuda", replace(CUDA, opener=opener))
+    monkeypatch.setattr(backend.pb_utils, "Logger", MagicMock(), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    graphs.save(tmp_path, "m", graphs.affine(), None)
+    fixed = {"fixed_batches": "1,4", "expected_shapes": "x 4x3"}
+    tensors = {"data_type": "TYPE_FP32", "dims": [3]}
+    on_both = config(
+        max_batch_size=4,
+        input=[{"name": "x", **tensors}],
+        output=[{"name": name, **tensors} for name in ("plus", "double")],
+        instance_group=[{"kind": "KIND_GPU", "count": 1, "gpus": [0, 1]}],
+        parameters={name: {"string_value": value} for name, value in fixed.items()},
+        default_model_filename="",
+    )
+    models = [backend.TritonPythonModel() for _ in range(2)]
+    for device, model in enumerate(models):
+        told = {
+            "model_config": json.dumps(on_both),
+            "model_repository": str(tmp_path / "m"),
+            "model_version": "1",
+            "model_instance_kind": "GPU",
+            "model_instance_device_id": str(device),
+            "model_instance_name": f"m_0_{device}",
+        }
+        model.initialize(told)
+    assert opened == [("0", 4), ("1", 4)]  # the cores shared
+    assert models[0].graph is not models[1].graph
+    for model in models:
+        (response,) = model.execute([Request(outputs=["plus"], x=np.ones((3, 3), np.float32))])
+        np.testing.assert_array_equal(response.outputs["plus"], np.full((3, 3), 3))
+        assert len(model.graph._sessions) == 1
 
 
 # --- batching

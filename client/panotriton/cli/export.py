@@ -10,6 +10,7 @@ from typing import Any
 
 from panotriton.cli.places import check_folder
 from panotriton.errors import ExportError, InvalidInput, quoted
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import ENGINES
 from panotriton.server.repository import copy_models
@@ -22,6 +23,7 @@ examples:
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda \
       --shapes 512x512,512x1024@2,1024x2048@1
+  panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision fp16 --provider cuda --gpus 0,1
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --precision bf16 --provider openvino
   panotriton export osediff --base SD21 --checkpoint osediff.pkl --tagger ram_swin_large_14m.pth \
       --dape DAPE.pth --tags ram_tag_list.txt --thresholds ram_tag_list_threshold.txt
@@ -120,6 +122,7 @@ def _add_osediff(parts: Any) -> None:
         "to become (2). What they need is ready when the server is; other sizes work, and are slow the "
         "first time (512x1024@2,512x512@2: a group's pairs and in-between views)",
     )
+    _add_gpus(parser, "with cuda and tensorrt: ")
     _add_output(parser)
     parser.set_defaults(run=_run_osediff)
 
@@ -143,6 +146,13 @@ def _add_qwen(parts: Any) -> None:
         "(%(default)s)",
     )
     parser.add_argument(
+        "--decode",
+        choices=["dynamic", "static"],
+        default="dynamic",
+        help="static: replies by buffers of fixed shape, so that on a GPU a token's work is compiled and "
+        "replayed whole; the first replies of each batch size wait for that (%(default)s)",
+    )
+    parser.add_argument(
         "--export-vision",
         type=_size,
         metavar="HxW",
@@ -154,8 +164,29 @@ def _add_qwen(parts: Any) -> None:
         action="store_false",
         help="do not ask the model one question first, which takes its memory",
     )
+    _add_gpus(parser, "")
     _add_output(parser)
     parser.set_defaults(run=_run_qwen)
+
+
+def _add_gpus(parser: argparse.ArgumentParser, when: str) -> None:
+    parser.add_argument(
+        "--gpus",
+        type=_gpu_numbers,
+        metavar="N,...",
+        help=f"{when}numbers of the GPUs to run on, each with an instance and weights of its own (every "
+        "GPU that the server sees)",
+    )
+
+
+def _gpu_numbers(text: str) -> list[int]:
+    """0,1."""
+    numbers = [int(each) for each in text.split(",") if each.isdecimal()]
+    if len(numbers) != text.count(",") + 1 or len(set(numbers)) != len(numbers):
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} names no GPUs; expected different numbers, as 0,1"
+        )
+    return numbers
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -190,6 +221,9 @@ def _run_osediff(options: argparse.Namespace) -> int:
         raise InvalidInput(
             f"--shapes means nothing to {options.provider}; use --provider {knowing}"
         )
+    if options.gpus and not ENGINES[options.provider].on_gpu:
+        knowing = " or ".join(each.name for each in ENGINES.values() if each.on_gpu)
+        raise InvalidInput(f"--gpus means nothing to {options.provider}; use --provider {knowing}")
     osediff, presets = _export_code("osediff"), _export_code("presets")
 
     def work() -> None:
@@ -207,6 +241,9 @@ def _run_osediff(options: argparse.Namespace) -> int:
             osediff.export_osediff(*paths, **common, **sizes)
         if tagger is not None:
             _export_code("tagger").export_tagger(tagger, options.output, **common)
+        for model in OSEDIFF.models if options.gpus else ():
+            if (options.output / model).is_dir():
+                _export_code("configs").set_gpus(options.output / model, options.gpus)
 
     return _timed(options, work)
 
@@ -228,6 +265,11 @@ def _open_tagger(options: argparse.Namespace) -> Any:
 
 def _run_qwen(options: argparse.Namespace) -> int:
     qwen = _export_code("qwen")
+    if options.gpus and options.engine != "torch":
+        raise InvalidInput(
+            f"--gpus means nothing to {options.engine}, which has tensor_parallel_size in "
+            "qwen_vllm/1/model.json"
+        )
 
     def work() -> None:
         qwen.export_qwen(
@@ -238,9 +280,12 @@ def _run_qwen(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             engine=options.engine,
             vision_size=options.export_vision,
+            decode=options.decode,
             question=options.question,
             report=_report,
         )
+        if options.gpus:
+            _export_code("configs").set_gpus(options.output / "qwen", options.gpus)
 
     return _timed(options, work)
 

@@ -34,9 +34,9 @@ __all__ = ["AsyncClient"]
 class AsyncClient(Conversation):
     """`Client` for asyncio: the same arguments, results and errors; use it in an `async with` block.
 
-    Any number of calls may be in flight. Cancelling a task cancels its request: over gRPC the
-    server's models can see it, over HTTP only the wait ends. It belongs to the
-    event loop in which it is first used.
+    Any number of calls may be in flight. Cancelling a task cancels its request over gRPC to a
+    server that bears it, from 2.57 (25.04) on; else only the wait ends. It belongs to the event loop in
+    which it is first used.
     """
 
     _asynchronous = True

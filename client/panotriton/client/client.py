@@ -44,7 +44,8 @@ class Client(Conversation):
     each megapixel that super-resolution makes and 0.2 s for each token that Qwen may write, which is
     100 minutes for a group as `process` makes it; an hour for `infer`. A server that goes is noticed at
     once whatever the time allowed. One that holds the connection and says nothing is asked every 10 s
-    whether it lives, and given up after 20 s of silence.
+    whether it lives, and given up after 20 s of silence. The server goes on with a request that is given
+    up, unless it is 2.57 (25.04) or later, spoken to over gRPC, and can be told; `close` waits 10 s for it.
 
     retries: how often a call is sent again, after 0.25, 0.5, 1 … s ± half, that found no server or a full
     queue, and after four times as long, that found the server in trouble: starting, stopping, gone or

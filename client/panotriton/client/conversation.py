@@ -135,7 +135,7 @@ class Conversation:
 
     async def _reach(self) -> None:
         if not self._reached:
-            await self._ask("is_server_live")
+            self._transport.meet((await self._ask("get_server_metadata"))["version"])
             self._reached = self._known = True
 
     async def _once(self, call: Call[T], via: Pool | None) -> T:
@@ -180,7 +180,8 @@ class Conversation:
             pending = self._transport.begin(
                 call.model, inputs, outputs, timeout_s, lasting=late is not None
             )
-            result = await self._watched(pending, time.monotonic() + timeout_s, late)
+            deadline = time.monotonic() + timeout_s
+            result = await self._watched(pending, deadline, partial(self._drop, late))
         except self._transport.failures as error:
             found = await self._mapped(error, timeout_s)
             settled = await self._settled(call.model, found)
@@ -188,24 +189,39 @@ class Conversation:
         return wire.decode(result, call.outputs, slot, places)
 
     async def _watched(
-        self, pending: Pending, deadline: float, late: list[Pending] | None = None
+        self, pending: Pending, deadline: float, drop: Callable[[Pending, BaseException], None]
     ) -> Any:
         """The answer. While it does not come, the server is asked whether it lives.
 
-        Pings and TCP know only that the machine does: a server that is stopped answers nobody. A request
-        that has had its time is cancelled, or goes on and is put into `late`.
+        Pings and TCP know only that the machine does: a server that is stopped answers nobody. drop: what
+        is done with a request that is waited for no more, told why.
         """
+        ended = False
         try:
-            while not await resolved(pending.wait(min(WATCH_EVERY_S, deadline - time.monotonic()))):
-                if hopeless := await self._hopeless(deadline):
-                    if late is not None:
-                        late.append(pending)
+            while not ended:
+                ended = await resolved(
+                    pending.wait(min(WATCH_EVERY_S, deadline - time.monotonic()))
+                )
+                if not ended and (hopeless := await self._hopeless(deadline)):
                     raise hopeless
             return pending.result()
-        except BaseException:
-            if not late:
-                pending.cancel()
+        except BaseException as why:
+            if not ended:
+                drop(pending, why)
             raise
+
+    def _drop(self, late: list[Pending] | None, pending: Pending, why: BaseException) -> None:
+        """Cancel it, unless it may still write to memory of ours, or the server cannot bear that."""
+        goes_on = not self._transport.may_cancel
+        had_its_time = isinstance(why, (TimeoutError, ServerUnavailable))
+        if late is not None and (had_its_time or goes_on):
+            late.append(pending)
+        elif not goes_on:
+            pending.cancel()
+        if goes_on and not isinstance(
+            why, KeyboardInterrupt
+        ):  # who presses Ctrl-C waits for nothing
+            self._transport.leave(pending)
 
     async def _hopeless(self, deadline: float) -> Exception | None:
         if time.monotonic() >= deadline:
@@ -239,7 +255,7 @@ class Conversation:
         deadline = time.monotonic() + timeout_s
 
         async def watch(pending: Pending) -> Any:
-            return await self._watched(pending, deadline)
+            return await self._watched(pending, deadline, lambda pending, _: pending.cancel())
 
         encoded = wire.encode(self._transport.library, stream.inputs)
         events = self._transport.stream(_STREAM, encoded, timeout_s, watch)

@@ -54,6 +54,7 @@ PREFIX = "panotriton_"
 _ALIGNMENT = 64
 _MIB = 1 << 20
 _POLL_S = 0.002
+_LATE_S = 5.0  # for requests that were given up: what is still out then stays registered
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,10 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 class Pool:
     """Slots up to `max_bytes`: which are idle, in a call, or kept back. Thread-safe.
 
-    A slot whose request timed out is kept back until the server has answered all the same, and then used
-    again. One whose request was cancelled is never used again, nor unregistered: the server may
-    still be writing to it. `panotriton doctor --fix` removes it when its process is gone.
+    A slot whose request was given up is kept back until the server has answered all the same, and then
+    used again. Where the request was cancelled, nobody says when: the slot is never used again, nor
+    unregistered, since the server may still be writing to it. `panotriton doctor --fix` removes it
+    when its process is gone.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class Pool:
         self._idle: list[Slot] = []
         self._busy: set[Slot] = set()
         self._lost: set[Slot] = set()
+        self._late: set[Slot] = set()  # of the lost, those that are expected back
         self._lent: set[Slot] = set()
         self._returned: collections.deque[Slot] = collections.deque()
         self._closed = False
@@ -235,11 +238,18 @@ class Pool:
     async def _close(self) -> None:
         if self._pid != os.getpid():
             return
-        deadline = time.monotonic() + self._wait_s
-        while self._busy and time.monotonic() < deadline:
+        began = time.monotonic()
+        while self._in_flight(time.monotonic() - began):
             await resolved(self._pause())
         for slot in self._shut():
             await self._remove(slot)
+
+    def _in_flight(self, waited_s: float) -> bool:
+        """Whether there is something left to wait for, after so long."""
+        with self._changed:
+            self._collect()
+            given_up = self._late and waited_s < min(self._wait_s, _LATE_S)
+            return bool(given_up or (self._busy and waited_s < self._wait_s))
 
     def _pause(self) -> Any:
         """A moment, in which another call may end."""
@@ -321,6 +331,7 @@ class Pool:
             if slot in self._lent or slot in self._lost:
                 self._lent.discard(slot)
                 self._lost.discard(slot)
+                self._late.discard(slot)
                 self._idle.append(slot)
 
     def _full(self) -> SharedMemoryError:
@@ -341,7 +352,7 @@ class Pool:
         with self._changed:
             self._collect()
             gone = [slot, *self._idle, *self._lost]
-            self._idle, self._lost = [], set()
+            self._idle, self._lost, self._late = [], set(), set()
         for each in gone:
             self._forget(each)
 
@@ -361,6 +372,7 @@ class Pool:
         with self._changed:
             self._busy.discard(slot)
             self._lost.add(slot)
+            self._late.add(slot)
         request.abandon(lambda: self._take_back(slot))
 
     def _results(

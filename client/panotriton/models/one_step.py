@@ -22,7 +22,13 @@ from panotriton.errors import ServerStartError, quoted
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.networks import NETWORKS, Roles
 
-__all__ = ["OneStepNetwork", "SizePlan", "read_network"]
+__all__ = ["TILES_A_REQUEST", "OneStepNetwork", "SizePlan", "read_network"]
+
+TILES_A_REQUEST = 4
+"""Of a network whose settings name no number: requests of several images are joined by the server."""
+
+_BAND_PX = 256
+_BICUBIC_ROWS = 2  # of the input that a row of a larger image reaches up and down
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -42,7 +48,12 @@ class SizePlan:
     output: tuple[int, int]
 
     def prepare(self, image: U8) -> U8:
-        """Resize one (h, w, 3) image to `network` size: bicubic up, then LANCZOS to the multiple."""
+        """Resize one (h, w, 3) image to `network` size: bicubic up, then LANCZOS to the multiple.
+
+        The image itself where it has that size.
+        """
+        if image.shape[:2] == self.network:
+            return image
         picture = PILImage.fromarray(image)
         bicubic, lanczos = PILImage.Resampling.BICUBIC, PILImage.Resampling.LANCZOS
         steps = ((self.enlarged, bicubic), (self.upscaled, bicubic), (self.network, lanczos))
@@ -50,6 +61,30 @@ class SizePlan:
             if picture.size != (width, height):
                 picture = picture.resize((width, height), resampling)
         return np.asarray(picture)
+
+    def bands(self, image: U8) -> list[slice]:
+        """Rows of `prepare`'s result that `prepare_band` makes of a (h, w, 3) image, bit for bit alike.
+
+        One band, of all rows, where that is not so: where it resizes twice, or by a factor whose multiples
+        are no exact binary fractions.
+        """
+        height, width = image.shape[:2]
+        times = self.network[0] // height
+        alone = self.network == (times * height, times * width) == self.upscaled and times in (2, 4)
+        step = _BAND_PX if alone else self.network[0]
+        return [slice(y, min(y + step, self.network[0])) for y in range(0, self.network[0], step)]
+
+    def prepare_band(self, image: U8, rows: slice, result: U8) -> None:
+        """Write those rows of what `prepare` makes of (h, w, 3) `image` into `result` (rows, W, 3)."""
+        height, width = image.shape[:2]
+        times = self.network[0] // height
+        box = (0, rows.start // times, width, rows.stop // times)
+        size = (self.network[1], rows.stop - rows.start)
+        reach = 2 * _BICUBIC_ROWS
+        first = max(box[1] - reach, 0)  # so that only what is read is copied
+        part = PILImage.fromarray(image[first : min(box[3] + reach, height)])
+        box = (0, box[1] - first, width, box[3] - first)
+        result[...] = part.resize(size, PILImage.Resampling.BICUBIC, box=box)
 
     def finish(self, image: U8) -> U8:
         """Bring a network-sized result to `output` size; only small inputs need it (bicubic)."""
@@ -63,7 +98,7 @@ class OneStepNetwork(ABC):
     """A network as a value. A subclass adds the arithmetic that is its own, and its settings.
 
     roles: its models; channels: of a latent; latent_px: pixels that a latent stands for, along a side;
-    tile, overlap: of the denoiser's tiles, in latents.
+    tile, overlap: of the denoiser's tiles, in latents; tiles_a_request: as many as fill its batch.
     """
 
     def __init__(self, settings: Mapping[str, Any], roles: Roles) -> None:
@@ -72,6 +107,7 @@ class OneStepNetwork(ABC):
         self.latent_px = int(settings["vae_scale_factor"])
         self.tile = int(settings["latent_tile"])
         self.overlap = int(settings["latent_overlap"])
+        self.tiles_a_request = int(settings.get("tiles_a_request", TILES_A_REQUEST))
 
     @abstractmethod
     def plan(self, height: int, width: int, upscale: int) -> SizePlan:

@@ -17,7 +17,6 @@ since what is shared has to begin at the same place in each.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_flash_attn_2_available
 
 from panotriton.errors import InvalidInput
+from panotriton.models.qwen_cache import KEPT, LENGTHS, StaticCaches, read_only, repeated
 from panotriton.models.qwen_memory import check_fits, estimate, free_ram_bytes, stored_parameters
+from panotriton.models.qwen_windows import join_windows
 from panotriton.pipeline.quality import (
     LEVEL_SKELETON,
     LEVELS,
@@ -62,6 +63,7 @@ __all__ = [
 _PREFIXES = 4
 _TRIAL_TOKENS = 4
 _PREFIX_TOKENS = 2048  # a longer system turn is computed each time
+_FILLING = np.zeros((56, 56, 3), np.uint8)  # few image tokens
 
 Image = NDArray[np.uint8]
 
@@ -85,7 +87,9 @@ class QwenVL:
     memory: what cannot fit is refused before the weights are read, with InvalidInput. max_pixels of
     None leaves the folder's own bound. memory_fraction: of a GPU's memory, what this process may take; the
     rest is for networks beside it. dtype is "auto", "bfloat16", "float16" or "float32"; auto is what
-    the weights are stored in, on a GPU bfloat16 where it knows that.
+    the weights are stored in, on a GPU bfloat16 where it knows that. decode is "dynamic" or "static": with
+    buffers of fixed shape (`StaticCaches`), for which transformers compiles the steps of a reply on a GPU
+    and replays them as CUDA graphs.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class QwenVL:
         memory_fraction: float = 1.0,
         prefix_cache: bool = True,
         vision: FixedVision | None = None,
+        decode: str = "dynamic",
     ) -> None:
         self.device = device
         self.max_batch = max_batch
@@ -111,7 +116,8 @@ class QwenVL:
         on_gpu = torch.device(device).type == "cuda"
         dtype = choose_dtype(dtype, on_gpu and torch.cuda.is_bf16_supported(), on_gpu)
         attention = choose_attention(dtype, on_gpu and is_flash_attn_2_available())
-        check_memory(folder, dtype, device, max_batch, size["longest_edge"], memory_fraction)
+        bounds = (max_batch, size["longest_edge"], memory_fraction)
+        check_memory(folder, dtype, device, *bounds, static=decode == "static")
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
         model, loading = AutoModelForImageTextToText.from_pretrained(
@@ -128,9 +134,12 @@ class QwenVL:
                 "of the model's: copy the whole folder"
             )
         self.model = model.to(device).eval()
+        if attention == "sdpa":
+            join_windows(self.model)
         # Flash attention packs rows by their padding, which has only been tried at one end of a row.
         self.prefix_cache = prefix_cache and attention == "sdpa"
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._static = StaticCaches(self.model.config, max_batch) if decode == "static" else None
 
     def try_out(self, prompt: str) -> str:
         """The first words about a small picture. Raises InvalidInput where no real answer comes out."""
@@ -174,7 +183,8 @@ class QwenVL:
         qwen-vl-utils' process_vision_info does to PIL images, to within one grey level.
         """
         chat = self._chat(prompt)
-        pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]  # (3, H, W)
+        # (3, H, W), resized where they are
+        pixels = [torch.from_numpy(image).to(self.device).permute(2, 0, 1) for image in images]
         inputs = self.processor(
             images=pixels, text=[chat + reply] * len(images), padding=True, return_tensors="pt"
         )
@@ -195,20 +205,35 @@ class QwenVL:
     @torch.inference_mode()
     def _reply(self, images: list[Image], prompt: str, limit: int, stop_after: str) -> list[str]:
         self._forget()
-        inputs = self.inputs(images, prompt)
+        rows = self._static.rows(len(images)) if self._static else len(images)
+        inputs = self.inputs([*images, *[_FILLING] * (rows - len(images))], prompt)
         length = inputs["input_ids"].shape[1]
-        stop = StoppingCriteriaList()
+        stop = StoppingCriteriaList([_Filled(len(images))] if rows > len(images) else [])
         if stop_after:
             stop.append(_LineComplete(self.processor, length, stop_after))
-        if cached := self._prefix(inputs):
-            inputs = _prefix_first(inputs, cached[0]) | {"past_key_values": cached[1]}
         tokens = self.model.generate(
-            **inputs, max_new_tokens=limit, do_sample=False, stopping_criteria=stop
+            **self._with_cache(inputs, length + limit),
+            max_new_tokens=limit,
+            do_sample=False,
+            stopping_criteria=stop,
         )
         replies: list[str] = self.processor.batch_decode(
-            tokens[:, length:], skip_special_tokens=True
+            tokens[: len(images), length:], skip_special_tokens=True
         )
         return replies
+
+    def _with_cache(self, inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """For replies: the inputs, and where there is one the cache that they go on from.
+
+        tokens: at most, of a row and its reply.
+        """
+        rows, kept = len(inputs["input_ids"]), self._prefix(inputs)
+        first = kept[1] if kept else None
+        if self._static:
+            inputs = inputs | {"past_key_values": self._static.take(rows, tokens, first)}
+        elif first is not None:
+            inputs = inputs | {"past_key_values": repeated(first, rows)}
+        return _prefix_first(inputs, kept[0]) if kept else inputs
 
     def _read_number(self, images: list[Image], prompt: str) -> list[float]:
         logits = self._skeleton_logits(images, prompt, NUMBER_SKELETON, keep=3)  # (B, 3, V)
@@ -268,7 +293,7 @@ class QwenVL:
         return inputs | {"mm_encoder_outputs": {"image": ordered}}
 
     def _prefix(self, inputs: dict[str, Any]) -> tuple[int, Any] | None:
-        """How many tokens come before the image, and a cache that holds them in every row."""
+        """How many tokens come before the image, and a cache that holds them, of one row."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         first = ids[0][mask[0]]
         length = int((first == self.model.config.image_token_id).int().argmax())
@@ -280,9 +305,7 @@ class QwenVL:
             while len(self._prefixes) > _PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
-        cache = copy.deepcopy(self._prefixes[key])  # a pass adds to what it is given
-        cache.batch_repeat_interleave(len(ids))
-        return length, cache
+        return length, self._prefixes[key]
 
     def _computed(self, ids: Tensor) -> Any:
         """Keys and values of text alone, (1, L) token ids."""
@@ -301,7 +324,8 @@ class QwenVL:
             attention_mask=whole["attention_mask"],
         )  # (3, B, L)
         rest = {name: whole[name][:, length:] for name in ("input_ids", "mm_token_type_ids")}
-        rest |= {"position_ids": places[..., length:], "past_key_values": cache, "use_cache": True}
+        begun = read_only(cache, len(whole["input_ids"]))
+        rest |= {"position_ids": places[..., length:], "past_key_values": begun, "use_cache": True}
         return whole | rest
 
     def _single_tokens(self, texts: list[str]) -> list[int]:
@@ -347,7 +371,14 @@ def choose_attention(dtype: str, flash_installed: bool) -> str:
 
 
 def check_memory(
-    folder: Path, dtype: str, device: str, max_batch: int, max_pixels: int, fraction: float
+    folder: Path,
+    dtype: str,
+    device: str,
+    max_batch: int,
+    max_pixels: int,
+    fraction: float,
+    *,
+    static: bool = False,
 ) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     stored = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
@@ -360,7 +391,14 @@ def check_memory(
         )
     else:
         free, name = free_ram_bytes(), str(where)
-    needed = partial(estimate, config.to_dict(), stored_parameters(folder), stored.itemsize)
+    needed = partial(
+        estimate,
+        config.to_dict(),
+        stored_parameters(folder),
+        stored.itemsize,
+        caches=KEPT if static else 1,
+        further_tokens=LENGTHS if static else 0,
+    )
     check_fits(needed, max_batch, max_pixels, free, name)
 
 
@@ -373,6 +411,16 @@ def _prefix_first(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     source = torch.where(place < length, place + padding, after)  # (B, L)
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     return inputs | {name: inputs[name].gather(1, source) for name in names}
+
+
+class _Filled(StoppingCriteria):  # type: ignore[misc]
+    """Ends at once what only fills up a batch: the rows from `count` on."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.arange(len(input_ids), device=input_ids.device) >= self._count
 
 
 class _LineComplete(StoppingCriteria):  # type: ignore[misc]

@@ -9,7 +9,9 @@ import asyncio
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ __all__ = [
     "attempt",
     "call",
     "calls_until",
+    "execute",
     "failed",
     "number",
     "optional",
@@ -50,6 +53,10 @@ __all__ = [
 ]
 
 _MESSAGE = 1000  # characters
+
+# They only wait. The server has 32 for an instance's calls and responses; `async_exec` would take those of
+# asyncio, the cores and four, which the arithmetic between the calls needs.
+_WAITING = ThreadPoolExecutor(30, "call")
 
 Tensors = dict[str, NDArray[Any]]
 _GONE = re.compile(
@@ -193,6 +200,13 @@ def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
         raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
 
 
+async def execute(request: Any, **options: Any) -> Any:
+    """`request.exec`, while others go on; options: its own."""
+    return await asyncio.get_running_loop().run_in_executor(
+        _WAITING, partial(request.exec, **options)
+    )
+
+
 async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Tensors:
     """Send one request to another model of this server and wait for it without blocking others.
 
@@ -204,7 +218,7 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
         requested_output_names=list(outputs),
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(v)) for name, v in inputs.items()],
     )
-    response = await request.async_exec()
+    response = await execute(request)
     if response.has_error():
         raise failed(model, response.error().message())
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,21 +23,21 @@ from panotriton.errors import InvalidImage, InvalidInput, quoted
 from panotriton.models.colours import align_colours
 from panotriton.models.one_step import OneStepNetwork, SizePlan, read_network
 from panotriton.models.tags import Tags, tagger_input
-from panotriton.models.tiles import TileBlend, windows
+from panotriton.models.tiles import TileBlend, Window, windows
 from panotriton.pipeline.contract import MAX_PIXELS, MAX_SR_PIXELS, Options
 from panotriton.pipeline.files import TOKENIZER
 from panotriton.pipeline.networks import PIPELINE
 
-__all__ = ["CallNetwork", "Limits", "SuperResolver", "run_all", "vae_tile"]
+__all__ = ["CallNetwork", "Limits", "Places", "SuperResolver", "run_all", "vae_tile"]
 
-_TILES_A_REQUEST = 4
+_AHEAD = 2  # images resized, or given their colours, while others are at the networks
 _VAE_TILE_PX, _VAE_PAD_PX = 1024, 64
+_VAE_TILES = 2  # of one image: the next waits at the network while one is blended
 _PROMPTS = 64
 
 T = TypeVar("T")
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
-Positions = list[tuple[int, int]]  # (y, x) of tiles
 
 
 class CallNetwork(Protocol):
@@ -51,7 +52,7 @@ class CallNetwork(Protocol):
 class Limits:
     """What bounds memory: each is a parameter of the model's config.pbtxt.
 
-    images_in_flight: of one call between encoder and decoder; tiles_in_flight: of one image, sent and
+    images_in_flight: between encoder and decoder, of one `Places`; tiles_in_flight: of one image, sent and
     not yet back; vae_untiled_max_pixels: above it the VAE works in tiles of 1024 px with 64 px of
     context, which changes the result a little, since group norm then sees one tile at a time.
     """
@@ -59,6 +60,18 @@ class Limits:
     images_in_flight: int = 4
     tiles_in_flight: int = 16
     vae_untiled_max_pixels: int = 4_194_304
+
+
+class Places:
+    """How many images are where at once, so that the networks never wait for a processor.
+
+    As many as `images_in_flight` are `at_networks`; two more are resized or given their colours meanwhile.
+    In whole, `in_work`, that bounds memory however many images there are.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.at_networks = asyncio.Semaphore(limits.images_in_flight)
+        self.in_work = asyncio.Semaphore(limits.images_in_flight + _AHEAD)
 
 
 class SuperResolver:
@@ -110,34 +123,45 @@ class SuperResolver:
         call: CallNetwork,
         options: Options,
         warnings: list[str] | None = None,
+        places: Places | None = None,
     ) -> U8:
         """Super-resolve images (N, h, w, 3) of one size → (N, H, W, 3) of upscale × that size.
 
         Of the options: upscale, align and prompt. warnings: gets one where a prompt, tags included, is
-        longer than the text encoder reads; no more than one. Raises InvalidInput for more pixels than a
-        request may make, before they are allocated; else whatever `call` raises.
+        longer than the text encoder reads; no more than one. places: shared with other calls; its own where
+        left out. Raises InvalidInput for more pixels than a request may make, before they are allocated;
+        else whatever `call` raises.
         """
         plan = self._network.plan(images.shape[1], images.shape[2], options.upscale)
         _check_amount(len(images), plan)
         if self._tags is None:  # one prompt: before images that would all find it missing
             await self._embed(options.prompt, call)
-        results = np.empty((len(images), *plan.output, 3), np.uint8)
-        gate = asyncio.Semaphore(self.limits.images_in_flight)
+        where = places or Places(self.limits)
+        results = np.empty((0, *plan.output, 3), np.uint8)
 
         async def work(index: int) -> None:
-            async with gate:
-                source = await asyncio.to_thread(plan.prepare, images[index])
-                prompt = await self._tagged(options.prompt, source, call)
-                if warnings is not None and not warnings and (cut := self.warning(prompt)):
-                    warnings.append(cut)
-                embeds = await self._embed(prompt, call)
-                sharp = await _OneImage(self._network, self.limits, call, embeds).run(source)
-                results[index] = await asyncio.to_thread(
-                    _finish, plan, sharp, source, options.align
-                )
+            nonlocal results
+            async with where.in_work:
+                if not len(results):  # only now: calls that wait for a place take no memory
+                    results = np.empty((len(images), *plan.output, 3), np.uint8)
+                source = await _prepared(plan, images[index])
+                async with where.at_networks:
+                    sharp = await self._through_networks(source, options, call, warnings)
+                finish = (plan, sharp, source, options.align, results[index])
+                await asyncio.to_thread(_finish, *finish)
 
         await run_all(work(index) for index in range(len(images)))
         return results
+
+    async def _through_networks(
+        self, source: U8, options: Options, call: CallNetwork, warnings: list[str] | None
+    ) -> U8:
+        """One image (H, W, 3) of the network's size → the same size, super-resolved."""
+        prompt = await self._tagged(options.prompt, source, call)
+        if warnings is not None and not warnings and (cut := self.warning(prompt)):
+            warnings.append(cut)
+        embeds = await self._embed(prompt, call)
+        return await _OneImage(self._network, self.limits, call, embeds).run(source)
 
     async def _tagged(self, prompt: str, source: U8, call: CallNetwork) -> str:
         """The prompt of one image (H, W, 3): its tags and `prompt`. Triton joins what all images ask."""
@@ -184,9 +208,11 @@ class _OneImage:
         f = self._network.latent_px
         shape = (self._network.channels, source.shape[0] // f, source.shape[1] // f)
         latent = np.zeros(shape, np.float32)
-        for window in windows(shape[1], shape[2], tile // f, pad // f):
-            part = await self._encode_tile(source[_times(window.read, f)])
-            latent[:, window.read[0], window.read[1]] += part * window.weights
+        tiles = list(windows(shape[1], shape[2], tile // f, pad // f))
+        sent = (self._encode_tile(source[_times(window.read, f)]) for window in tiles)
+        async with aclosing(_in_order(sent, _VAE_TILES)) as parts:
+            for window in tiles:
+                latent[:, window.read[0], window.read[1]] += await anext(parts) * window.weights
         return latent
 
     async def _denoise(self, latent: F32) -> F32:
@@ -196,41 +222,27 @@ class _OneImage:
             noise: F32 = (await self._predict_noise(latent[None]))[0]
             return noise
         blend = TileBlend((channels, height, width), tile, self._network.overlap)
-        chunks = range(0, len(blend.positions), _TILES_A_REQUEST)
-        sent: deque[tuple[Positions, asyncio.Task[F32]]] = deque()
-        try:
-            for positions in (blend.positions[i : i + _TILES_A_REQUEST] for i in chunks):
-                work = self._predict_noise(blend.cut(latent, positions))
-                sent.append((positions, asyncio.ensure_future(work)))
-                if len(sent) * _TILES_A_REQUEST >= self._limits.tiles_in_flight:
-                    await self._blend_first(blend, sent)
-            while sent:
-                await self._blend_first(blend, sent)
-        finally:
-            for _, task in sent:
-                task.cancel()
+        many = min(self._network.tiles_a_request, self._limits.tiles_in_flight)
+        chunks = [blend.positions[i : i + many] for i in range(0, len(blend.positions), many)]
+        sent = (self._predict_noise(blend.cut(latent, positions)) for positions in chunks)
+        # In the order of the tiles, not of their arrival: sums then round alike every time.
+        async with aclosing(_in_order(sent, -(-self._limits.tiles_in_flight // many))) as found:
+            for positions in chunks:
+                blend.add(await anext(found), positions)
         return blend.result()
-
-    @staticmethod
-    async def _blend_first(
-        blend: TileBlend, sent: deque[tuple[Positions, asyncio.Task[F32]]]
-    ) -> None:
-        """In the order of the tiles, not of their arrival: sums then round alike every time."""
-        positions, task = sent[0]
-        blend.add(await task, positions)
-        sent.popleft()
 
     async def _decode(self, latent: F32, source: U8) -> U8:
         if source.shape[0] * source.shape[1] <= self._limits.vae_untiled_max_pixels:
             return await self._decode_tile(latent)
         f = self._network.latent_px
         image = np.zeros(source.shape, np.float32)
-        for window in windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX):
-            y, x = (slice(span.start // f, span.stop // f) for span in window.read)
-            tile = await self._decode_tile(latent[:, y, x])
-            # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
-            tile = align_colours(tile, source[window.read], "adain")
-            image[window.read] += tile * window.weights[..., None]
+        tiles = list(windows(source.shape[0], source.shape[1], _VAE_TILE_PX, _VAE_PAD_PX))
+        sent = (
+            self._decode_tile(latent[(slice(None), *_over(window.read, f))]) for window in tiles
+        )
+        async with aclosing(_in_order(sent, _VAE_TILES)) as parts:
+            for window in tiles:
+                await asyncio.to_thread(_blend, image, source, await anext(parts), window)
         return np.asarray(image + np.float32(0.5), np.uint8)
 
     async def _encode_tile(self, pixels: U8) -> F32:
@@ -260,8 +272,49 @@ def vae_tile(height: int, width: int, limits: Limits) -> tuple[int, int]:
     return min(height, most), min(width, most)
 
 
-def _finish(plan: SizePlan, sharp: U8, source: U8, align: str) -> U8:
-    return plan.finish(align_colours(sharp, source, align))
+async def _prepared(plan: SizePlan, image: U8) -> U8:
+    """`plan.prepare` in threads, rows side by side where they can be made apart."""
+    bands = plan.bands(image)
+    if len(bands) == 1:
+        return await asyncio.to_thread(plan.prepare, image)
+    source = np.empty((*plan.network, 3), np.uint8)
+    await run_all(asyncio.to_thread(plan.prepare_band, image, band, source[band]) for band in bands)
+    return source
+
+
+def _finish(plan: SizePlan, sharp: U8, source: U8, align: str, result: U8) -> None:
+    """Colours and size of what the networks made, into `result`."""
+    result[...] = plan.finish(align_colours(sharp, source, align))
+
+
+def _blend(image: F32, source: U8, tile: U8, window: Window) -> None:
+    """Add a decoded tile (h, w, 3) of an image to its window of `image`."""
+    # Group norm over a tile instead of the image shifts its colours as a whole: take the shift back.
+    aligned = align_colours(tile, source[window.read], "adain")
+    image[window.read] += aligned * window.weights[..., None]
+
+
+async def _in_order(
+    work: Iterable[Coroutine[Any, Any, T]], at_once: int
+) -> AsyncGenerator[T, None]:
+    """Results in the order of the work, of which so much is begun before the first has been waited for."""
+    sent: deque[asyncio.Task[T]] = deque()
+    try:
+        for item in work:
+            sent.append(asyncio.ensure_future(item))
+            if len(sent) >= at_once:
+                yield await sent.popleft()
+        while sent:
+            yield await sent.popleft()
+    finally:
+        for task in sent:
+            task.cancel()
+
+
+def _over(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
+    """Spans of pixels in latents."""
+    y, x = (slice(span.start // factor, span.stop // factor) for span in spans)
+    return y, x
 
 
 def _times(spans: tuple[slice, slice], factor: int) -> tuple[slice, slice]:

@@ -19,7 +19,7 @@ from panotriton.models.requests import (
     read_panorama,
     strings,
 )
-from panotriton.models.super_resolution import SuperResolver, run_all
+from panotriton.models.super_resolution import Places, SuperResolver, run_all
 from panotriton.pipeline.contract import INTERVALS
 from panotriton.pipeline.group import filter_intervals
 from panotriton.pipeline.quality import finite_or_none
@@ -77,7 +77,7 @@ class _Run:
         self._sender = sender
         self._resolver = resolver
         self._call = calls_until(sender.is_cancelled)
-        self._gate = asyncio.Semaphore(resolver.limits.images_in_flight)
+        self._places = Places(resolver.limits)
         self._done, self._total = 0, 0
         self._warnings, self._warned = [], False
 
@@ -177,8 +177,8 @@ class _Run:
 
     async def _sharpen(self, image):
         """(h, w, 3) → (1, H, W, 3)."""
-        async with self._gate:
-            sharp = await self._resolver.run(image[None], self._call, self._options, self._warnings)
+        work = (image[None], self._call, self._options, self._warnings, self._places)
+        sharp = await self._resolver.run(*work)
         if self._warnings and not self._warned:
             self._warned = True
             pb_utils.Logger.log_warn(f"panorama_stream: {self._warnings[0]}")

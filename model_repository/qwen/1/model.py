@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
-from panotriton.models.requests import answers, attempt, failed, required, strings
+from panotriton.models.requests import answers, attempt, execute, failed, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.images import check_images
@@ -27,19 +27,20 @@ class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((folder / settings_file("qwen")).read_text())
+        self._across_requests = _flag(args, "batch_across_requests")
         engine = {"torch": _Torch, "vllm": _Vllm}[settings["engine"]]
         self._engine = engine(folder, settings, args)
 
     async def execute(self, requests):
         asked = [attempt(_read, request) for request in requests]
-        together = defaultdict(list)  # question → indices of requests
+        together = defaultdict(list)  # indices of the requests that are worked on at once
         for index, request in enumerate(asked):
             if not isinstance(request, Exception):
-                together[request[1]].append(index)
+                together[request[1], None if self._across_requests else index].append(index)
         outcomes = await asyncio.gather(
             *(
                 self._engine.answer([image for i in indices for image in asked[i][0]], *question)
-                for question, indices in together.items()
+                for (question, _), indices in together.items()
             ),
             return_exceptions=True,
         )
@@ -69,6 +70,7 @@ class _Torch:
             max_pixels=settings["max_pixels"],
             memory_fraction=float(limits["gpu_memory_fraction"]["string_value"]),
             vision=FixedVision(tuple(grid), _see) if grid else None,
+            decode=settings.get("decode", "dynamic"),
         )
 
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
@@ -117,13 +119,20 @@ class _Vllm:
             requested_output_names=[output],
             inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
         )
-        for response in await request.async_exec(decoupled=True):
+        for response in await execute(request, decoupled=True):
             if response.has_error():
                 raise failed("qwen_vllm", response.error().message())
             tensor = pb_utils.get_output_tensor_by_name(response, output)
             if tensor is not None:  # an empty response may only say that it was the last
                 return tensor.as_numpy().item()
         raise InferenceFailed(f"qwen_vllm answered without {output}")
+
+
+def _flag(args, name):
+    value = json.loads(args["model_config"])["parameters"][name]["string_value"]
+    if value not in ("true", "false"):
+        raise InvalidInput(f"{name} in config.pbtxt is {quoted(value)}; expected true or false")
+    return value == "true"
 
 
 def _read(request):

@@ -171,6 +171,16 @@ class Transport:
         """For an inference: the time that it may take is told to the server too."""
         return self.options(timeout_s) | {"timeout": int(timeout_s * 1e6)}
 
+    may_cancel = True
+    """Whether a request that nobody waits for any more is cancelled, or left to end unheard."""
+
+    def meet(self, version: str) -> None:
+        """Learn which release of the server answers."""
+
+    def leave(self, pending: Pending) -> None:
+        """Let a request end that nobody waits for."""
+        raise NotImplementedError
+
     def sleep(self, seconds: float) -> Any:
         """Let the server, or another call, go on."""
         time.sleep(seconds)

@@ -1,10 +1,13 @@
-"""gRPC: a cancelled call is cancelled in the server, and responses can come one by one."""
+"""gRPC: responses can come one by one, and a stream or a call that is cancelled is so in the server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import queue
+import re
+import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, ClassVar
 
@@ -13,6 +16,7 @@ import tritonclient.grpc.aio
 from grpc import RpcError  # type: ignore[import-untyped]
 
 from panotriton.client.transports.base import Awaited, Pending, Transport, Watch, Witness
+from panotriton.client.twins import resolved
 from panotriton.errors import (
     InvalidInput,
     ModelUnavailable,
@@ -49,6 +53,13 @@ _CUT_OFF = (_NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken p
 _TOO_LARGE = ("exceeds", "larger than max")
 
 
+# Where a cancel, or the end of a call's time, meets its answer on the way, a server before 2.57 (25.04)
+# frees the call's state while it is in use: it ends by SIGSEGV, or goes on with bytes that are not its own,
+# and keeps memory for each (server pull requests 7840 and 8078). The handler of streams is another.
+_CANCELS_SINCE = (2, 57)
+_PARTING_S = 10.0  # to close a connection cancels what is out on it
+
+
 class _Grpc(Transport):
     name = "grpc"
     library = tritonclient.grpc
@@ -62,6 +73,25 @@ class _Grpc(Transport):
     }
     unavailable = "StatusCode.UNAVAILABLE"
 
+    def __init__(self, *address: Any) -> None:
+        super().__init__(*address)
+        self.may_cancel = False
+        self._left: set[Pending] = set()
+
+    def meet(self, version: str) -> None:
+        found = re.match(r"(\d+)\.(\d+)", version)
+        self.may_cancel = found is not None and (int(found[1]), int(found[2])) >= _CANCELS_SINCE
+
+    def leave(self, pending: Pending) -> None:
+        self._left.add(pending)
+        pending.abandon(lambda: self._left.discard(pending))
+
+    async def close(self) -> None:
+        deadline = time.monotonic() + _PARTING_S
+        while self._left and time.monotonic() < deadline:
+            await resolved(self.sleep(0.01))
+        await super().close()
+
     def _connect(self) -> Any:
         tls = self.tls.grpc_options() if self.tls else {}
         return self.library.InferenceServerClient(self.url, channel_args=_CHANNEL, **tls)
@@ -70,9 +100,9 @@ class _Grpc(Transport):
         return super().options(timeout_s) | {"client_timeout": timeout_s}
 
     def infer_options(self, timeout_s: float, lasting: bool) -> dict[str, Any]:
-        """For an inference; of a lasting one the server is told how long it may take, gRPC is not."""
+        """For an inference. gRPC cancels what has had its time: told only where that is wanted."""
         options = self.call_options(timeout_s)
-        return options | {"client_timeout": None} if lasting else options
+        return options | {"client_timeout": None} if lasting or not self.may_cancel else options
 
     def stream_options(self, timeout_s: float) -> dict[str, Any]:
         """For a stream, however many responses it has."""
@@ -110,12 +140,18 @@ class _Queued:
     def __init__(self, start: Callable[[Callable[[Any, Any], None]], Any]) -> None:
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._answer: tuple[Any, Any] = (None, None)
-        self._ended: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._answered_once = False
+        self._ended: list[Callable[[], None]] = []
         self._call = start(self._answered)
 
     def _answered(self, result: Any, error: Any) -> None:
         self._answers.put((result, error))
-        self._ended()
+        with self._lock:
+            self._answered_once = True
+            waiting, self._ended = self._ended, []
+        for ended in waiting:
+            ended()
 
     def wait(self, seconds: float) -> bool:
         try:
@@ -135,9 +171,11 @@ class _Queued:
             self._call.cancel()
 
     def abandon(self, ended: Callable[[], None]) -> None:
-        self._ended = ended
-        if not self._answers.empty():  # just now
-            ended()
+        with self._lock:
+            if not self._answered_once:
+                self._ended.append(ended)
+                return
+        ended()
 
 
 class Blocking(_Grpc):
@@ -160,7 +198,7 @@ class Blocking(_Grpc):
         *,
         lasting: bool = False,
     ) -> Pending:
-        """Asynchronous underneath, so that whatever interrupts the wait cancels the request."""
+        """Asynchronous underneath, so that the wait for it can be interrupted."""
         options = self.infer_options(timeout_s, lasting) | {"outputs": outputs}
         infer = self.connection.async_infer
         return _Queued(lambda answered: infer(model, inputs, answered, **options))
@@ -171,14 +209,19 @@ class Blocking(_Grpc):
         connection = self.connect()  # of its own: tritonclient has one stream a connection
         options = self.stream_options(timeout_s)
         event: Event | None = None
+        requests: queue.Queue[Any] = queue.Queue()
         try:
             responses = _Queued(lambda answered: connection.start_stream(answered, **options))
+            requests = connection._stream._request_queue
             connection.async_stream_infer(model, inputs)
             while not isinstance(event, Done):
                 event = _event(await watch(responses))
                 yield event
         finally:
             connection.stop_stream(cancel_requests=not isinstance(event, Done))
+            # tritonclient leaves the thread that hands over a cancelled stream's requests waiting for the
+            # next, for ever.
+            requests.put(None)
             connection.close()
             with contextlib.suppress(ValueError):  # the client was closed before its stream
                 self._connections.remove(connection)

@@ -18,7 +18,7 @@ from panotriton.web.gateway.context import Context, Settings
 from panotriton.web.gateway.docs import FAILURES
 from panotriton.web.gateway.failures import Reply, answer_failures, retry_later
 from panotriton.web.gateway.groups import groups_home
-from panotriton.web.gateway.limits import BodyLimit
+from panotriton.web.gateway.limits import BodyBudget, BodyLimit
 from panotriton.web.gateway.paths import Roots
 from panotriton.web.gateway.schemas import Health
 from panotriton.web.gateway.workers import Workers
@@ -33,6 +33,7 @@ _ROUTERS: dict[str, tuple[Callable[[Context], APIRouter], ...]] = {
     "osediff": (super_resolution.router,),
     "quality": (quality.router,),
 }
+_MAX_BODIES_BYTES = 128 << 20  # what is read and worked on; its tensors and JSON take as much again
 _MAX_SHARED_BYTES = 4 << 30  # a thread's; made as requests need it
 _WATCH_TIMEOUT_S = 0.8  # of a question to the server, so that /health can answer within a second
 _ABOUT = """\
@@ -61,7 +62,8 @@ def create_apps(
     _LOG.info("groups lie in %s; group g draws from seed %d + g", home, settings.first_seed())
     with Workers(lambda: wait(work()), watch, settings.threads, settings.max_waiting) as workers:
         context = Context(settings, roots, workers)
-        yield {name: _create_app(name, context) for name in SERVICES}
+        bodies = BodyBudget(_MAX_BODIES_BYTES)
+        yield {name: _create_app(name, context, bodies) for name in SERVICES}
 
 
 def _connect(settings: Settings) -> Connection:
@@ -69,7 +71,7 @@ def _connect(settings: Settings) -> Connection:
     return SharedConnection(client, _MAX_SHARED_BYTES) if settings.shared_memory else client
 
 
-def _create_app(service: str, context: Context) -> FastAPI:
+def _create_app(service: str, context: Context, bodies: BodyBudget) -> FastAPI:
     app = FastAPI(
         title=f"panotriton gateway: {service}",
         description=_ABOUT,
@@ -77,7 +79,7 @@ def _create_app(service: str, context: Context) -> FastAPI:
         default_response_class=Reply,
     )
     answer_failures(app)
-    app.add_middleware(BodyLimit, max_bytes=_body_limit(context.settings))
+    app.add_middleware(BodyLimit, max_bytes=_body_limit(context.settings), budget=bodies)
     for make_router in _ROUTERS[service]:
         app.include_router(make_router(context))
     app.include_router(_health(service, context))

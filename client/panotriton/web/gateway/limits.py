@@ -1,8 +1,10 @@
-"""How large a request's body may be."""
+"""How large a request's body may be, how large all of them together, and how long one may take to come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -10,38 +12,79 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from panotriton.web.gateway.failures import failure
 
-__all__ = ["BodyLimit"]
+__all__ = ["BodyBudget", "BodyLimit"]
+
+_SILENT_S = 60.0
+
+
+class BodyBudget:
+    """Bytes that the bodies of requests in work may take together.
+
+    Others are not read meanwhile: TCP holds their senders back. One that is larger than all comes alone.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = self._left = nbytes
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def reserve(self, nbytes: int) -> AsyncIterator[None]:
+        """Wait for room, and hold it inside the block."""
+        taken = min(nbytes, self._nbytes)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._left >= taken)
+            self._left -= taken
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._left += taken
+                self._changed.notify_all()
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a body over the limit of its path.
+    """ASGI middleware that answers 413 to a body over the limit of its path, and 408 to one that stops.
 
     A length that is declared is refused before anything is read, one that is not while it is read.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: Callable[[str], int]) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[str], int], budget: BodyBudget) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         limit = self._max_bytes(scope["path"])
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             await failure(_too_large(declared, limit), 413)(scope, receive, send)
             return
-        await self._app(scope, _counting(receive, limit), send)
+        chunked = "transfer-encoding" in headers
+        expected = int(declared) if declared.isdecimal() else limit if chunked else 0
+        async with self._budget.reserve(expected):
+            await self._app(scope, _counting(receive, limit), send)
 
 
 def _counting(receive: Receive, limit: int) -> Receive:
     received = 0
+    more = True
 
     async def counted() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, more
+        if not more:  # what comes now is the caller's leaving, whenever that is
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), _SILENT_S)
+        except asyncio.TimeoutError:
+            raise HTTPException(
+                408, f"the body stopped for {_SILENT_S:g} s; send it again"
+            ) from None
         received += len(message.get("body", b""))
+        more = message.get("more_body", False)
         if received > limit:
             raise HTTPException(413, _too_large(f"more than {limit}", limit))
         return message
