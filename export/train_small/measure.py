@@ -1,8 +1,9 @@
-"""PSNR, SSIM and LPIPS of the small OSEDiff and of bicubic on photographs that it never saw.
+"""PSNR, SSIM, GMSD and LPIPS of the small OSEDiff and of bicubic on photographs that it never saw.
 
     python -m panotriton_export.train_small.measure --images DIR ... --model export/small/osediff
 
-Prints a Markdown table. The pipeline is the server's: bicubic, encoder, one step, decoder, adain.
+Prints two Markdown tables: of photographs that were at hand while the network was designed, and of others.
+The pipeline is the server's: bicubic, encoder, one step, decoder, adain.
 LPIPS (Zhang et al., CVPR 2018, version 0.1, AlexNet; less is better) needs `pip install lpips` and
 torchvision's AlexNet, alexnet-owt-7be5be79.pth, in --lpips-backbone: nothing is downloaded here.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -69,6 +70,24 @@ def ssim(image: data.Image, truth: data.Image) -> float:
     return float(score.mean())
 
 
+def gmsd(image: data.Image, truth: data.Image) -> float:
+    """Xue et al. 2014, gradient magnitude similarity deviation, on luminance; less is better."""
+    a, b = (
+        _gradient(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float64)) for x in (image, truth)
+    )
+    return float(((2 * a * b + _GMSD_C) / (a * a + b * b + _GMSD_C)).std())
+
+
+_GMSD_C = 170.0  # as published, for 0 to 255
+
+
+def _gradient(grey: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Prewitt's, at half the size, as published."""
+    half = cv2.blur(grey, (2, 2))[::2, ::2]
+    slope = np.array([[1.0, 0, -1]] * 3) / 3
+    return np.hypot(cv2.filter2D(half, -1, slope), cv2.filter2D(half, -1, slope.T))[1:-1, 1:-1]
+
+
 def load_lpips(backbone: Path) -> Callable[[data.Image, data.Image], float]:
     """The metric, around the features of a torchvision AlexNet's state dict."""
     import lpips  # noqa: PLC0415  # for those who measure it
@@ -120,12 +139,15 @@ def to_image(pixels: Tensor) -> data.Image:
     return (pixels.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def held_out(folders: list[Path], longest_px: int = 1100) -> dict[str, data.Image]:
+def load_photographs(
+    folders: list[Path], names: Iterable[str], longest_px: int = 1100
+) -> dict[str, data.Image]:
     """Sides cut to multiples of 16."""
-    images = data.load(folders, data.HELD_OUT, longest_px)
+    names = list(names)
+    images = data.load(folders, names, longest_px)
     return {
         name: image[: image.shape[0] // 16 * 16, : image.shape[1] // 16 * 16]
-        for name, image in zip(data.HELD_OUT, images, strict=True)
+        for name, image in zip(names, images, strict=True)
     }
 
 
@@ -146,20 +168,34 @@ def main() -> None:
     if args.no_unet:
         nn.init.zeros_(model.unet.conv_out.weight)
         nn.init.zeros_(model.unet.conv_out.bias)
-    print("| degradation | image | bicubic | raw | with adain |\n|---|---|---|---|---|")
-    photographs = held_out(args.images)
-    measures = [psnr, ssim, *([load_lpips(args.lpips_backbone)] if args.lpips_backbone else [])]
-    for case in CASES:
-        rows = []
-        for name, truth in photographs.items():
-            made = upscale(model, spoil(truth, case))
-            rows.append([[measure(image, truth) for measure in measures] for image in made])
-            _print_row(case, name, rows[-1])
-            if args.pictures:
-                strip = np.concatenate([made[0], made[2], truth], axis=1)
-                args.pictures.mkdir(parents=True, exist_ok=True)
-                PilImage.fromarray(strip).save(args.pictures / f"{case}_{Path(name).stem}.png")
-        _print_row(case, "mean", np.mean(rows, axis=0).tolist())
+    measures = [psnr, ssim, gmsd]
+    if args.lpips_backbone:
+        measures.append(load_lpips(args.lpips_backbone))
+    for names in (data.HELD_OUT, data.UNSEEN):
+        photographs = load_photographs(args.images, names)
+        print("| degradation | image | bicubic | raw | with adain |\n|---|---|---|---|---|")
+        for case in CASES:
+            _print_case(model, case, photographs, measures, args.pictures)
+        print()
+
+
+def _print_case(
+    model: SmallOsediff,
+    case: str,
+    photographs: Mapping[str, data.Image],
+    measures: Sequence[Callable[[data.Image, data.Image], float]],
+    pictures: Path | None,
+) -> None:
+    rows = []
+    for name, truth in photographs.items():
+        made = upscale(model, spoil(truth, case))
+        rows.append([[measure(image, truth) for measure in measures] for image in made])
+        _print_row(case, name, rows[-1])
+        if pictures:
+            strip = np.concatenate([made[0], made[2], truth], axis=1)
+            pictures.mkdir(parents=True, exist_ok=True)
+            PilImage.fromarray(strip).save(pictures / f"{case}_{Path(name).stem}.png")
+    _print_row(case, "mean", np.mean(rows, axis=0).tolist())
 
 
 def _print_row(case: str, name: str, scores: list[list[float]]) -> None:

@@ -32,18 +32,18 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--pixels", type=int, default=131072, help="of the crops of one step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--vae-share", type=float, default=1.0, help="of the rate, for the VAE")
     parser.add_argument(
-        "--size", type=int, default=96, help="side of a training crop, a multiple of 32"
+        "--threads", type=int, default=2, help="crops of a step at once; others, other rounding"
     )
-    parser.add_argument("--rate", type=float, default=4e-4)
-    parser.add_argument("--threads", type=int, default=1, help="more threads, other rounding")
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
     args.state = args.state or args.output.with_suffix(".state.pt")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     Run(args).run()
 
 

@@ -139,7 +139,7 @@ def _vae(half: nn.Module, channels: int, factor: int) -> Work:
 
 
 def _denoise(unet: nn.Module, batch: int, tile: int, width: int) -> Any:
-    tiles, embeds = meta(batch, 4, tile, tile), meta(batch, 77, width)
+    tiles, embeds = meta(batch, unet.config.in_channels, tile, tile), meta(batch, 77, width)
     return unet(tiles, meta(batch), encoder_hidden_states=embeds)
 
 
@@ -239,9 +239,10 @@ def small(repository: Path, peak: tuple[float, float], runs: int) -> dict[str, d
     unet = UNet2DConditionModel.from_config(_config(base / "unet"))
     vae = AutoencoderKL.from_config(_config(base / "vae"))
     unet, vae = unet.to("meta"), vae.to("meta")
-    height, width, tile = *PAIR, LATENT_TILE
+    height, width, tile, channels = *PAIR, LATENT_TILE, vae.config.latent_channels
+    latent = (1, channels, height // 2, width // 2)
     embeds = np.zeros((UNET_BATCH, 77, unet.config.cross_attention_dim), np.float32)
-    latents = np.zeros((UNET_BATCH, 4, tile, tile), np.float32)
+    latents = np.zeros((UNET_BATCH, channels, tile, tile), np.float32)
     plans = {
         "vae_encoder": (
             {"IMAGE": np.zeros((1, height, width, 3), np.uint8)},
@@ -254,8 +255,8 @@ def small(repository: Path, peak: tuple[float, float], runs: int) -> dict[str, d
             UNET_BATCH,
         ),
         "vae_decoder": (
-            {"LATENT": np.zeros((1, 4, height // 2, width // 2), np.float32)},
-            count(vae.decoder, lambda: vae.decoder(meta(1, 4, height // 2, width // 2)), 4),
+            {"LATENT": np.zeros(latent, np.float32)},
+            count(vae.decoder, lambda: vae.decoder(meta(*latent)), 4),
             1,
         ),
     }

@@ -89,7 +89,7 @@ def test_as_many_sessions_as_shapes(server: LocalServer) -> None:
         "osediff_unet": 9,  # two whole latents and one tile, batches of 1, 4 and 8
         "osediff_vae_decoder": 5,
     }
-    assert any("LATENT 8x4x288x288" in shape for shape in shapes["osediff_unet"])
+    assert any("LATENT 8x8x288x288" in shape for shape in shapes["osediff_unet"])
 
 
 def test_another_size_works_and_says_so_once_for_each_network(server: LocalServer) -> None:

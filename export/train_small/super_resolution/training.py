@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from panotriton_export.train_small.super_resolution import data
 from panotriton_export.train_small.super_resolution.adapters import add_adapters
-from panotriton_export.train_small.super_resolution.codec import start_as_codec
+from panotriton_export.train_small.super_resolution.codec import hold_carried, start_as_codec
 from panotriton_export.train_small.super_resolution.loss import loss
 from panotriton_export.train_small.super_resolution.model import SmallOsediff
 from panotriton_export.train_small.super_resolution.saving import save_adapters, save_base
+from panotriton_export.train_small.super_resolution.soap import Soap
 from panotriton_export.train_small.super_resolution.text import TAGS
 
 __all__ = ["Run", "to_tensor"]
 
-BASE_SHARE = 0.75  # of the steps; the adapters get the rest
+Group = dict[str, Any]  # "params", and "share" of the rate
+BASE_SHARE = 0.92  # of the steps; the adapters get the rest
+SIZES = (128, 96, 128, 192)  # px of crops, in turn
 
 
 def batch(
@@ -56,26 +59,59 @@ def prompts(model: SmallOsediff, seed: int) -> Tensor:
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: a short climb, then half a cosine down to a hundredth of the peak."""
+    """Learning rate: a short climb, the peak for 0.6 of the steps, then half a cosine down to a hundredth.
+
+    Up to there a shorter run is the beginning of a longer one.
+    """
     warm = min(1.0, (step + 1) / 100)
-    return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    left = min(1.0, (1 - step / steps) / 0.4)
+    return peak * warm * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left)))
+
+
+def replicas(model: SmallOsediff, count: int) -> list[SmallOsediff]:
+    """The model and copies of it that share its weights but not their gradients."""
+    copies = [copy.deepcopy(model) for _ in range(count - 1)]
+    for each in copies:
+        for own, shared in zip(each.parameters(), model.parameters(), strict=True):
+            own.data = shared.data
+    return [model, *copies]
+
+
+def _backward(model: SmallOsediff, part: tuple[Tensor, Tensor, Tensor]) -> float:
+    spoilt, prompt, wanted = part
+    value = loss(model(spoilt, prompt), wanted)
+    torch.autograd.backward(value)
+    return value.item()
+
+
+def _gather(models: list[SmallOsediff]) -> None:
+    """Leave the mean of all gradients with the first."""
+    for first, *others in zip(*(model.parameters() for model in models), strict=True):
+        if first.grad is None:
+            continue
+        for other in others:
+            first.grad += other.grad
+            other.grad = None
+        first.grad /= len(models)
 
 
 class Stage:
     """One stage's parameters, optimiser, and running average of the weights (what is kept)."""
 
-    def __init__(self, parameters: list[nn.Parameter], peak: float, steps: int) -> None:
-        self.parameters, self.peak, self.steps = parameters, peak, steps
-        self.optimiser = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.99))
-        self.average: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, groups: list[Group], peak: float, steps: int) -> None:
+        self.peak, self.steps = peak, steps
+        self.parameters = [each for group in groups for each in group["params"]]
+        self.optimiser = Soap(groups, peak)
+        self.average: list[Tensor] = [each.detach().clone() for each in self.parameters]
 
-    def step(self, value: Tensor, step: int) -> None:
-        self.optimiser.param_groups[0]["lr"] = rate(step, self.steps, self.peak)
-        self.optimiser.zero_grad()
-        torch.autograd.backward(value)
-        nn.utils.clip_grad_norm_(self.parameters, 0.5)
+    def step(self, step: int) -> None:
+        """Learn from the parameters' gradients, and forget them."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate(step, self.steps, self.peak) * group["share"]
+        nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimiser.step()
-        decay = min(0.998, (step + 1) / (step + 10))
+        self.optimiser.zero_grad()
+        decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
@@ -105,12 +141,15 @@ class Run:
         self.model = SmallOsediff()
         start_as_codec(
             self.model.vae,
-            *batch(self.images, data.STRENGTHS["base"], 32, 128, (args.seed, -1 % 2**32)),
+            *batch(self.images, data.CLEAN, 32, 128, (args.seed, -1 % 2**32)),
         )
         self.model.to(memory_format=torch.channels_last)
         self.prompts = prompts(self.model, args.seed)
         self.base_steps = round(args.steps * BASE_SHARE)
         self.step = 0
+        self.pool = ThreadPoolExecutor(
+            args.threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._begin("base")
         if args.state.exists():
             self._restore(torch.load(args.state, weights_only=True))
@@ -119,12 +158,21 @@ class Run:
         """Start a stage from the weights as they are."""
         base = name == "base"
         model = self.model
-        weights = (
-            [*model.vae.parameters(), *model.unet.parameters()] if base else add_adapters(model)
+        groups: list[Group] = (
+            [
+                {"params": [*model.vae.parameters()], "share": self.args.vae_share},
+                {"params": [*model.unet.parameters()], "share": 1.0},
+            ]
+            if base
+            else [{"params": add_adapters(model), "share": 1.0}]
         )
         steps = self.base_steps if base else self.args.steps - self.base_steps
         self.name = name
-        self.stage = Stage(weights, self.args.rate if base else self.args.rate / 4, steps)
+        self.replicas = replicas(model, self.args.threads)
+        if base:
+            for each in self.replicas:
+                hold_carried(each.vae)
+        self.stage = Stage(groups, self.args.rate if base else self.args.rate / 4, steps)
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["stage"] == "adapters":
@@ -140,7 +188,9 @@ class Run:
 
         def make(step: int) -> tuple[Tensor, Tensor]:
             strength = data.STRENGTHS["base" if step < self.base_steps else "adapters"]
-            return batch(self.images, strength, args.batch, args.size, (args.seed, step))
+            size = SIZES[step % len(SIZES)]
+            count = args.threads * max(1, round(args.pixels / args.threads / size**2))
+            return batch(self.images, strength, count, size, (args.seed, step))
 
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(make, self.step)
@@ -176,9 +226,13 @@ class Run:
         rng = np.random.default_rng((self.args.seed, self.step, 1))
         prompt = self.prompts[rng.integers(len(self.prompts), size=len(spoilt))]
         first = self.base_steps if self.name == "adapters" else 0
-        value = loss(self.model(spoilt, prompt), spoilt, wanted)
-        self.stage.step(value, self.step - first)
-        return value.item()
+        parts = zip(
+            *(each.chunk(self.args.threads) for each in (spoilt, prompt, wanted)), strict=True
+        )
+        values = list(self.pool.map(_backward, self.replicas, parts))
+        _gather(self.replicas)
+        self.stage.step(self.step - first)
+        return float(np.mean(values))
 
     def save(self) -> None:
         """The deliverable with averaged weights, then the state with the running ones."""
