@@ -80,8 +80,9 @@ _MODELS = ("osediff", "osediff_unet", "preprocess", "qwen_scorer", "interpolate"
 
 def made(output: Path) -> int:
     """Groups of a run that are complete on disk."""
-    return len(
-        [path for path in output.glob("**/group_*/group_info.json") if ".part" not in str(path)]
+    # Not glob, which fails where a folder goes while it looks.
+    return sum(
+        "group_info.json" in files for folder, _, files in os.walk(output) if ".part" not in folder
     )
 
 
