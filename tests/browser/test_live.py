@@ -17,21 +17,12 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
+from playwright.sync_api import expect
 
+from docs.screenshots import DESKTOP, PHONE
 from panotriton.client.client import Client
 from panotriton.pipeline.results import Group
 from panotriton.server.launch import LocalServer
-
-pytest.importorskip(
-    "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"
-)
-
-from playwright.sync_api import expect
-
-from docs.screenshots import DESKTOP, PHONE, chromium, installed
-
-if installed() is None:
-    pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 FILES = (PANORAMAS / "courtyard.jpg", PANORAMAS / "interior.jpg")
@@ -65,12 +56,6 @@ class Page:
         said, _ = self.process.communicate(timeout=20)
         assert self.process.returncode == 0
         return said
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium(installed()) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

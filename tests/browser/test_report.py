@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from panotriton.groups.report import write_index, write_report
-from tests.groups import write_example
-
-pytest.importorskip(
-    "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"
-)
-
 from playwright.sync_api import expect
 
-from docs.screenshots import DESKTOP, PHONE, chromium, installed
-
-if installed() is None:
-    pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
+from docs.screenshots import DESKTOP, PHONE
+from panotriton.groups.report import write_index, write_report
+from tests.groups import write_example
 
 NAN = float("nan")
 SCORES = [0.9, 0.5, 0.9, NAN, 0.9, 0.9, 0.6, 0.9, 0.8, 0.9, 0.9, NAN, 0.9, 0.8, 0.9, 0.71]
@@ -31,12 +22,6 @@ SCREENS = {
     "phone": {"viewport": PHONE, "is_mobile": True, "has_touch": True},
     "narrow": {"viewport": {"width": 320, "height": 640}},
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium(installed()) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
