@@ -311,6 +311,7 @@ def test_calls_in_flight_wait_beside_each_other_and_take_no_thread_from_the_arit
 
     server = ModuleType("triton_python_backend_utils")
     server.InferenceRequest = Request  # type: ignore[attr-defined]
+    server.Logger = SimpleNamespace(log_warn=print)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, server.__name__, server)
     monkeypatch.delitem(sys.modules, "panotriton.models.requests", raising=False)
     requests = importlib.import_module("panotriton.models.requests")

@@ -41,7 +41,7 @@ from panotriton.groups.sinks import open_sink
 from panotriton.groups.store import FolderStore, json_bytes, json_line
 from panotriton.pipeline.contract import INTERVALS, Options
 
-__all__ = ["RETRY", "Dataset", "Engine", "Summary"]
+__all__ = ["RETRY", "Dataset", "Engine", "Rows", "Summary"]
 
 RETRY = ("server", "all", "none")
 """Which of the pairs that failed in an earlier run are tried again: those with the server's trouble …"""

@@ -27,7 +27,7 @@ from panotriton.groups.store import FolderStore, Store, json_bytes, open_store
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval
 
-__all__ = ["LAYOUTS", "Sink", "open_sink"]
+__all__ = ["LAYOUTS", "Record", "Sink", "open_sink"]
 
 LAYOUTS = ("folder", "webdataset", "parquet")
 Record = dict[str, Any]
