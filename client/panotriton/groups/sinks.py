@@ -344,7 +344,9 @@ def _arrow() -> tuple[Any, Any]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Of the group itself: its page may come later, or never."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != layout.REPORT)
+    return sum(path.stat().st_size for path in files)
 
 
 def _is_of(pair: Pair, content: Any) -> bool:
