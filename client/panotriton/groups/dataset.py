@@ -336,6 +336,8 @@ class Dataset:
             if not (folder / layout.REPORT).exists():
                 page = root / layout.WORK / f"{index + 1}.html"
                 write_report(folder, page).replace(folder / layout.REPORT)
+        for half_written in root.glob(f".{layout.INDEX}.[0-9]*"):  # by a run that was killed
+            half_written.unlink()
         if made:
             write_index(root)
 
