@@ -473,6 +473,7 @@ def test_settings_and_tokenizer(
         "latent_tile": 96,
         "precision": "fp32",
         "process_size": 512,
+        "tiles_a_request": 4,
         "vae_scale_factor": 8,
     }
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
