@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fault-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
+.PHONY: help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,7 +47,10 @@ build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 
 fault-check: repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
 	timeout 780 $(BIN)/python -m pytest -m "" tests/faults
-	timeout 120 $(BIN)/python -m pytest -m thorough tests/server
+	timeout 120 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
+
+cluster-check: $(VENV)/.installed  ## kill the workers, replicas and driver of runs on a Ray cluster, a quarter of an hour
+	$(BIN)/python -m pytest -m thorough tests/server/test_cluster.py
 
 deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that needs no engine or cluster
 	$(BIN)/python -m pytest tests/deploy
