@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import pytest
 
 from panotriton.client.client import Client
 from panotriton.server.processes import Stub, find_stubs
+from tests.server import standins
 
 HERE = Path(__file__).parent
 # What is promised of service and answers after any death, in seconds beyond the time that loading takes.
@@ -160,13 +160,7 @@ SMALL = {"seed": 7, "crop_size": 64, "interpolations": 0, "threshold": 0.0}
 @pytest.fixture(scope="session")
 def quick_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real pipeline around networks that take milliseconds, or half a second where PROMPT is slow."""
-    path = HERE.parent / "server" / "standins.py"
-    spec = util.spec_from_file_location("standins", path)
-    assert spec is not None
-    assert spec.loader is not None
-    standins = util.module_from_spec(spec)
-    spec.loader.exec_module(standins)
-    return Path(standins.build(tmp_path_factory.mktemp("faults") / "repository"))
+    return standins.build(tmp_path_factory.mktemp("faults") / "repository")
 
 
 @contextmanager

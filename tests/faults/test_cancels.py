@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,13 @@ import psutil
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+sys.path.append(str(Path(__file__).parents[2]))  # as a script
+
 from panotriton.client.aio import AsyncClient
 from panotriton.client.client import Client
 from panotriton.errors import PanotritonError
 from panotriton.server.launch import LocalServer
+from tests.server import standins
 
 CALLS = 1500  # of each of four callers; a fifth of them is given up
 
@@ -83,13 +85,6 @@ def test_a_time_out_of_the_blocking_client_does_the_same(quick_repository: Path)
 
 def show(how: str, seconds: float = 15) -> None:
     """What plain tritonclient does to the server."""
-    spec = util.spec_from_file_location(
-        "standins", Path(__file__).parent.parent / "server" / "standins.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    standins = util.module_from_spec(spec)
-    spec.loader.exec_module(standins)
     counts: Counter[str] = Counter()
     ended = threading.Event()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib import util
 from pathlib import Path
 
 import pytest
 
 from panotriton.cli import main
 from panotriton.client import conversation
+from tests.server import standins
 from tests.server.harm import Victim, harmed
 from tests.server.test_dataset import arguments, content
 
@@ -20,12 +20,6 @@ SEEDS = int(os.environ.get("PANOTRITON_FAULTS_SEEDS", "6"))
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    path = Path(__file__).parent.parent / "server" / "standins.py"
-    spec = util.spec_from_file_location("standins", path)
-    assert spec is not None
-    assert spec.loader is not None
-    standins = util.module_from_spec(spec)
-    spec.loader.exec_module(standins)
     folder = tmp_path_factory.mktemp("victim")
     victim = Victim(standins.build(folder / "repository"), folder / "server.log")
     yield victim
