@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
+# Test files at once: one more than cores, since a server is often waited for. Each takes up to 3 GB.
+WORKERS ?= $(shell echo $$(($$(nproc) < 8 ? $$(nproc) + 1 : 8)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
@@ -27,8 +29,8 @@ repository/.small: $(VENV)/.installed $(SOURCES)
 demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
 	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --sphere 0 --report -o out/demo
 
-test: repository/.small  ## all tests, a real tritonserver included
-	$(BIN)/python -m pytest
+test: repository/.small  ## all tests, a real tritonserver included; WORKERS=1 for one after the other
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup  ## format, lint, types, generated pages
 	$(BIN)/ruff format --check .

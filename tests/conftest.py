@@ -17,8 +17,32 @@ from panotriton.server.repository import check_exported
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Where test files run at once, the longest begin first: none is left over when the others are done.
+LONGEST = (
+    "server/test_gpu_check.py",
+    "server/test_pipeline.py",
+    "unit/test_export_osediff.py",
+    "server/test_gateway.py",
+    "unit/test_gpu_check.py",
+    "server/test_placement.py",
+    "unit/test_gpu_graphs.py",
+    "server/test_qwen.py",
+    "unit/test_qwen.py",
+    "server/test_client.py",
+    "server/test_client_memory.py",
+    "server/test_client_trouble.py",
+    "server/test_serve.py",
+    "unit/test_export_tagger.py",
+    "browser/test_live.py",
+    "unit/test_gateway.py",
+)
 ROOT = Path(__file__).parent.parent
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

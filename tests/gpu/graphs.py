@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,9 +156,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args()
     size = "tiny" if chosen.tiny else "sd21"
-    for name, operators in (("repository", CUDA.operators), ("plain", _PLAIN)):
-        for component in components(size):
-            write(component, chosen.output / name, operators)
+    for component in components(size):
+        write(component, chosen.output / "repository", CUDA.operators)
+    for component in components(size):
+        fused = chosen.output / "repository" / component.name
+        if (fused / "1" / "portable.onnx").is_file():
+            write(component, chosen.output / "plain", _PLAIN)
+        else:  # no group norm in it
+            shutil.copytree(fused, chosen.output / "plain" / component.name)
     configure(chosen.output / "repository")
     for model in OSEDIFF.required:
         config = (chosen.output / "repository" / model / "config.pbtxt").read_text()

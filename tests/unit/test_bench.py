@@ -121,11 +121,13 @@ def test_counts_are_what_was_added() -> None:
 def test_processor_time_is_that_of_the_processes() -> None:
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Servers that other tests have started are children of this process too.
+    before = counters.processor_s(psutil.Process().pid).get("osediff_unet", 0.0)
     with subprocess.Popen([sys.executable, "-c", code, "osediff_unet_0_0"], **pipes) as busy:
         busy.stdout.readline()
         used = counters.processor_s(psutil.Process().pid)
         busy.communicate(b"\n")
-    assert 0.25 <= used["osediff_unet"] < 3
+    assert 0.25 <= used["osediff_unet"] - before < 3
     assert used["server"] > 0
 
 

@@ -186,14 +186,15 @@ def test_what_a_killed_process_leaves_is_found_and_a_living_ones_is_not() -> Non
     assert leftovers.dead_regions([path.name]) == [path.name]  # still registered, perhaps
 
 
-def backdate(path: Path) -> None:
-    os.utime(path, (time.time() - 60,) * 2)
+def backdate(path: Path, seconds: float = 60) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
 
 
 def test_a_servers_regions_are_left_over_when_no_process_maps_them() -> None:
-    path = FOLDER / f"triton_python_backend_shm_region_panotriton_{'0' * 12}_test"
+    path = FOLDER / f"triton_python_backend_shm_region_panotriton_{os.getpid():012}_test"
     path.write_bytes(b"x" * 4096)
     try:
+        backdate(path, -60)  # however slow this machine is
         assert path not in [left.path for left in leftovers.find_leftovers()]  # too young to tell
         backdate(path)
         assert path in [left.path for left in leftovers.find_leftovers()]

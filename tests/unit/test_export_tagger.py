@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from panotriton.errors import ExportError, ServerStartError
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.server.engines import ENGINES
 from panotriton.server.repository import EXPORTED_FILES, check_exported, copy_models
+from panotriton_export import graph
 from panotriton_export.graph import ParityResult
 from panotriton_export.tagger import CheckpointError, export_tagger, open_tagger
 from panotriton_export.tagger.checkpoint import open_ram
@@ -48,8 +50,20 @@ def exported(files: RandomFiles, tmp_path_factory: pytest.TempPathFactory) -> Ex
     return repository, results, lines
 
 
-def test_openvino_serves_it_too(files: RandomFiles, tmp_path: Path) -> None:
-    """With the parity check on what OpenVINO computes."""
+def test_openvino_serves_it_too(
+    files: RandomFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the parity check on what OpenVINO computes; the graph of both precisions is the same."""
+    assert graph.WEIGHTS["fp32"] == graph.WEIGHTS["bf16"]
+    traced: list[bytes] = []
+    trace = graph.to_onnx
+
+    def to_onnx(component: graph.Component) -> ir.Model:
+        if not traced:
+            traced.append(ir.to_proto(trace(component)).SerializeToString())
+        return ir.from_proto(onnx.ModelProto.FromString(traced[0]))
+
+    monkeypatch.setattr(graph, "to_onnx", to_onnx)
     source = open_tagger(files.ram, files.dape, files.tags, files.thresholds)
     for precision in ("fp32", "bf16"):
         results = export_tagger(source, tmp_path, provider="openvino", precision=precision)
