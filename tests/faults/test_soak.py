@@ -34,8 +34,8 @@ from tritonclient.utils import InferenceServerException
 
 from panotriton.client.aio import AsyncClient
 from panotriton.client.client import Client
-from panotriton.client.shared_memory import FOLDER, PREFIX
 from panotriton.errors import PanotritonError, RequestTimeout
+from panotriton.pipeline.regions import FOLDER, PREFIX
 from tests.conftest import ROOT
 from tests.faults.conftest import SMALL, Serving, served
 from tests.faults.test_malformed import ENDPOINTS, body, send
