@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from panotriton.errors import PanotritonError
+from panotriton import Client
+from panotriton.client import shared_memory
+from panotriton.errors import PanotritonError, RequestTimeout
+from panotriton.pipeline.regions import FOLDER
 from tests.faults.conftest import Answer, Serving, group, stream
 
+MIB = 1 << 20
 Panoramas = tuple[np.ndarray, np.ndarray]
 
 
@@ -116,3 +122,48 @@ def test_a_stopped_server_is_replaced(
     os.kill(serving.server().pid, signal.SIGSTOP)
     mended(serving, before)
     assert group(serving, panoramas) == undisturbed
+
+
+KILLED = """
+import sys, threading, numpy as np
+from panotriton import Client
+from panotriton.client import shared_memory
+client = Client(sys.argv[1])
+memory = client.shared_memory(8 << 20)
+image = np.zeros((64, 64, 3), np.uint8)
+slow = {"prompt": "slow", "via": memory}
+threading.Thread(target=client.upscale, args=(image,), kwargs=slow).start()
+print("sent", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "give up"])
+def test_memory_that_a_caller_left_is_let_go(
+    serving: Serving, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a request that is still under way; regions of callers that live stay."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    with Client(serving.grpc) as client, client.shared_memory(MIB) as memory:
+        client.upscale(image, via=memory)
+        (ours,) = client.regions()
+        if end == "kill":
+            command = [sys.executable, "-c", KILLED, serving.grpc]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+                process.stdout.readline()
+                serving.wait_until(lambda: len(client.regions()) == 2, "its region")
+                process.kill()
+        else:
+            monkeypatch.setattr(shared_memory, "_LATE_S", 0.0)  # nor is its answer waited for
+            with Client(serving.grpc, timeout_s=0.2, retries=0) as hasty:
+                left = hasty.shared_memory(MIB)
+                with pytest.raises(RequestTimeout):
+                    hasty.upscale(image, prompt="slow", via=left)
+                left.close()
+        gone = [name for name in client.regions() if name != ours]
+        assert gone
+        serving.wait_until(lambda: client.regions() == [ours], "the end of what was left")
+        assert not [name for name in gone if (FOLDER / name).exists()]
+        assert client.upscale(image, via=memory).image.size == (128, 128)
+        assert client.regions() == [ours]

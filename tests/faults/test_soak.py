@@ -34,8 +34,9 @@ from tritonclient.utils import InferenceServerException
 
 from panotriton.client.aio import AsyncClient
 from panotriton.client.client import Client
-from panotriton.client.shared_memory import FOLDER, PREFIX
+from panotriton.client.transports.http import Blocking
 from panotriton.errors import PanotritonError, RequestTimeout
+from panotriton.pipeline.regions import FOLDER, PREFIX
 from tests.conftest import ROOT
 from tests.faults.conftest import SMALL, Serving, served
 from tests.faults.test_malformed import ENDPOINTS, body, send
@@ -290,7 +291,7 @@ class Memory:
             if server.pid != self._pid:
                 self._pid, self.samples = server.pid, []
             processes = (server, *server.children(recursive=True))
-            each = [(process.memory_full_info().uss, process.cmdline()[1]) for process in processes]
+            each = [(process.memory_full_info().uss, process.name()) for process in processes]
             self.largest = max(self.largest, *each)
             resident = sum(private for private, _ in each)
             shared = mapped(server) + own_regions()
@@ -328,7 +329,7 @@ def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
             kind = draw.choice(sorted(caller.kinds))
             try:
                 answer = caller.kinds[kind]()
-            except (PanotritonError, InferenceServerException, OSError) as error:
+            except (PanotritonError, *Blocking.failures) as error:
                 counts["no answer"] += 1
                 counts[f"  {type(error).__name__}: {str(error)[:100]}"] += 1
                 ended.wait(1)
@@ -342,7 +343,7 @@ def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
         draw = random.Random(SEED + number)
         work = kinds[number % len(kinds)]
         while not ended.is_set():
-            with contextlib.suppress(PanotritonError, InferenceServerException, OSError):
+            with contextlib.suppress(PanotritonError, *Blocking.failures):
                 work(draw)
             counts[work.__name__] += 1
             ended.wait(0.03)

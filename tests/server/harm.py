@@ -23,7 +23,7 @@ class Victim:
     def __init__(self, repository: Path, log: Path) -> None:
         self._repository = repository
         self._log = log
-        self._server = LocalServer(repository, log_file=log)
+        self._server = LocalServer(repository, log_file=log, controlled=True)
         self._starter = ThreadPoolExecutor(1)  # a server ends with the thread that started it
         self._start()
 
@@ -56,11 +56,15 @@ class Victim:
                 if any(f"/{model}/1/model.py" in word for word in process.cmdline()):
                     process.kill()
 
+    def drain(self) -> None:
+        """What is in flight ends; newcomers are refused until another server is there."""
+        assert self._server.control.drain(60), "requests that never end"
+
     def restart(self) -> None:
         """Another server on the same ports."""
         self._end()
         ports = {name: getattr(self._server, name) for name in ("http_port", "grpc_port")}
-        self._server = LocalServer(self._repository, log_file=self._log, **ports)
+        self._server = LocalServer(self._repository, log_file=self._log, controlled=True, **ports)
         self._start()
 
     def close(self) -> None:
@@ -128,7 +132,9 @@ def _do(victim: Victim, harm: str, model: str, frozen_s: float) -> None:
         time.sleep(frozen_s)
         victim.go_on()
         return
-    if harm == "kill":
+    if harm == "drain":
+        victim.drain()
+    elif harm == "kill":
         victim.kill()
     else:
         victim.kill_stub(model)

@@ -21,8 +21,9 @@ import torch
 
 from panotriton import Client
 from panotriton.cli import main
-from panotriton.client.shared_memory import FOLDER, SharedMemory
+from panotriton.client.shared_memory import SharedMemory
 from panotriton.errors import RequestTimeout, SharedMemoryError
+from panotriton.pipeline.regions import FOLDER
 from panotriton.server.launch import LocalServer
 
 MIB = 1 << 20

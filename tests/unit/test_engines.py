@@ -475,3 +475,35 @@ def test_onnxruntimes_own_names_go_before_the_config(tmp_path):
     assert given.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(EngineError, match="CUDAExecutionProvider is not in the installed"):
         open_network(model, providers=["CUDAExecutionProvider"])
+
+
+INTERRUPTED = """
+import faulthandler, gc, signal, sys, threading
+from pathlib import Path
+import numpy as np
+from onnx import TensorProto, helper
+from panotriton.server.engines.openvino import OpenVINOGraph
+faulthandler.enable()  # as pytest, Ray and many servers do: handlers run on a stack of their own
+ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in "xy"]
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+path = Path(sys.argv[1])
+path.write_bytes(helper.make_model(graph).SerializeToString())
+graphs = [OpenVINOGraph(path, threads=1)]
+graphs[0].run(["y"], {"x": np.ones((1, 3), np.float32)})
+def drop():
+    graphs.clear()
+    gc.collect()
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_graph_that_another_thread_drops_leaves_signals_alone(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "model.onnx")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr

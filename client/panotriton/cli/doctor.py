@@ -18,8 +18,8 @@ from rich.text import Text
 from panotriton.cli.connection import command, console_for, print_json
 from panotriton.client.client import Client
 from panotriton.client.leftovers import dead_regions, find_leftovers
-from panotriton.client.shared_memory import FOLDER
 from panotriton.errors import PanotritonError, ServerStartError
+from panotriton.pipeline.regions import FOLDER
 from panotriton.server.launch import find_installation
 from panotriton.server.leftovers import dead_folders, orphaned_stubs
 

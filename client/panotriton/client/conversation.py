@@ -15,7 +15,7 @@ from panotriton.client.cuda import CudaSlot, check_cuda
 from panotriton.client.shared_memory import Pool, Slot, SystemSlot, layout
 from panotriton.client.tls import Tls
 from panotriton.client.transports import transport
-from panotriton.client.transports.base import CONNECT_TIMEOUT_S, Pending, Witness, in_trouble
+from panotriton.client.transports.base import CONNECT_TIMEOUT_S, Pending, Witness
 from panotriton.client.twins import resolved
 from panotriton.errors import (
     ConnectError,
@@ -29,6 +29,7 @@ from panotriton.errors import (
     SharedMemoryError,
     quoted,
 )
+from panotriton.pipeline.channel import DEATHS, SILENT_S, WATCH_EVERY_S, in_trouble
 from panotriton.pipeline.events import Event
 from panotriton.pipeline.files import WEIGHTS
 from panotriton.pipeline.networks import NETWORKS, PIPELINE
@@ -39,14 +40,8 @@ __all__ = ["Conversation", "finished", "waits"]
 T = TypeVar("T")
 P = TypeVar("P", bound=Pool)
 
-WATCH_EVERY_S = 10.0
-"""How long an answer is waited for before the server is asked whether it lives, again and again."""
-SILENT_S = 20.0
-"""How long it may take to say so, before the request is given up."""
-
 _BACKOFF_S = 0.25
 _TROUBLE_BACKOFF = 4  # times as long: a process starts, a queue only moves on
-_DEATHS = 2
 _STATISTICS_WAIT_S = 0.1
 _STREAM = "panorama_stream"
 _WEIGHED = tuple(filter(None, (PIPELINE, NETWORKS[PIPELINE].tagger, "qwen")))
@@ -138,7 +133,7 @@ class Conversation:
                 error = again
             trouble = isinstance(error, ServerUnavailable)
             deaths += isinstance(error, ServerUnavailable) and error.lost
-            if wait_s is None or deaths == _DEATHS:
+            if wait_s is None or deaths == DEATHS:
                 raise error
             await resolved(self._transport.sleep(wait_s * (_TROUBLE_BACKOFF if trouble else 1)))
         raise AssertionError("the last try returns or raises")

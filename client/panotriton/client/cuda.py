@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from panotriton.client.pixels import Images
-from panotriton.client.shared_memory import PREFIX
 from panotriton.errors import SharedMemoryError
+from panotriton.pipeline.regions import PREFIX
 
 __all__ = ["CudaSlot", "check_cuda"]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from panotriton.client.shared_memory import FOLDER, PREFIX
+from panotriton.pipeline.regions import FOLDER, NAME, held
 
 __all__ = ["Leftover", "dead_regions", "find_leftovers"]
 
 _YOUNG_S = 5.0
-_CLIENT = re.compile(rf"{PREFIX}(\d+)_[0-9a-f]{{32}}$")
 _SERVER = re.compile(r"triton_python_backend_shm_region_panotriton_[0-9a-f]+_")
 
 
@@ -41,8 +38,8 @@ def find_leftovers(folder: Path = FOLDER) -> list[Leftover]:
     found = []
     mapped = _mapped_names(folder)
     for path in sorted(filter(_settled, folder.glob("*panotriton_*"))):
-        client = _CLIENT.match(path.name)
-        if client and not _locked(path):
+        client = NAME.match(path.name)
+        if client and not held(path):
             found.append(_leftover(path, f"client, process {client[1]}"))
         elif _SERVER.match(path.name) and path.name not in mapped:
             found.append(_leftover(path, "server"))
@@ -51,9 +48,7 @@ def find_leftovers(folder: Path = FOLDER) -> list[Leftover]:
 
 def dead_regions(names: list[str], folder: Path = FOLDER) -> list[str]:
     """Those of a server's registered regions whose client is gone: no lock held, no such process."""
-    return [
-        name for name in names if (m := _CLIENT.match(name)) and _dead(folder / name, int(m[1]))
-    ]
+    return [name for name in names if (m := NAME.match(name)) and _dead(folder / name, int(m[1]))]
 
 
 def _settled(path: Path) -> bool:
@@ -63,28 +58,11 @@ def _settled(path: Path) -> bool:
 
 
 def _dead(path: Path, pid: int) -> bool:
-    return not _locked(path) if path.exists() else not Path(f"/proc/{pid}").exists()
+    return not held(path) if path.exists() else not Path(f"/proc/{pid}").exists()
 
 
 def _leftover(path: Path, owner: str) -> Leftover:
     return Leftover(path, path.stat().st_size, owner)
-
-
-def _locked(path: Path) -> bool:
-    """Whether the owner lives: it holds the lock as long as it does, in any container."""
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return True  # removed meanwhile: nothing to do
-    except OSError:
-        return True  # another user's
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _mapped_names(folder: Path) -> set[str]:

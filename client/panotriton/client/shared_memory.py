@@ -24,7 +24,6 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -35,10 +34,9 @@ from panotriton.client.pixels import Images
 from panotriton.client.transports.base import Pending
 from panotriton.client.twins import resolved, run
 from panotriton.errors import PanotritonError, SharedMemoryError
+from panotriton.pipeline.regions import FOLDER, PREFIX
 
 __all__ = [
-    "FOLDER",
-    "PREFIX",
     "AsyncSharedMemory",
     "Layout",
     "Pool",
@@ -49,8 +47,6 @@ __all__ = [
     "on_gpu",
 ]
 
-FOLDER = Path("/dev/shm")  # noqa: S108
-PREFIX = "panotriton_"
 _ALIGNMENT = 64
 _MIB = 1 << 20
 _POLL_S = 0.002
@@ -121,7 +117,7 @@ class SystemSlot:
         path = FOLDER / self.name
         try:
             fd = self._lock_fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)  # held while we live: see leftovers.py
+            fcntl.flock(fd, fcntl.LOCK_EX)  # held while we live: see pipeline/regions.py
             os.posix_fallocate(fd, 0, self.nbytes)
             self._bytes = np.frombuffer(mmap.mmap(fd, self.nbytes), np.uint8)
         except OSError as error:

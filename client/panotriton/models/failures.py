@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from panotriton.errors import InferenceFailed, ServerBusy
+from panotriton.pipeline.channel import in_trouble
 
 __all__ = ["Unavailable", "failed"]
 
-_GONE = re.compile(
-    r"Stub process '\w+' is not healthy|Model '\w+' is not ready|has no available versions"
-    r"|Server (?:is stopping|exiting)"
-)
 _FULL = "Exceeds maximum queue size"
 
 
@@ -23,5 +18,4 @@ def failed(model: str, message: str) -> Exception:
     """What to raise for another model's error; 24.10 gives it no code that would tell the two apart."""
     if _FULL in message:
         return ServerBusy(f"{model}: {message}")
-    gone = _GONE.search(message) is not None
-    return (Unavailable if gone else InferenceFailed)(f"{model}: {message}")
+    return (Unavailable if in_trouble(message) else InferenceFailed)(f"{model}: {message}")

@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from panotriton.errors import InferenceFailed, ServerBusy
 from panotriton.models.failures import Unavailable, failed
-from panotriton.pipeline.channel import GRPC_CHANNEL
+from panotriton.pipeline.channel import DEATHS, GRPC_CHANNEL, NEVER_SENT, SILENT_S, WATCH_EVERY_S
 from panotriton.pipeline.placement import SETTING
 
 __all__ = ["Replicas"]
@@ -30,10 +30,6 @@ _CHANNEL = [*GRPC_CHANNEL, ("grpc.enable_http_proxy", 0)]
 _LOOK_EVERY_S = 10.0  # for replicas that came or went
 _REST_S = 1.0  # of a replica that failed, doubled each time it does so again
 _MOST_REST_S = 30.0
-_WATCH_EVERY_S = 10.0  # after which a server that owes an answer is asked whether it lives
-_SILENT_S = 20.0  # how long that may take
-_DEATHS = 2  # a request with which two servers went may be why
-_NEVER_SENT = "failed to connect"
 # Statuses that tell of the server. The others are the request's, unless the words say otherwise.
 _TROUBLE = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND", "UNIMPLEMENTED", "DEADLINE_EXCEEDED")
 
@@ -65,7 +61,7 @@ class Replicas:
         tried: dict[str, Exception] = {}
         deaths = 0
         await self._look()
-        while deaths < _DEATHS and (replica := self._best(tried)):
+        while deaths < DEATHS and (replica := self._best(tried)):
             try:
                 tensors = await replica.ask(model, encoded, outputs)
             except ServerBusy as error:
@@ -185,12 +181,12 @@ class _Replica:
 
     async def _watch(self, answer: asyncio.Future[Tensors]) -> None:
         """Wait; pings know only that the machine lives, a server that is stopped answers nobody."""
-        while not (await asyncio.wait({answer}, timeout=_WATCH_EVERY_S))[0]:
+        while not (await asyncio.wait({answer}, timeout=WATCH_EVERY_S))[0]:
             try:
-                await self._client.is_server_live(client_timeout=_SILENT_S)
+                await self._client.is_server_live(client_timeout=SILENT_S)
             except InferenceServerException as error:
                 if not answer.done():
-                    raise _Away(f"no sign of life for {_SILENT_S:g} s", lost=True) from error
+                    raise _Away(f"no sign of life for {SILENT_S:g} s", lost=True) from error
 
     async def _close_idle(self) -> None:
         if self._left and not self._out - {asyncio.current_task()}:
@@ -203,7 +199,7 @@ def _meaning(model: str, error: InferenceServerException) -> Exception:
     ours = failed(model, message)
     status = (error.status() or "").removeprefix("StatusCode.")
     if isinstance(ours, InferenceFailed) and status in _TROUBLE:
-        return _Away(message, lost=status == "UNAVAILABLE" and _NEVER_SENT not in message)
+        return _Away(message, lost=status == "UNAVAILABLE" and NEVER_SENT not in message)
     return _Away(message, lost=False) if isinstance(ours, Unavailable) else ours
 
 

@@ -1,8 +1,35 @@
-"""How a gRPC channel to a tritonserver is set, for clients and for servers that ask another one."""
+"""How a tritonserver is asked over gRPC, and what its silence and its words mean.
+
+For clients, and for servers that ask another one.
+"""
 
 from __future__ import annotations
 
-__all__ = ["GRPC_CHANNEL"]
+import re
+
+__all__ = [
+    "DEATHS",
+    "GRPC_CHANNEL",
+    "NEVER_SENT",
+    "SILENT_S",
+    "WATCH_EVERY_S",
+    "in_trouble",
+]
+
+WATCH_EVERY_S = 10.0
+"""How long an answer is waited for before the server is asked whether it lives, again and again."""
+SILENT_S = 20.0
+"""How long it may take to say so, before the request is given up."""
+DEATHS = 2
+"""A request with which so many servers went may be why."""
+NEVER_SENT = "failed to connect"
+"""gRPC's own words for it."""
+
+# Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
+_TROUBLE = re.compile(
+    r"Stub process .*is not healthy|Server (?:is stopping|exiting)|has no available versions"
+    r"|Model '.*' is not ready"
+)
 
 # Messages of any size; and a server that was away is looked for every second, not, as by default, after
 # up to two minutes: our own retries would find the channel asleep. Pings find a network that swallows
@@ -23,3 +50,8 @@ GRPC_CHANNEL: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 2),
 ]
+
+
+def in_trouble(message: str) -> bool:
+    """Whether the server's words tell of itself, not of the request, whatever their status."""
+    return _TROUBLE.search(message) is not None

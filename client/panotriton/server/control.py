@@ -48,6 +48,20 @@ class ModelControl:
         index = self._post("repository/index")
         return {entry["name"]: entry.get("state", "UNAVAILABLE") for entry in index}
 
+    def version(self) -> tuple[int, ...]:
+        """Of the server, such as (2, 51, 0). Raises ControlError."""
+        return tuple(
+            int(part) for part in self._get("")["version"].split(".")[:3] if part.isdigit()
+        )
+
+    def regions(self) -> list[str]:
+        """Names under which callers registered system shared memory. Raises ControlError."""
+        return [region["name"] for region in self._get("systemsharedmemory/status")]
+
+    def unregister(self, region: str) -> None:
+        """Let go of a caller's region. Raises ControlError, also while a request uses it."""
+        self._post(f"systemsharedmemory/region/{region}/unregister")
+
     def unload(self, model: str) -> None:
         """Take no new request for the model; those in flight go on. Raises ControlError."""
         self._post(f"repository/models/{model}/unload")
@@ -89,9 +103,15 @@ class ModelControl:
             time.sleep(_POLL_S)
         return True
 
+    def _get(self, path: str) -> Any:
+        return self._answer("GET", path, 5.0)
+
     def _post(self, path: str, timeout_s: float = 10.0) -> Any:
+        return self._answer("POST", path, timeout_s)
+
+    def _answer(self, method: str, path: str, timeout_s: float) -> Any:
         try:
-            status, answer = self._ask("POST", path, timeout_s)
+            status, answer = self._ask(method, path, timeout_s)
         except OSError as error:
             raise ControlError(f"{path}: {error}") from error
         if status != 200:
@@ -102,7 +122,7 @@ class ModelControl:
         """Status and body. Straight to the server: no proxy that the environment names may come between."""
         connection = HTTPConnection(self._http_url, timeout=timeout_s)
         try:
-            connection.request(method, f"/v2/{path}", b"{}", self._headers)
+            connection.request(method, f"/v2/{path}".rstrip("/"), b"{}", self._headers)
             reply = connection.getresponse()
             return reply.status, reply.read()
         except HTTPException as error:

@@ -33,6 +33,7 @@ from typing import IO
 
 from panotriton.errors import ServerStartError
 from panotriton.pipeline.placement import SETTING
+from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
@@ -49,7 +50,6 @@ __all__ = [
     "python_version",
 ]
 
-_SHM_FOLDER = Path("/dev/shm")  # noqa: S108
 # What callers of other machines must not do: load and unload models, register memory, change logs.
 _CONTROL = "model-repository,shared-memory,trace,logging"
 # glibc's malloc: keep up to 2 GB of what was freed. The images of one group, hundreds of MB, otherwise
@@ -322,7 +322,7 @@ class LocalServer:
             _kill(self._process)
             self._process = None
         # A clean exit removes the regions; after a hard kill they are ours alone to remove.
-        for region in _SHM_FOLDER.glob(f"{self._shm_prefix}*"):
+        for region in FOLDER.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What dead servers left, for `panotriton doctor`: stubs that still run, and temporary folders."""
+"""What dead servers left, for `panotriton doctor`, and what callers left with a server that lives."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from panotriton.pipeline.regions import FOLDER, NAME, held
 from panotriton.server.processes import Stub, find_stubs
 
-__all__ = ["SHM_PREFIX", "WORK_PREFIX", "dead_folders", "lock_folder", "orphaned_stubs"]
+__all__ = [
+    "SHM_PREFIX",
+    "WORK_PREFIX",
+    "abandoned",
+    "dead_folders",
+    "lock_folder",
+    "orphaned_stubs",
+]
 
 # Client regions whose name starts with the first part are refused by the server, so that no client
 # can register (and overwrite) the memory that it shares with its Python models.
@@ -48,6 +56,17 @@ def dead_folders(parent: Path | None = None) -> list[DeadFolder]:
 def orphaned_stubs() -> list[Stub]:
     """Stubs of our servers whose server is gone."""
     return list(_orphans())
+
+
+def abandoned(regions: Iterable[str], folder: Path = FOLDER) -> list[str]:
+    """Of a server's registered regions those that our clients will not name again: the file is removed,
+    or its owner is dead. Other clients' are left alone.
+    """
+    return [name for name in regions if NAME.match(name) and _let_go(folder / name)]
+
+
+def _let_go(path: Path) -> bool:
+    return not path.exists() or not held(path)
 
 
 def _orphans() -> Iterator[Stub]:

@@ -8,6 +8,7 @@ the connection go.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -19,7 +20,9 @@ from types import FrameType
 from typing import Protocol
 
 from panotriton.errors import ServerStartError
+from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import ControlError, ModelControl
+from panotriton.server.leftovers import abandoned
 from panotriton.server.processes import find_stubs, look_at
 
 __all__ = ["EXIT_GAVE_UP", "Health", "Served", "Supervisor", "Watch"]
@@ -34,6 +37,9 @@ _SILENT_S = 60.0  # a busy machine answers late, a locked server never
 _UNLOAD_S = 8.0  # idle or answering with errors, a dead model's last request ends in about a second
 _LOAD_S = 300.0
 _MOST_BACK_OFF_S = 16.0
+_SWEEP_EVERY_S = 10.0
+# An older one ends when it is asked to let go of what a request still uses; this one refuses.
+_REFUSES_SINCE = (2, 50)
 # The server calls a request answered once it has handed the answer to its connection.
 _FLUSH_S = 1.0
 
@@ -171,6 +177,7 @@ class Supervisor:
         self.health.state = "serving"
         watch = Watch(self._server.pid)
         silent = Silence(self._server)
+        sweep = Sweep(self._server.control)
         while not self._end.wait(_POLL_S):
             self.health.beat_s = time.monotonic()
             if trouble := _ended(self._server) or silent.too_long():
@@ -178,6 +185,7 @@ class Supervisor:
             for model, processes in watch.lost().items():
                 if trouble := self._replace(watch, model, processes):
                     return trouble
+            sweep.sometimes()
         return None
 
     def _replace(self, watch: Watch, model: str, processes: list[int]) -> str | None:
@@ -270,6 +278,34 @@ class Silence:
             self._heard_s = time.monotonic()
         late = time.monotonic() - self._heard_s > _SILENT_S
         return f"tritonserver: no answer for {_SILENT_S:g} s" if late else None
+
+
+class Sweep:
+    """Shared memory that callers left with a server: it would hold the pages of each until its own end.
+
+    A caller that gives a request up can't take back what the server may still write to; it removes the
+    file, and the registration stays. One that was killed leaves both.
+    """
+
+    def __init__(self, control: ModelControl) -> None:
+        self._control = control
+        self._next_s = 0.0
+
+    def sometimes(self) -> None:
+        """Let go of what nobody will name again, every `_SWEEP_EVERY_S`."""
+        now = time.monotonic()
+        if now < self._next_s:
+            return
+        self._next_s = now + _SWEEP_EVERY_S
+        with contextlib.suppress(ControlError):  # busy, or without shared memory
+            if self._control.version() >= _REFUSES_SINCE:
+                for name in abandoned(self._control.regions()):
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(ControlError):  # in use: next time
+            self._control.unregister(name)
+            (FOLDER / name).unlink(missing_ok=True)
 
 
 def _ended(server: Served) -> str | None:

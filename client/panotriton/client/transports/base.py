@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from panotriton.errors import (
     ServerUnavailable,
     quoted,
 )
+from panotriton.pipeline.channel import in_trouble
 from panotriton.pipeline.events import Event
 
 __all__ = [
@@ -34,20 +34,9 @@ __all__ = [
     "Watch",
     "Witness",
     "check_url",
-    "in_trouble",
 ]
 
 CONNECT_TIMEOUT_S = 10.0
-# Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
-_TROUBLE = re.compile(
-    r"Stub process .*is not healthy|Server (?:is stopping|exiting)|has no available versions"
-    r"|Model '.*' is not ready"
-)
-
-
-def in_trouble(message: str) -> bool:
-    """Whether the server's words tell of itself, not of the request, whatever their status."""
-    return bool(_TROUBLE.search(message))
 
 
 class Pending(Protocol):

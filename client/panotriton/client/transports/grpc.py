@@ -25,14 +25,13 @@ from panotriton.errors import (
     ServerBusy,
     ServerUnavailable,
 )
-from panotriton.pipeline.channel import GRPC_CHANNEL
+from panotriton.pipeline.channel import GRPC_CHANNEL, NEVER_SENT
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 
 __all__ = ["Asynchronous", "Blocking"]
 
-# gRPC's own words for a connection that failed, and for a message that is larger than either side takes.
-_NEVER_SENT = "failed to connect"
-_CUT_OFF = (_NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken pipe", "keepalive")
+# gRPC's own words for a connection that broke, and for a message that is larger than either side takes.
+_CUT_OFF = (NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken pipe", "keepalive")
 _TOO_LARGE = ("exceeds", "larger than max")
 
 
@@ -102,7 +101,7 @@ class _Grpc(Transport):
         return super().answer(error)
 
     def never_sent(self, error: BaseException) -> bool:
-        return _NEVER_SENT in (self.answer(error)[1] or "")
+        return NEVER_SENT in (self.answer(error)[1] or "")
 
     def cut_off(self, error: BaseException) -> bool:
         status, text = self.answer(error)

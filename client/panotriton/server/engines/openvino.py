@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ _TYPES = {"f32": "float", "f16": "float16", "f64": "double", "boolean": "bool", 
 
 def has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 itself (AVX512_BF16, AMX); elsewhere fp32 is quicker."""
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVINOGraph:
@@ -55,8 +56,7 @@ class OpenVINOGraph:
         precision: str = "fp32",
         shapes: int | None = None,
     ) -> None:
-        self._core = _openvino().Core()
-        self._model = self._core.read_model(str(path))
+        self._model = _core().read_model(str(path))
         if precision == "bf16":
             _multiply_bf16(self._model)
         self._settings = {
@@ -103,7 +103,16 @@ class OpenVINOGraph:
         model = _openvino().Model(results, whole.get_parameters())
         if shapes:
             model.reshape(dict(shapes))
-        return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+        return _core().compile_model(model, "CPU", self._settings).create_infer_request()
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the whole process, never let go. The last one that goes takes away the stack for signal
+    handlers that it gave to the thread which had made it: where another thread drops it, that thread's
+    next signal, a Ctrl-C, would end the process by SIGSEGV.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:
