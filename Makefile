@@ -12,24 +12,32 @@ WORKERS ?= $(shell echo $$(($$(nproc) < 8 ? $$(nproc) + 1 : 8)))
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# uv where it is installed, which does the same sooner. Python compiles what it imports, not all that came.
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,\
+	$(BIN)/python -m pip install --no-compile) --quiet -c constraints.txt
+
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "installing torch, tritonserver and the rest into $(VENV): a few GB, some minutes ..."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "installing torch, tritonserver and what the demo needs into $(VENV): a few GB, some minutes ..."
+	$(INSTALL) -e '.[export]'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 setup: $(VENV)/.installed  ## install into .venv
 
-SOURCES := $(shell find export model_repository client/panotriton/prompts -type f -not -name '*.pyc')
-repository/.small: $(VENV)/.installed $(SOURCES)
-	$(BIN)/panotriton export --preset small
-	touch $@
+# By content: a checkout that gives sources another date, and nothing else, exports nothing.
+SOURCES := constraints.txt $(sort $(shell find export model_repository client/panotriton/prompts -type f -not -name '*.pyc'))
+repository/.small: $(VENV)/.demo $(SOURCES)
+	@sha256sum $(SOURCES) | cmp --silent - $@ || $(BIN)/panotriton export --preset small
+	@sha256sum $(SOURCES) > $@
 
 demo: repository/.small  ## two panoramas through the whole pipeline, on a server of its own
-	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --sphere 0 --report -o out/demo
+	$(BIN)/panotriton process --local $(DEMO)/sunset.jpg $(DEMO)/city.jpg --seed 7 --sphere 0 --preview --report -o out/demo
 
-test: repository/.small  ## all tests, a real tritonserver included; WORKERS=1 for one after the other
+test: $(VENV)/.installed repository/.small  ## all tests, a real tritonserver included; WORKERS=1 for one after the other
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup  ## format, lint, types, generated pages
@@ -40,14 +48,14 @@ check: setup  ## format, lint, types, generated pages
 	$(BIN)/python docs/api.py --check
 
 $(VENV)/.deploy: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[deploy]'
+	$(INSTALL) -e '.[deploy]'
 	touch $@
 
 build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 	$(BIN)/python tests/deploy/fetch_helm.py build/deploy
 	touch $@
 
-fault-check: repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
+fault-check: $(VENV)/.installed repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
 	timeout 780 $(BIN)/python -m pytest -m "" tests/faults
 	timeout 120 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
 
@@ -60,10 +68,10 @@ deploy-check: build/deploy/helm  ## containers, chart, dashboards: all that need
 deploy-golden: build/deploy/helm  ## rewrite what the chart renders, kept for review
 	$(BIN)/python -m tests.deploy.golden
 
-bench: repository/.small  ## all measurements, half an hour: build/bench/report.md
+bench: $(VENV)/.installed repository/.small  ## all measurements, half an hour: build/bench/report.md
 	$(BIN)/python tests/bench/run.py
 
-gpu-check: repository/.small  ## all that needs a GPU, 8 minutes and at first an export; exit code 4 without one
+gpu-check: $(VENV)/.installed repository/.small  ## all that needs a GPU, 8 minutes and at first an export; exit code 4 without one
 	$(BIN)/panotriton bench gpu
 
 build/bench/perf_analyzer/tool/perf_analyzer: $(VENV)/.installed

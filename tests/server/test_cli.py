@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,23 @@ def test_a_prompt_that_is_cut_is_told_once_and_kept(
     for root in ("one", "many"):
         info = json.loads((tmp_path / root / "group_0001" / "group_info.json").read_text())
         assert info["warning"] == told
+
+
+def test_a_preview_is_written_before_the_group(
+    url: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    """And is a pair that the group has, but for the rounding of a batch of another size."""
+    panoramas = [str(PANORAMAS / f"{name}.jpg") for name in ("sunset", "city")]
+    small = ["--crop-size", "64", "--interpolations", "0", "--sphere", "0", "--threshold", "0"]
+    run = ["process", *panoramas, "-o", str(tmp_path), "--seed", "7", *small, *url]
+    assert main([*run, "--preview"]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    preview = tmp_path / "preview.jpg"
+    assert re.fullmatch(rf"first pair, \d+\.\d s → {re.escape(str(preview))}", first)
+    pair = tmp_path / "group_0001" / "osediff" / "sunset_yaw01_pair.jpg"
+    got, expected = (cv2.imread(str(path)) for path in (preview, pair))
+    assert got.shape == expected.shape == (128, 256, 3)
+    assert cv2.PSNR(got, expected) > 35  # JPEG of another quality
 
 
 def test_the_modes_are_compared_on_what_all_could_score(

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,8 +38,9 @@ from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError, brief
 from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
 from panotriton.groups.report import write_report
+from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 from panotriton.pipeline.contract import check_seed
-from panotriton.pipeline.images import FORMATS
+from panotriton.pipeline.images import FORMATS, decode_image
 from panotriton.pipeline.networks import NETWORKS, PIPELINE
 from panotriton.pipeline.results import Group, Health, StageTime, warning_field
 from panotriton.pipeline.stages import ORDER, is_part
@@ -47,6 +50,7 @@ _EXAMPLES = """\
   panotriton process a.jpg b.jpg -o out --local          start a server for this run alone
   panotriton process a.jpg b.jpg -o out --seed 7 --threshold 0.6 --interpolations 4
   panotriton process a.jpg b.jpg -o out --report         and one HTML page over it
+  panotriton process a.jpg b.jpg -o out --preview        and its first pair after seconds
   panotriton process a.jpg b.jpg -o out --json           one JSON object on stdout
 """
 _POLL_S = 0.5
@@ -66,6 +70,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the group")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (%(default)s)")
     parser.add_argument("--report", action="store_true", help="write the group's report.html, too")
+    parser.add_argument(
+        "--preview", action="store_true", help="write the first pair, preview.jpg, before the group"
+    )
     add_pipeline_arguments(parser)
     add_server_arguments(parser)
     parser.set_defaults(run=run)
@@ -73,6 +80,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Process one pair of panoramas and write its folder."""
+    began = time.perf_counter()
     for path in options.panoramas:
         if not os.path.isfile(path):  # noqa: PTH113 false of names that no file can have, too
             raise InvalidInput(f"{brief(path)} is not a file; expected a panorama ({FORMATS})")
@@ -83,6 +91,10 @@ def run(options: argparse.Namespace) -> int:
     console = console_for(options)
     with connected(options, console) as client:
         health = client.health()
+        if options.preview:
+            path = _preview(client, options)
+            seconds = time.perf_counter() - began
+            console.print(f"first pair, {seconds:.1f} s → {shown(path)}", soft_wrap=True)
         group, stages = _process(client, options, chosen, console)
     group_id = next_group_id(options.output)
     about = _about(options, chosen, group, stages, health)
@@ -96,6 +108,22 @@ def run(options: argparse.Namespace) -> int:
         if report:
             console.print(shown(report), soft_wrap=True)
     return 0
+
+
+def _preview(client: Client, options: argparse.Namespace) -> Path:
+    """The group's first pair, super-resolved alone; written a group's time before the group."""
+    path = options.panoramas[0]
+    panorama = decode_image(brief(path), path.read_bytes())
+    sphere = Sphere(panorama, options.crop_size, options.sphere_size)
+    rows = sample_cameras(options.seed)[0, 0]  # left, right
+    pair = np.concatenate([sphere.crop(Camera.from_array(row)) for row in rows], axis=1)
+    sharp = client.upscale(
+        pair, upscale=options.upscale, align=options.align, prompt=options.prompt
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    preview: Path = options.output / "preview.jpg"
+    sharp.image.save(preview, quality=92)
+    return preview
 
 
 def _process(
