@@ -12,8 +12,10 @@ WORKERS ?= $(shell echo $$(($$(nproc) < 8 ? $$(nproc) + 1 : 8)))
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# uv where it is installed, which does the same sooner. Python compiles what it imports, not all that came.
-INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,\
+# uv where it is installed, which does the same sooner; UV= for pip, whose settings uv does not read.
+# Python compiles what it imports, not all that came.
+UV ?= $(shell command -v uv 2> /dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,\
 	$(BIN)/python -m pip install --no-compile) --quiet -c constraints.txt
 
 $(VENV)/.demo: pyproject.toml constraints.txt

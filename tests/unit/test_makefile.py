@@ -59,6 +59,14 @@ def test_an_export_that_failed_is_tried_again(tree: Path) -> None:
     assert exports(tree) == 1
 
 
+def test_uv_installs_where_it_is(tree: Path) -> None:
+    (tree / ".venv" / ".demo").unlink()
+    uv = make(tree, "-n", "demo", "UV=/opt/uv").stdout
+    assert "/opt/uv pip install --python .venv/bin/python --quiet -c constraints.txt -e" in uv
+    pip = make(tree, "-n", "demo", "UV=").stdout
+    assert ".venv/bin/python -m pip install --no-compile --quiet -c constraints.txt -e" in pip
+
+
 def test_the_demo_installs_less_than_the_tests_do(tree: Path) -> None:
     (tree / ".venv" / ".demo").unlink()
     demo, test = (make(tree, "-n", target).stdout for target in ("demo", "test"))
