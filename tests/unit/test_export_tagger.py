@@ -438,9 +438,9 @@ def test_the_graph_agrees_with_pytorch(exported: Exported) -> None:
 
 def test_graph_and_config_keep_their_contract(exported: Exported) -> None:
     folder = exported[0] / "osediff_tagger"
-    graph = onnx.load(str(folder / "1" / "model.onnx"))
-    onnx.checker.check_model(graph)
-    (image,), (probability,) = graph.graph.input, graph.graph.output
+    loaded = onnx.load(str(folder / "1" / "model.onnx"))
+    onnx.checker.check_model(loaded)
+    (image,), (probability,) = loaded.graph.input, loaded.graph.output
     for value, name, kind, rest in (
         (image, "IMAGE", onnx.TensorProto.UINT8, [384, 384, 3]),
         (probability, "PROBABILITY", onnx.TensorProto.FLOAT, [40]),
