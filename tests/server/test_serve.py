@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -100,6 +101,32 @@ def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> Non
         parent.kill()
     psutil.wait_procs([server], timeout=60)
     assert not server.is_running()
+
+
+CRASHES = """#!/bin/sh
+[ -s {counted} ] && [ $(wc -l < {counted}) -ge {times} ] && exec {binary} "$@"
+echo >> {counted}
+kill -ABRT $$
+"""
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_crash_while_models_load_is_tried_again(
+    repository: Path, tmp_path: Path, times: int
+) -> None:
+    real, wrapper = find_installation(), tmp_path / "tritonserver"
+    places = {"counted": tmp_path / "crashes", "binary": real.binary}
+    wrapper.write_text(CRASHES.format(times=times, **places))
+    wrapper.chmod(0o755)
+    server = LocalServer(
+        repository, load_models=["decode"], installation=replace(real, binary=wrapper)
+    )
+    if times == 3:
+        with pytest.raises(ServerStartError, match="exit code -6"), server:
+            pass
+        return
+    with server, Client(server.grpc_url) as client:
+        assert client.ready()
 
 
 def test_a_taken_port_is_named(repository: Path) -> None:

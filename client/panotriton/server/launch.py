@@ -59,6 +59,9 @@ _KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
 }
+# On a busy machine 24.10 aborts at times while it loads Python models: boost's lock_exception, see the
+# open issue in docs/RELIABILITY.md.
+_STARTS = 3
 _DOCKER_WAY = "run it in a container instead: see docker/ in the project"
 _PLAIN_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _TRACEBACK = r"\n\nAt:"
@@ -308,9 +311,20 @@ class LocalServer:
         return self._running().wait()
 
     def start(self) -> None:
-        """Start the server, again after `kill` at the same addresses, and wait until it is ready."""
-        self._start()
-        self._wait_ready()
+        """Start the server, again after `kill` at the same addresses, and wait until it is ready.
+
+        Raises ServerStartError with the reason; a crash while it loads is tried again first.
+        """
+        for left in reversed(range(_STARTS)):
+            self._start()
+            try:
+                self._wait_ready()
+            except ServerStartError:
+                if not left or (self.exit_code() or 0) >= 0:
+                    raise
+                self.kill()
+            else:
+                return
 
     def exit_code(self) -> int | None:
         """How the server ended, -N by signal N; None while it runs."""
