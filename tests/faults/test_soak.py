@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,22 @@ def own_regions() -> int:
     return total
 
 
+def crowd(serving: Serving, panoramas: Panoramas) -> None:
+    """As many groups at once as are ever in work: what the Python backend shares with a model's process
+    grows to the largest need so far, and stays.
+    """
+    until = time.monotonic() + max(30.0, SOAK_S / 20)
+
+    def work(number: int) -> None:
+        kinds, draw = Bad(serving, panoramas), random.Random(number)
+        while time.monotonic() < until:
+            with contextlib.suppress(PanotritonError, *Blocking.failures):
+                kinds.abandon(draw)
+
+    with ThreadPoolExecutor(10) as callers:
+        list(callers.map(work, range(10)))
+
+
 class Memory:
     """Private bytes of a server and its processes, and bytes of /dev/shm, since its start."""
 
@@ -348,6 +365,7 @@ def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
             counts[work.__name__] += 1
             ended.wait(0.03)
 
+    crowd(asked, panoramas)
     memory = Memory(asked)
     threads = [threading.Thread(target=good, args=(n,), daemon=True) for n in range(4)]
     threads += [threading.Thread(target=bad, args=(n,), daemon=True) for n in range(7)]
