@@ -68,7 +68,10 @@ Panoramas = tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(scope="module")
 def asked(
-    quick_repository: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+    quick_repository: Path,
+    repository: Path,
+    panoramas: Panoramas,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("soak")
     models = folder / "repository"
@@ -85,6 +88,7 @@ def asked(
     code.write_text(fake + ENGINE)
     (models / "qwen" / "1" / "qwen.json").write_text("{}")
     with served(models, folder, "--restarts=1000") as running:
+        crowd(running, panoramas)
         yield running
 
 
@@ -365,7 +369,6 @@ def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
             counts[work.__name__] += 1
             ended.wait(0.03)
 
-    crowd(asked, panoramas)
     memory = Memory(asked)
     threads = [threading.Thread(target=good, args=(n,), daemon=True) for n in range(4)]
     threads += [threading.Thread(target=bad, args=(n,), daemon=True) for n in range(7)]
