@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from panotriton.cli import main
+from panotriton.errors import brief
 from panotriton.server.launch import LocalServer
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
@@ -173,7 +174,7 @@ def test_the_modes_are_compared_on_what_all_could_score(
 def test_describing_nothing_is_a_failure(tmp_path: Path, url: list[str], capsys: Capture) -> None:
     dark, light = picture(tmp_path / "dark.png", level=0), picture(tmp_path / "light.png", level=9)
     assert main(["describe", str(dark), *url]) == 1
-    assert capsys.readouterr() == ("", f"panotriton: {dark}: it is dark\n")
+    assert capsys.readouterr() == ("", f"panotriton: {brief(dark)}: it is dark\n")
     assert main(["describe", str(dark), str(light), *url]) == 1
     assert capsys.readouterr().out == f"{light}: Mean level 9.0.\n"
     assert main(["describe", str(light), *url]) == 0

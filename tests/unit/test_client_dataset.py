@@ -1,6 +1,10 @@
 """What a data-set run is made of, without a server."""
 
+import hashlib
 import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,9 @@ import pytest
 
 from panotriton.errors import InvalidInput
 from panotriton.groups.dataset import Dataset
+from panotriton.groups.maker import Panoramas
 from panotriton.groups.plan import find_panoramas, group_seed, pair_order
+from panotriton.groups.store import open_store
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 
@@ -70,3 +76,27 @@ def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -
     }
     with pytest.raises(InvalidInput, match="crop_size is 63"):
         Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1, options=options)
+
+
+def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(tempfile.TemporaryDirectory[str]):
+        """Begins as late as it may on a busy machine."""
+
+        def __init__(self, **options: Any) -> None:
+            time.sleep(0.05)
+            super().__init__(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Slow)
+    store = open_store("memory://in")
+    names = [f"{index}.png" for index in range(4)]
+    for name in names:
+        store.write(name, name.encode())
+    panoramas = Panoramas()
+
+    def content(name: str) -> bytes:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return panoramas.path(f"{store.place}/{name}", digest).read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(content, names * 2)) == [name.encode() for name in names * 2]
+    panoramas.close()

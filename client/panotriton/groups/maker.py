@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from panotriton.groups.sinks import Record, open_sink
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.results import Group
 
-__all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome"]
+__all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome", "Panoramas"]
 
 INPUT, SERVER = "input", "server"
 """Whose trouble it was that a pair gave no group."""
@@ -92,7 +93,7 @@ class Maker:
         self._patience_s = patience_s
         self._sink = open_sink(plan.output, plan.layout, pages=plan.pages)
         self._records = Records(open_store(plan.output))
-        self._panoramas = _Panoramas()
+        self._panoramas = Panoramas()
         self._clients: dict[str, AsyncClient] = {}
         self._names: dict[str, str] = {}
 
@@ -279,10 +280,11 @@ class _Tried:
         self._wait_s = min(2 * self._wait_s, _LONGEST_BUSY_WAIT_S)
 
 
-class _Panoramas:
-    """Panoramas as files of this machine, of the content that the run began with."""
+class Panoramas:
+    """Panoramas as files of this machine, of the content that the run began with. Thread-safe."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._copies: OrderedDict[str, tuple[Path, int]] = OrderedDict()
 
@@ -292,15 +294,19 @@ class _Panoramas:
 
     def path(self, panorama: str, digest: str | None) -> Path:
         """Raises InvalidInput where it cannot be read, or has changed."""
-        if panorama in self._copies:
-            self._copies.move_to_end(panorama)
-            return self._copies[panorama][0]
+        with self._lock:
+            if panorama in self._copies:
+                self._copies.move_to_end(panorama)
+                return self._copies[panorama][0]
         data = read_panorama(panorama)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InvalidInput(
                 f"{brief(panorama)} has changed since the run began: put it back, or begin another run"
             )
-        return self._copied(panorama, data) if is_url(panorama) else Path(panorama)
+        if not is_url(panorama):
+            return Path(panorama)
+        with self._lock:
+            return self._copied(panorama, data)
 
     def _copied(self, panorama: str, data: bytes) -> Path:
         if self._folder is None:

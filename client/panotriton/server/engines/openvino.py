@@ -106,13 +106,17 @@ class OpenVINOGraph:
         return _core().compile_model(model, "CPU", self._settings).create_infer_request()
 
 
-@functools.cache
 def _core() -> Any:
+    return _core_of(_openvino())
+
+
+@functools.cache
+def _core_of(openvino: Any) -> Any:
     """One for the whole process, never let go. The last one that goes takes away the stack for signal
     handlers that it gave to the thread which had made it: where another thread drops it, that thread's
     next signal, a Ctrl-C, would end the process by SIGSEGV.
     """
-    return _openvino().Core()
+    return openvino.Core()
 
 
 def _openvino() -> Any:
