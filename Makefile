@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
-# Test files at once: one more than cores, since a server is often waited for. Each takes up to 3 GB.
-WORKERS ?= $(shell echo $$(($$(nproc) < 8 ? $$(nproc) + 1 : 8)))
+# Test files at once. With their servers each takes up to 8 GB.
+WORKERS ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) : 4)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
