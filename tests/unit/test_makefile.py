@@ -48,7 +48,7 @@ def test_the_preset_is_exported_when_a_source_has_another_content(tree: Path) ->
     assert exports(tree) == 1
     source.write_text("changed")
     assert exports(tree) == exports(tree) == 2
-    source.rename(tree / "export" / "d.py").touch()
+    source.rename(tree / "export" / "d.py")
     assert exports(tree) == 3
 
 
