@@ -1,7 +1,10 @@
 """What a data-set run is made of, without a server."""
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,3 +103,28 @@ def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.M
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(content, names * 2)) == [name.encode() for name in names * 2]
     panoramas.close()
+
+
+KILLED = """
+import os, sys
+from panotriton.groups.store import open_store
+os.link = lambda *names, **options: os._exit(9)
+open_store(sys.argv[1]).create("records/1.json", b"{}")
+"""
+
+
+def test_a_file_is_created_once_and_whole_or_not_at_all(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == 9
+    assert list((tmp_path / "records").iterdir()) == []
+    store = open_store(tmp_path)
+    assert store.create("records/1.json", b"{}")
+    assert not store.create("records/1.json", b"[]")
+    assert store.read("records/1.json") == b"{}"
+    assert (tmp_path / "records" / "1.json").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

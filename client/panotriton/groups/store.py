@@ -121,14 +121,19 @@ class FolderStore(Store):
             written.replace(self.folder / name)
 
     def create(self, name: str, data: bytes) -> bool:
-        with self._beside(name, data) as written:
-            try:
-                (self.folder / name).hardlink_to(
-                    written
-                )  # the one step that refuses an existing name
-            except FileExistsError:
-                return False
-            return True
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _create_unnamed(path, data)
+        except FileExistsError:
+            return False
+        except (OSError, AttributeError):  # files without a name are Linux's, and NFS has none
+            with self._beside(name, data) as written:
+                try:
+                    path.hardlink_to(written)  # the one step that refuses an existing name
+                except FileExistsError:
+                    return False
+                return True
 
     def list(self, folder: str) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
@@ -159,6 +164,20 @@ class FolderStore(Store):
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _create_unnamed(path: Path, data: bytes) -> bool:
+    """A file that has no name until it is whole: of a process that is killed nothing is left."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=folder)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
+    return True
 
 
 class ObjectStore(Store):
