@@ -74,13 +74,14 @@ def test_a_time_out_of_the_blocking_client_does_the_same(quick_repository: Path)
     with LocalServer(quick_repository) as server:
         late = 0
         for number in range(40):
-            with Client(server.grpc_url, retries=0, timeout_s=0.02 + number % 10 / 200) as client:
+            timeout_s = 0.02 + number % 10 / 200 if number % 10 else 60.0
+            with Client(server.grpc_url, retries=0, timeout_s=timeout_s) as client:
                 try:
                     client.upscale(image)
                 except PanotritonError:
                     late += 1
         assert server.exit_code() is None
-        assert 0 < late < 40
+        assert 0 < late <= 36
 
 
 def show(how: str, seconds: float = 15) -> None:
