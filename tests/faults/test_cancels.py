@@ -74,14 +74,15 @@ def test_a_time_out_of_the_blocking_client_does_the_same(quick_repository: Path)
     with LocalServer(quick_repository) as server:
         late = 0
         for number in range(40):
-            timeout_s = 0.02 + number % 10 / 200 if number % 10 else 60.0
+            # Around the time that an answer takes; the first is late and the second not, on any machine.
+            timeout_s = 60.0 if number == 1 else 0.02 + number % 10 / 200
             with Client(server.grpc_url, retries=0, timeout_s=timeout_s) as client:
                 try:
-                    client.upscale(image)
+                    client.upscale(image, prompt="" if number else "slow")
                 except PanotritonError:
                     late += 1
         assert server.exit_code() is None
-        assert 0 < late <= 36
+        assert 0 < late < 40
 
 
 def show(how: str, seconds: float = 15) -> None:
