@@ -185,8 +185,8 @@ class Pool:
 
     A slot whose request was given up is kept back until the server has answered all the same, and then
     used again. Where the request was cancelled, nobody says when: the slot is never used again, nor
-    unregistered, since the server may still be writing to it. `panotriton doctor --fix` removes it
-    when its process is gone.
+    unregistered, since the server may still be writing to it. The server's supervision lets go of
+    it, or `panotriton doctor --fix` when its process is gone.
     """
 
     def __init__(

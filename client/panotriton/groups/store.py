@@ -124,7 +124,7 @@ class FolderStore(Store):
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return _create_unnamed(path, data)
+            _create_unnamed(path, data)
         except FileExistsError:
             return False
         except (OSError, AttributeError):  # files without a name are Linux's, and NFS has none
@@ -133,7 +133,7 @@ class FolderStore(Store):
                     path.hardlink_to(written)  # the one step that refuses an existing name
                 except FileExistsError:
                     return False
-                return True
+        return True
 
     def list(self, folder: str) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
@@ -166,7 +166,7 @@ class FolderStore(Store):
             temporary.unlink(missing_ok=True)
 
 
-def _create_unnamed(path: Path, data: bytes) -> bool:
+def _create_unnamed(path: Path, data: bytes) -> None:
     """A file that has no name until it is whole: of a process that is killed nothing is left."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -177,7 +177,6 @@ def _create_unnamed(path: Path, data: bytes) -> bool:
             os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder)
     finally:
         os.close(folder)
-    return True
 
 
 class ObjectStore(Store):

@@ -14,6 +14,7 @@ __all__ = [
     "SILENT_S",
     "WATCH_EVERY_S",
     "in_trouble",
+    "release",
 ]
 
 WATCH_EVERY_S = 10.0
@@ -50,6 +51,12 @@ GRPC_CHANNEL: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 2),
 ]
+
+
+def release(version: str) -> tuple[int, int]:
+    """Of a server that calls itself 2.51.0: (2, 51). (0, 0) for what is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def in_trouble(message: str) -> bool:

@@ -16,7 +16,7 @@ NAME = re.compile(rf"{PREFIX}(\d+)_[0-9a-f]{{32}}$")
 
 
 def held(path: Path) -> bool:
-    """Whether the owner lives: it holds a lock on the file as long as it does, in any container.
+    """Whether the owner of a file lives: it holds a lock on it as long as it does, in any container.
 
     So is what cannot be told: another user's file, and one that was removed meanwhile.
     """

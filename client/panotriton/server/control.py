@@ -8,6 +8,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from panotriton.errors import PanotritonError
+from panotriton.pipeline.channel import release
 from panotriton.pipeline.networks import NETWORKS
 
 __all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
@@ -48,11 +49,9 @@ class ModelControl:
         index = self._post("repository/index")
         return {entry["name"]: entry.get("state", "UNAVAILABLE") for entry in index}
 
-    def version(self) -> tuple[int, ...]:
-        """Of the server, such as (2, 51, 0). Raises ControlError."""
-        return tuple(
-            int(part) for part in self._get("")["version"].split(".")[:3] if part.isdigit()
-        )
+    def release(self) -> tuple[int, int]:
+        """Of the server, such as (2, 51). Raises ControlError."""
+        return release(self._get("")["version"])
 
     def regions(self) -> list[str]:
         """Names under which callers registered system shared memory. Raises ControlError."""

@@ -50,7 +50,11 @@ def lock_folder(folder: Path) -> int:
 def dead_folders(parent: Path | None = None) -> list[DeadFolder]:
     """Temporary folders of launchers that are gone with their servers and stubs."""
     where = parent or Path(tempfile.gettempdir())
-    return [DeadFolder(folder) for folder in sorted(where.glob(f"{WORK_PREFIX}*")) if _dead(folder)]
+    return [
+        DeadFolder(folder)
+        for folder in sorted(where.glob(f"{WORK_PREFIX}*"))
+        if not held(folder / _LOCK)
+    ]
 
 
 def orphaned_stubs() -> list[Stub]:
@@ -73,17 +77,3 @@ def _orphans() -> Iterator[Stub]:
     for stub in find_stubs():
         if stub.region.startswith(SHM_PREFIX) and stub.orphaned:
             yield stub
-
-
-def _dead(folder: Path) -> bool:
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_RDWR)
-    except OSError:  # not locked yet, or another user's
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FrameType
 from typing import Protocol
 
@@ -298,9 +299,13 @@ class Sweep:
             return
         self._next_s = now + _SWEEP_EVERY_S
         with contextlib.suppress(ControlError):  # busy, or without shared memory
-            if self._control.version() >= _REFUSES_SINCE:
+            if self._refuses:
                 for name in abandoned(self._control.regions()):
                     self._remove(name)
+
+    @cached_property
+    def _refuses(self) -> bool:
+        return self._control.release() >= _REFUSES_SINCE
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(ControlError):  # in use: next time

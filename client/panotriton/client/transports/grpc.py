@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -25,7 +24,7 @@ from panotriton.errors import (
     ServerBusy,
     ServerUnavailable,
 )
-from panotriton.pipeline.channel import GRPC_CHANNEL, NEVER_SENT
+from panotriton.pipeline.channel import GRPC_CHANNEL, NEVER_SENT, release
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 
 __all__ = ["Asynchronous", "Blocking"]
@@ -61,8 +60,7 @@ class _Grpc(Transport):
         self._left: set[Pending] = set()
 
     def meet(self, version: str) -> None:
-        found = re.match(r"(\d+)\.(\d+)", version)
-        self.may_cancel = found is not None and (int(found[1]), int(found[2])) >= _CANCELS_SINCE
+        self.may_cancel = release(version) >= _CANCELS_SINCE
 
     def leave(self, pending: Pending) -> None:
         self._left.add(pending)
