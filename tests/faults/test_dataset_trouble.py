@@ -18,7 +18,8 @@ import pytest
 from panotriton.cli import main
 from tests.server import standins
 from tests.server.harm import Victim, harmed, made
-from tests.server.test_dataset import arguments, content
+from tests.server.outputs import check_same, result
+from tests.server.test_dataset import arguments
 
 pytestmark = pytest.mark.thorough
 SEEDS = int(os.environ.get("PANOTRITON_FAULTS_SEEDS", "3"))
@@ -46,11 +47,6 @@ def undisturbed(victim: Victim, tmp_path_factory: pytest.TempPathFactory) -> dic
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     assert main(arguments(output, victim.grpc_url, *PAIRS)) == 0
     return result(output)
-
-
-def result(output: Path) -> dict[str, bytes]:
-    """All but the diary of what servers did meanwhile."""
-    return {name: data for name, data in content(output).items() if ".attempt-" not in name}
 
 
 @contextmanager
@@ -89,7 +85,7 @@ def test_a_run_outlasts_its_server_and_itself(
                 break
         assert code == 0, f"{code}: " + (tmp_path / "run.log").read_text()
     assert len(done) >= 2, done  # on a quick machine the run ends before the others
-    assert result(output) == undisturbed, done
+    check_same(result(output), undisturbed, done)
 
 
 def test_a_freeze_is_given_up_in_the_stated_time(
@@ -103,4 +99,4 @@ def test_a_freeze_is_given_up_in_the_stated_time(
     with harmed(victim, output, 0, harms=("freeze",), frozen_s=60):
         assert main(arguments(output, victim.grpc_url, *PAIRS)) == 0
     assert "has not said for 20 s that it lives" in capsys.readouterr().err
-    assert result(output) == undisturbed
+    check_same(result(output), undisturbed)

@@ -14,6 +14,7 @@ from panotriton.cli import main
 from panotriton.server.launch import LocalServer
 from tests.replica import Replica
 from tests.server.cluster import HARMS, Cluster, replicas, run_harmed, write_panoramas
+from tests.server.outputs import check_same, result
 
 REAL = Path(__file__).parent.parent / "data" / "panoramas"
 GROUPS = 40
@@ -44,16 +45,6 @@ def arguments(panoramas: Path, output: Path, servers: list[Replica]) -> list[str
     return [*run, "--url", ",".join(server.url for server in servers), *OPTIONS, "--json"]
 
 
-def content(output: Path) -> dict[str, bytes]:
-    """All but the attempts, which say what was killed."""
-    files = (path for path in output.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for path in files
-        if ".attempt-" not in path.name
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(
     panoramas: Path, servers: list[Replica], tmp_path_factory: pytest.TempPathFactory
@@ -61,7 +52,7 @@ def undisturbed(
     """One process."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     assert main(arguments(panoramas, output, servers)) == 0
-    return content(output)
+    return result(output)
 
 
 def check_harmed(
@@ -76,9 +67,8 @@ def check_harmed(
     command = [sys.executable, "-m", "panotriton", *arguments(panoramas, output, servers), *more]
     done = run_harmed(command, output, cluster, servers, harms, seed, GROUPS)
     assert len(done) == len(harms), done
-    found = content(output)
-    assert found.keys() == undisturbed.keys(), done
-    assert found == undisturbed, done
+    found = result(output)
+    check_same(found, undisturbed, done)
     failed = json.loads(found["failed.json"])
     assert failed
     assert all("broken.png" in entry["error"] for entry in failed.values())
@@ -109,8 +99,8 @@ def test_a_real_tritonserver_makes_the_same_groups_for_a_cluster(
     command = [sys.executable, "-m", "panotriton", *words, *more]
     done = subprocess.run(command, env=cluster.environment, stdout=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
-    assert content(tmp_path / "ray") == content(tmp_path / "local")
-    assert "group_0001/group_info.json" in content(tmp_path / "ray")
+    check_same(result(tmp_path / "ray"), result(tmp_path / "local"))
+    assert "group_0001/group_info.json" in result(tmp_path / "ray")
 
 
 @pytest.mark.thorough

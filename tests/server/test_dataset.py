@@ -20,6 +20,7 @@ from panotriton.errors import InvalidInput
 from panotriton.groups.dataset import Dataset
 from panotriton.server.launch import LocalServer
 from tests.server.harm import Victim, harmed
+from tests.server.outputs import check_same, content, result
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 GROUPS = 6
@@ -29,11 +30,6 @@ SMALL = ["--crop-size", "64", "--interpolations", "1", "--seed", "3"]
 def arguments(output: Path, url: str, *more: str, folder: Path = PANORAMAS) -> list[str]:
     run = ["dataset", str(folder), "-o", str(output), "--url", url, "--json", *SMALL]
     return [*run, *(more or ["--sample-n", str(GROUPS)])]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +46,11 @@ def test_a_run_is_complete(undisturbed: Path) -> None:
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert (summary["groups"], summary["failed"], summary["complete"]) == (GROUPS, 0, True)
     results = json.loads((undisturbed / "results.json").read_text())
-    assert [result["group_id"] for result in results] == list(range(1, GROUPS + 1))
-    assert sum(len(result["kept"]) for result in results) == summary["intervals_kept"]
-    for result in results:
-        folder = undisturbed / f"group_{result['group_id']:04d}"
-        for interval in result["intervals"]:
+    assert [group["group_id"] for group in results] == list(range(1, GROUPS + 1))
+    assert sum(len(group["kept"]) for group in results) == summary["intervals_kept"]
+    for group in results:
+        folder = undisturbed / f"group_{group['group_id']:04d}"
+        for interval in group["intervals"]:
             for sequence in interval["sequences"]:
                 assert all((folder / image["path"]).is_file() for image in sequence["images"])
     assert not (undisturbed / ".work").exists()
@@ -68,7 +64,7 @@ def test_parallelism_changes_nothing(
     url = standin.grpc_url if protocol == "grpc" else standin.http_url
     more = ["--in-flight", in_flight, "--protocol", protocol, "--sample-n", str(GROUPS)]
     assert main(arguments(tmp_path / "out", url, *more)) == 0
-    assert content(tmp_path / "out") == content(undisturbed)
+    check_same(content(tmp_path / "out"), content(undisturbed))
 
 
 def settled(output: Path) -> int:
@@ -92,7 +88,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert not (output / "summary.json").exists()
     whole = {path: path.stat().st_mtime_ns for path in output.glob("group_*/group_info.json")}
     assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
     assert all(path.stat().st_mtime_ns == written for path, written in whole.items())  # made once
 
 
@@ -111,14 +107,14 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(
     assert "the same command goes on from here" in error
     assert "Traceback" not in error
     assert main(arguments(output, standin.grpc_url)) == 0
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
 
 
 def test_a_run_can_be_made_longer(standin: LocalServer, tmp_path: Path, undisturbed: Path) -> None:
     output = tmp_path / "out"
     assert main(arguments(output, standin.grpc_url, "--sample-n", "2")) == 0
     assert main(arguments(output, standin.grpc_url)) == 0
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
     assert main(arguments(output, standin.grpc_url, "--sample-n", "2")) == 0  # keeps what it has
     assert len(json.loads((output / "results.json").read_text())) == GROUPS
 
@@ -131,7 +127,7 @@ def test_a_target_ends_with_the_group_that_reaches_it(
     for name, in_flight in (("one", "1"), ("many", "5")):
         more = ["--target-n", str(target), "--in-flight", in_flight]
         assert main(arguments(tmp_path / name, standin.grpc_url, *more)) == 0
-    assert content(tmp_path / "one") == content(tmp_path / "many")
+    check_same(content(tmp_path / "one"), content(tmp_path / "many"))
     assert json.loads((tmp_path / "one" / "results.json").read_text()) == results[:3]
 
 
@@ -208,7 +204,7 @@ def test_a_run_outlasts_its_server(
         assert main(arguments(output, victim.grpc_url)) == 0
     assert done
     assert "paused" in capsys.readouterr().err
-    assert content(output) == content(undisturbed)
+    check_same(result(output), content(undisturbed))
 
 
 @pytest.mark.thorough
@@ -225,7 +221,7 @@ def test_patience_ends_with_its_own_code_and_the_run_goes_on_later(
     assert not (output / "failed.json").exists()
     victim.restart()
     assert main(arguments(output, victim.grpc_url)) == 0
-    assert content(output) == content(undisturbed)
+    check_same(result(output), content(undisturbed))
 
 
 def fail_on_the_second(output: Path, undisturbed: Path) -> None:
@@ -245,7 +241,7 @@ def test_a_pair_that_a_server_failed_on_keeps_its_place_for_the_next_run(
     fail_on_the_second(output, undisturbed)
     assert main(arguments(output, standin.grpc_url)) == 0
     (output / "records" / "000000" / "000000002.failed.json").unlink()
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
 
     shutil.rmtree(output)
     fail_on_the_second(output, undisturbed)

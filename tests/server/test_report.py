@@ -18,6 +18,7 @@ from panotriton.cli import main
 from panotriton.cli.facts import facts, weights
 from panotriton.client.client import Client
 from panotriton.server.launch import LocalServer
+from tests.server.outputs import check_same, content
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 SMALL = ["--crop-size", "64", "--interpolations", "1", "--seed", "3"]
@@ -27,11 +28,6 @@ GROUPS = 4
 def arguments(output: Path, server: LocalServer, *more: str) -> list[str]:
     run = ["dataset", str(PANORAMAS), "-o", str(output), "--url", server.grpc_url, "--json", *SMALL]
     return [*run, "--sample-n", str(GROUPS), *more]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def test_parallelism_changes_nothing(
     standin: LocalServer, undisturbed: Path, tmp_path: Path
 ) -> None:
     assert main(arguments(tmp_path / "out", standin, "--report", "--in-flight", "4")) == 0
-    assert content(tmp_path / "out") == content(undisturbed)
+    check_same(content(tmp_path / "out"), content(undisturbed))
 
 
 def test_reports_can_be_asked_for_later(
@@ -80,7 +76,7 @@ def test_reports_can_be_asked_for_later(
     assert main(arguments(output, standin)) == 0
     assert not list(output.rglob("*.html"))
     assert main(arguments(output, standin, "--report")) == 0
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
 
 
 def reports(output: Path) -> int:
@@ -103,7 +99,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert p.returncode == -signal.SIGKILL
     (output / ".index.html.1").write_text("what a kill in the middle of writing leaves")
     assert main(run) == 0
-    assert content(output) == content(undisturbed)
+    check_same(content(output), content(undisturbed))
 
 
 def test_process_writes_a_report_and_says_where(
