@@ -36,7 +36,7 @@ from tritonclient.utils import InferenceServerException
 from panotriton.client.aio import AsyncClient
 from panotriton.client.client import Client
 from panotriton.client.transports.http import Blocking
-from panotriton.errors import PanotritonError, RequestTimeout
+from panotriton.errors import PanotritonError, RequestTimeout, ServerUnavailable
 from panotriton.pipeline.regions import FOLDER, PREFIX
 from tests.conftest import ROOT
 from tests.faults.conftest import SMALL, Serving, served
@@ -331,6 +331,13 @@ class Memory:
         return ratio(0), ratio(1)
 
 
+def told_once(ask: Callable[[], Any]) -> Any:
+    """A caller without retries is told once that another server answers, which its memory is new to."""
+    with contextlib.suppress(ServerUnavailable):
+        return ask()
+    return ask()
+
+
 def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
     asked: Serving, panoramas: Panoramas
 ) -> None:
@@ -393,4 +400,4 @@ def test_good_answers_and_memory_stay_the_same_beside_bad_requests(
     asked.wait_until(lambda: asked.probe("/ready")[0] == 200, "service again")
     for caller in callers:
         for kind, ask in caller.kinds.items():
-            assert ask() == expected[kind], kind
+            assert told_once(ask) == expected[kind], kind
