@@ -30,20 +30,17 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, help="where to stop and go on (default: OUTPUT.state.pt)"
     )
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=48000)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--pixels", type=int, default=131072, help="of the crops of one step")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--vae-share", type=float, default=1.0, help="of the rate, for the VAE")
-    parser.add_argument(
-        "--threads", type=int, default=2, help="crops of a step at once; others, other rounding"
-    )
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--pixels", type=int, default=36864, help="of the crops of one step")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1, help="another number, other rounding")
+    parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
     args.state = args.state or args.output.with_suffix(".state.pt")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     Run(args).run()
 
 

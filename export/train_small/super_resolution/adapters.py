@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ def add_adapters(model: SmallOsediff) -> list[nn.Parameter]:
     trained."""
     model.requires_grad_(False)
     targets = vae_modules(model.vae)
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        # That there are several is as it should be.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         torch.manual_seed(0)
         for name, modules in unet_modules(model.unet).items():
             lora = LoraConfig(r=RANK, init_lora_weights="gaussian", target_modules=modules)

@@ -1,4 +1,4 @@
-"""Two stages, base and adapters, that can stop and go on."""
+"""Stages, up to the base and then the adapters, that can stop and go on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panotriton_export.train_small.super_resolution import data
 from panotriton_export.train_small.super_resolution.adapters import add_adapters
-from panotriton_export.train_small.super_resolution.codec import hold_carried, start_as_codec
+from panotriton_export.train_small.super_resolution.autoencoder import Decoder, halve, write_vae
 from panotriton_export.train_small.super_resolution.loss import loss
 from panotriton_export.train_small.super_resolution.model import SmallOsediff
 from panotriton_export.train_small.super_resolution.saving import save_adapters, save_base
-from panotriton_export.train_small.super_resolution.soap import Soap
 from panotriton_export.train_small.super_resolution.text import TAGS
+from panotriton_export.train_small.super_resolution.unet import (
+    balance,
+    begin_unet,
+    new_head,
+    new_unet,
+    remove_norms,
+    speeds,
+    write_unet,
+)
 
-__all__ = ["Run", "to_tensor"]
+__all__ = ["Base", "Run", "to_tensor"]
 
 Group = dict[str, Any]  # "params", and "share" of the rate
-BASE_SHARE = 0.92  # of the steps; the adapters get the rest
-SIZES = (128, 96, 128, 192)  # px of crops, in turn
+# Steps of each, for a run of 48,000, and what of the learning rate it reaches.
+STAGES = {"head": 24000, "decoder": 2000, "base": 13200, "finish": 8000, "adapters": 800}
+PEAKS = {"head": 1.0, "decoder": 1.0, "base": 0.5, "finish": 0.25, "adapters": 0.1}
+SIZES = (96, 128, 96, 192)  # px of crops, in turn
 
 
 def batch(
@@ -42,6 +53,10 @@ def batch(
     """(degraded, wanted), each (count, 3, size, size) in −1 to 1. Depends on the seed alone."""
     rng = np.random.default_rng(seed)
     wanted = [data.sample(images, size_px, rng) for _ in range(count)]
+    if strength.soft:
+        wanted = [
+            data.soften(each, rng) if rng.random() < strength.soft else each for each in wanted
+        ]
     spoilt = [data.degrade(image, strength, rng) for image in wanted]
     return to_tensor(np.stack(spoilt)), to_tensor(np.stack(wanted))
 
@@ -59,40 +74,54 @@ def prompts(model: SmallOsediff, seed: int) -> Tensor:
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: a short climb, the peak for 0.6 of the steps, then half a cosine down to a hundredth.
+    """Learning rate: a short climb, the peak for 0.4 of the steps, then half a cosine down to a hundredth.
 
     Up to there a shorter run is the beginning of a longer one.
     """
     warm = min(1.0, (step + 1) / 100)
-    left = min(1.0, (1 - step / steps) / 0.4)
+    left = min(1.0, (1 - step / steps) / 0.6)
     return peak * warm * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left)))
 
 
-def replicas(model: SmallOsediff, count: int) -> list[SmallOsediff]:
-    """The model and copies of it that share its weights but not their gradients."""
-    copies = [copy.deepcopy(model) for _ in range(count - 1)]
-    for each in copies:
-        for own, shared in zip(each.parameters(), model.parameters(), strict=True):
-            own.data = shared.data
-    return [model, *copies]
+class Base(nn.Module):
+    """What the first stages train: a UNet without norms, and the decoder's three convolutions.
 
+    Pixels (B, 3, H, W) in −1 to 1 → the same shape, unclamped, as the saved networks do. First a `head`
+    stands in the decoder's place that gives the four pixels of each latent from the UNet's last planes,
+    and learns several times as soon; then the decoder and the UNet's own last convolution learn it.
+    """
 
-def _backward(model: SmallOsediff, part: tuple[Tensor, Tensor, Tensor]) -> float:
-    spoilt, prompt, wanted = part
-    value = loss(model(spoilt, prompt), wanted)
-    torch.autograd.backward(value)
-    return value.item()
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.decoder = Decoder()
+        self.unet = new_unet()
+        remove_norms(self.unet)
+        begin_unet(self.unet)
+        self.last = self.unet.conv_out
+        self.head = new_head(self.unet)
 
+    def forward(self, pixels: Tensor, prompt: Tensor) -> Tensor:
+        latents = halve(pixels).contiguous(memory_format=torch.channels_last)
+        made = self.unet(latents, 999, prompt).sample
+        if self.unet.conv_out is self.head:
+            return pixels + F.pixel_shuffle(made, 2)
+        image: Tensor = self.decoder(self.gain * latents - made)
+        return image
 
-def _gather(models: list[SmallOsediff]) -> None:
-    """Leave the mean of all gradients with the first."""
-    for first, *others in zip(*(model.parameters() for model in models), strict=True):
-        if first.grad is None:
-            continue
-        for other in others:
-            first.grad += other.grad
-            other.grad = None
-        first.grad /= len(models)
+    def groups(self, stage: str) -> list[Group]:
+        """The weights that learn in this stage, each as fast as it is large."""
+        self.unet.conv_out = self.head if stage == "head" else self.last
+        body, ends = speeds(self.unet)
+        decoder = (
+            [] if stage == "head" else [{"params": [*self.decoder.parameters()], "share": 0.5}]
+        )
+        return [*(body if stage != "decoder" else []), *ends, *decoder]
+
+    def write(self, model: SmallOsediff) -> None:
+        """Make the networks of `model` do the same."""
+        write_vae(model.vae, self.decoder)
+        write_unet(model.unet, self.unet)
 
 
 class Stage:
@@ -101,20 +130,18 @@ class Stage:
     def __init__(self, groups: list[Group], peak: float, steps: int) -> None:
         self.peak, self.steps = peak, steps
         self.parameters = [each for group in groups for each in group["params"]]
-        self.optimiser = Soap(groups, peak)
+        self.optimiser = torch.optim.Adam(groups, peak, betas=(0.9, 0.99), fused=True)
         self.average: list[Tensor] = [each.detach().clone() for each in self.parameters]
 
     def step(self, step: int) -> None:
-        """Learn from the parameters' gradients, and forget them."""
+        """Learn from the parameters' gradients."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate(step, self.steps, self.peak) * group["share"]
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimiser.step()
-        self.optimiser.zero_grad()
-        decay = min(0.999, (step + 1) / (step + 10))
+        decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
-            for average, parameter in zip(self.average, self.parameters, strict=True):
-                average.lerp_(parameter, 1 - decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -139,46 +166,35 @@ class Run:
         self.args = args
         self.images = data.load(args.images, data.SOURCES)
         self.model = SmallOsediff()
-        start_as_codec(
-            self.model.vae,
-            *batch(self.images, data.CLEAN, 32, 128, (args.seed, -1 % 2**32)),
-        )
-        self.model.to(memory_format=torch.channels_last)
+        self.base = Base(self.model.gain)
+        self.base.decoder.begin(*batch(self.images, data.CLEAN, 32, 128, (args.seed, -1 % 2**32)))
+        self.base.to(memory_format=torch.channels_last)
         self.prompts = prompts(self.model, args.seed)
-        self.base_steps = round(args.steps * BASE_SHARE)
+        ends = np.cumsum([*STAGES.values()]) / sum(STAGES.values()) * args.steps
+        self.ends = dict(zip(STAGES, ends.round().astype(int).tolist(), strict=True))
         self.step = 0
-        self.pool = ThreadPoolExecutor(
-            args.threads, initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._begin("base")
+        self._begin("head")
         if args.state.exists():
             self._restore(torch.load(args.state, weights_only=True))
 
     def _begin(self, name: str) -> None:
         """Start a stage from the weights as they are."""
-        base = name == "base"
-        model = self.model
-        groups: list[Group] = (
-            [
-                {"params": [*model.vae.parameters()], "share": self.args.vae_share},
-                {"params": [*model.unet.parameters()], "share": 1.0},
-            ]
-            if base
-            else [{"params": add_adapters(model), "share": 1.0}]
-        )
-        steps = self.base_steps if base else self.args.steps - self.base_steps
-        self.name = name
-        self.replicas = replicas(model, self.args.threads)
-        if base:
-            for each in self.replicas:
-                hold_carried(each.vae)
-        self.stage = Stage(groups, self.args.rate if base else self.args.rate / 4, steps)
+        self.name, self.first = name, self.step
+        steps, peak = self.ends[name] - self.step, self.args.rate * PEAKS[name]
+        if name == "adapters":
+            self.base.write(self.model)
+            self.trained: nn.Module = self.model
+            groups = [{"params": add_adapters(self.model), "share": 1.0}]
+        else:
+            self.trained = self.base
+            groups = self.base.groups(name)
+        self.stage = Stage(groups, peak, steps)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["stage"] == "adapters":
-            self._begin("adapters")
+        self.step = state["first"]
+        self._begin(state["stage"])
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        self.trained.load_state_dict(state["model"])
         self.stage.restore(state["training"])
         print(f"resumed at step {self.step} ({self.name})", flush=True)
 
@@ -187,9 +203,10 @@ class Run:
         args = self.args
 
         def make(step: int) -> tuple[Tensor, Tensor]:
-            strength = data.STRENGTHS["base" if step < self.base_steps else "adapters"]
+            name = next(name for name, end in self.ends.items() if step < end)
+            strength = data.STRENGTHS.get(name, data.STRENGTHS["base"])
             size = SIZES[step % len(SIZES)]
-            count = args.threads * max(1, round(args.pixels / args.threads / size**2))
+            count = max(1, round(args.pixels / size**2))
             return batch(self.images, strength, count, size, (args.seed, step))
 
         with ThreadPoolExecutor(1) as pool:
@@ -200,13 +217,11 @@ class Run:
                 yield ready
 
     def run(self) -> None:
-        if self.step == 0:
-            self.save()
         began, losses = time.monotonic(), []
         for spoilt, wanted in self.batches():
-            if self.step == self.base_steps and self.name == "base":
+            if self.step == self.ends[self.name]:
                 self.stage.swap()
-                self._begin("adapters")
+                self._begin([*STAGES][[*STAGES].index(self.name) + 1])
             losses.append(self._learn(spoilt, wanted))
             self.step += 1
             if self.step % 50 == 0:
@@ -216,42 +231,43 @@ class Run:
                     flush=True,
                 )
                 losses = []
-            if self.step % self.args.save_every == 0 or self.step in (
-                self.base_steps,
-                self.args.steps,
-            ):
+            if self.step % self.args.save_every == 0 or self.step in self.ends.values():
                 self.save()
 
     def _learn(self, spoilt: Tensor, wanted: Tensor) -> float:
         rng = np.random.default_rng((self.args.seed, self.step, 1))
         prompt = self.prompts[rng.integers(len(self.prompts), size=len(spoilt))]
-        first = self.base_steps if self.name == "adapters" else 0
-        parts = zip(
-            *(each.chunk(self.args.threads) for each in (spoilt, prompt, wanted)), strict=True
-        )
-        values = list(self.pool.map(_backward, self.replicas, parts))
-        _gather(self.replicas)
-        self.stage.step(self.step - first)
-        return float(np.mean(values))
+        value = loss(self.trained(spoilt, prompt), wanted)
+        torch.autograd.backward(value)
+        self.stage.step(self.step - self.first)
+        self.trained.zero_grad()  # also of what learns only in other stages
+        if self.name != "adapters":
+            balance(self.base.unet)
+        return value.item()
 
     def save(self) -> None:
-        """The deliverable with averaged weights, then the state with the running ones."""
-        self.stage.swap()
-        with tempfile.TemporaryDirectory(dir=self.args.output.parent) as made:
-            if self.name == "base":
-                save_base(self.model, Path(made) / "base")
-                fresh = copy.deepcopy(self.model)
-                add_adapters(fresh)
-                save_adapters(fresh, Path(made))
-            else:
-                save_adapters(self.model, Path(made))
-            _replace(Path(made), self.args.output)
-        self.stage.swap()
-        training = self.stage.state()
-        state = {"stage": self.name, "step": self.step, "model": self.model.state_dict()}
+        """The state, and from the base on the deliverable, with averaged weights."""
+        if self.name in ("base", "finish", "adapters"):
+            self.stage.swap()
+            with tempfile.TemporaryDirectory(dir=self.args.output.parent) as made:
+                self._write(Path(made))
+                _replace(Path(made), self.args.output)
+            self.stage.swap()
+        state = {"stage": self.name, "first": self.first, "step": self.step}
+        state |= {"model": self.trained.state_dict(), "training": self.stage.state()}
         part = self.args.state.with_suffix(".part")
-        torch.save({**state, "training": training}, part)
+        torch.save(state, part)
         part.replace(self.args.state)
+
+    def _write(self, folder: Path) -> None:
+        if self.name == "adapters":
+            save_adapters(self.model, folder)
+            return
+        self.base.write(self.model)
+        save_base(self.model, folder / "base")
+        fresh = copy.deepcopy(self.model)
+        add_adapters(fresh)
+        save_adapters(fresh, folder)
 
 
 def _replace(source: Path, target: Path) -> None:
