@@ -20,7 +20,7 @@ from panotriton import Camera, crop
 
 ROOT = Path(__file__).parent.parent
 QUALITY = 88
-VIEW_PX = 200
+VIEWS, VIEW_PX = 5, 200
 PLACE = (110, 168)  # rows, columns that are shown
 ENLARGED = 3
 GAP_PX = 8
@@ -28,8 +28,9 @@ GAP_PX = 8
 
 def sequence(group, images):
     """One row of views."""
-    chosen = images[:: (len(images) - 1) // 4]
-    views = (Image.open(group / image["path"]).resize((VIEW_PX, VIEW_PX)) for image in chosen)
+    places = np.linspace(0, len(images) - 1, VIEWS).round().astype(int)
+    paths = [group / images[place]["path"] for place in places]
+    views = (Image.open(path).resize((VIEW_PX, VIEW_PX)) for path in paths)
     return np.concatenate([np.asarray(view) for view in views], axis=1)
 
 
