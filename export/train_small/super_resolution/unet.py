@@ -14,7 +14,15 @@ from torch import nn
 from panotriton_export.train_small.super_resolution.autoencoder import LATENT_CHANNELS
 from panotriton_export.train_small.super_resolution.text import PROMPT_WIDTH
 
-__all__ = ["balance", "begin_unet", "new_unet", "remove_norms", "speeds", "write_unet"]
+__all__ = [
+    "balance",
+    "begin_unet",
+    "new_head",
+    "new_unet",
+    "remove_norms",
+    "speeds",
+    "write_unet",
+]
 
 _DEVIATION = 240.0  # √norm_eps: far above the planes' own, and float16 holds its square
 _SCALE = 16.0  # of the planes to the latents: makes an edge large enough for SiLU to bend
