@@ -71,7 +71,8 @@ def test_a_run_outlasts_its_server_and_itself(
     url = victim.grpc_url if protocol == "grpc" else victim.http_url
     draw = random.Random(seed)
     deadline, killed_at, moment = time.monotonic() + 300, draw.randrange(6), draw.uniform(0, 0.3)
-    with harmed(victim, output, seed, harms=("kill", "drain", "freeze", "kill a stub")) as done:
+    harms = ("kill", "drain", "freeze", "kill a stub")
+    with harmed(victim, output, seed, harms, within_s=0.3) as done:
         with running(output, url, protocol) as first:
             while made(output) < killed_at and time.monotonic() < deadline:
                 time.sleep(0.05)

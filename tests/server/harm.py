@@ -92,16 +92,22 @@ def made(output: Path) -> int:
 
 @contextlib.contextmanager
 def harmed(
-    victim: Victim, output: Path, seed: int, harms: tuple[str, ...] = HARMS, frozen_s: float = 6.0
+    victim: Victim,
+    output: Path,
+    seed: int,
+    harms: tuple[str, ...] = HARMS,
+    *,
+    frozen_s: float = 6.0,
+    within_s: float = 1.5,
 ) -> Iterator[list[str]]:
     """Does each harm once, in seeded order, at seeded moments, while a run writes to `output`.
 
-    Two groups are made between one harm and the next, so that with two in flight no pair meets two. Gives
-    what was done, so far.
+    within_s: the latest moment, after the groups that come first. Two groups are made between one harm and
+    the next, so that with two in flight no pair meets two. Gives what was done, so far.
     """
     rng = random.Random(seed)
     order = rng.sample(harms, len(harms))
-    moments = [rng.uniform(0, 1.5) for _ in harms]
+    moments = [rng.uniform(0, within_s) for _ in harms]
     models = [rng.choice(_MODELS) for _ in harms]
     ended = threading.Event()
     done: list[str] = []
