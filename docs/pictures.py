@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from panotriton import Camera, crop
+from panotriton import Camera
+from panotriton.pipeline.camera import Sphere
 
 ROOT = Path(__file__).parent.parent
 QUALITY = 88
@@ -34,23 +35,23 @@ def sequence(group, images):
     return np.concatenate([np.asarray(view) for view in views], axis=1)
 
 
-def bicubic(panorama, image, options):
+def bicubic(sphere, image, options):
     """The view as it was before super-resolution, enlarged by Pillow."""
-    size = options["crop_size"]
-    view = crop(panorama, Camera(**image["params"]), size, options["sphere_size"])
-    larger = (size * options["upscale"],) * 2
+    view = sphere.crop(Camera(**image["params"]))
+    larger = (options["crop_size"] * options["upscale"],) * 2
     return np.asarray(Image.fromarray(view).resize(larger, Image.Resampling.BICUBIC))
 
 
 def most_changed(group, record):
     """(bicubic, super-resolved), each PLACE large."""
     found = []
+    options = record["options"]
+    panoramas = (np.asarray(Image.open(ROOT / path).convert("RGB")) for path in record["panoramas"])
+    spheres = [Sphere(each, options["crop_size"], options["sphere_size"]) for each in panoramas]
     for interval in record["intervals"]:
         for sequence in interval["sequences"]:
-            path = ROOT / record["panoramas"][sequence["panorama"] - 1]
-            panorama = np.asarray(Image.open(path).convert("RGB"))
             for image in sequence["images"][1:-1]:
-                before = bicubic(panorama, image, record["options"])
+                before = bicubic(spheres[sequence["panorama"] - 1], image, options)
                 after = np.asarray(Image.open(group / image["path"]).convert("RGB"))
                 change = np.abs(after.astype(np.float32) - before).mean(2)
                 mean = cv2.blur(change, PLACE[::-1], anchor=(0, 0))

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
             self.last.weight[channel, channel, 1, 1] = 1
             self.after.weight[:, 3 + channel] = details[channel]
         red_blue = torch.tensor([1.0, 0, -1]).reshape(3, 1, 1) / 2
-        for channel, detail in zip((6, 7), details, strict=False):
+        for channel, detail in zip((6, 7), details[:2], strict=True):
             self.after.weight[:, channel] = red_blue * detail
 
 
@@ -142,9 +142,9 @@ def _fit_pair(signal: Tensor, target: Tensor, rounds: int = 6) -> tuple[Tensor, 
     return before, after
 
 
-def _fit(signal: Tensor, target: Tensor, stride: int = 1) -> Tensor:
+def _fit(signal: Tensor, target: Tensor) -> Tensor:
     """The (3, 3) kernel that takes a padded (B, 1, h, w) nearest to (B, H, W)."""
-    return _solve(F.unfold(signal, 3, stride=stride).transpose(1, 2), target)
+    return _solve(F.unfold(signal, 3).transpose(1, 2), target)
 
 
 def _solve(rows: Tensor, target: Tensor) -> Tensor:

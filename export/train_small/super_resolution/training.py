@@ -203,8 +203,7 @@ class Run:
         args = self.args
 
         def make(step: int) -> tuple[Tensor, Tensor]:
-            name = next(name for name, end in self.ends.items() if step < end)
-            strength = data.STRENGTHS.get(name, data.STRENGTHS["base"])
+            strength = data.STRENGTHS.get(self._stage_at(step), data.STRENGTHS["base"])
             size = SIZES[step % len(SIZES)]
             count = max(1, round(args.pixels / size**2))
             return batch(self.images, strength, count, size, (args.seed, step))
@@ -216,12 +215,16 @@ class Run:
                 future = pool.submit(make, step + 1)
                 yield ready
 
+    def _stage_at(self, step: int) -> str:
+        return next(name for name, end in self.ends.items() if step < end)
+
     def run(self) -> None:
         began, losses = time.monotonic(), []
         for spoilt, wanted in self.batches():
-            if self.step == self.ends[self.name]:
+            name = self._stage_at(self.step)
+            if name != self.name:
                 self.stage.swap()
-                self._begin([*STAGES][[*STAGES].index(self.name) + 1])
+                self._begin(name)
             losses.append(self._learn(spoilt, wanted))
             self.step += 1
             if self.step % 50 == 0:
