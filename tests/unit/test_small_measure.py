@@ -1,5 +1,6 @@
 """What the small super-resolution is measured with."""
 
+import pickle
 from pathlib import Path
 
 import cv2
@@ -34,6 +35,28 @@ def test_lpips_takes_a_backbone_in_torchvisions_format(tmp_path: Path) -> None:
     assert 1 > ssim(near, truth) > ssim(far, truth)
     assert gmsd(truth, truth) == 0
     assert 0 < gmsd(near, truth) < gmsd(far, truth)
+
+
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning")
+@pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
+def test_lpips_takes_flaxs_arrays_and_nothing_that_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = torchvision.models.alexnet(weights=None)
+    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
+    layers = {}
+    for index, place in enumerate((0, 3, 6, 8, 10)):
+        layer = backbone.features[place]
+        kernel = layer.weight.detach().permute(2, 3, 1, 0).contiguous().numpy()
+        layers[f"Conv_{index}"] = {"kernel": kernel, "bias": layer.bias.detach().numpy()}
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps({"AlexNet_0": layers}, protocol=3))
+    truth = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    found = [
+        load_lpips(tmp_path / f"alexnet.{kind}")(255 - truth, truth) for kind in ("pth", "ckpt")
+    ]
+    assert found[0] == found[1] > 0
+    (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match="builtins.print: expected NumPy arrays"):
+        load_lpips(tmp_path / "bad.ckpt")
 
 
 @pytest.fixture(scope="module")

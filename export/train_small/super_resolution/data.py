@@ -118,7 +118,9 @@ CLEAN = Strength(1, 0, (0, 0), 0, (1, 1), 0, (0, 0), 0, (1, 1))
 STRENGTHS = {
     "base": Strength(0.3, 0.65, (0.2, 1.3), 0.1, (1.1, 2.5), 0.7, (0.5, 12), 0.7, (35, 96)),
     # Whoever has learnt from much noise and blur takes fine texture for noise, and sharpens what never was.
-    "finish": Strength(0.35, 0.55, (0.2, 1.1), 0.1, (1.1, 2.5), 0.6, (0.5, 9), 0.7, (40, 96), 0.25),
+    "finish": Strength(
+        0.35, 0.55, (0.2, 1.1), 0.1, (1.1, 2.5), 0.75, (0.5, 9), 0.8, (40, 96), 0.25
+    ),
     # Views cut from panoramas are magnified more often than not, and little noise is the hardest to tell.
     "adapters": Strength(
         0.25, 0.5, (0.2, 1.0), 0.3, (1.1, 2.5), 0.85, (0.5, 6), 0.85, (50, 96), 0.25
