@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +59,21 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
+    copy = tmp_path_factory.mktemp("quick") / "repository"
+    shutil.copytree(repository, copy)
+    settings = copy / "osediff" / "1" / "osediff.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def server(
+    quick_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with LocalServer(repository, log_file=log) as running:
+    with LocalServer(quick_repository, log_file=log) as running:
         yield running
 
 
