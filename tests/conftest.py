@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 
+# Each worker's share of the cores, and its servers': threads of OpenMP that wait for one that another
+# process keeps from running spin, and a test takes ten times as long.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -45,9 +45,9 @@ def test_a_server_keeps_freed_memory_unless_told_otherwise(
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve_tells_where_it_listens_and_leaves_nothing(
-    repository: Path, end: signal.Signals
+    standin_repository: Path, end: signal.Signals
 ) -> None:
-    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS]
+    command = [*COMMAND, "serve", "--repository", str(standin_repository), *FREE_PORTS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -175,9 +175,9 @@ def test_a_repository_may_lie_anywhere(
         assert Client(server.grpc_url).ready()
 
 
-def test_a_broken_model_is_named(tmp_path: Path, repository: Path) -> None:
+def test_a_broken_model_is_named(tmp_path: Path, standin_repository: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(repository, copy)
+    shutil.copytree(standin_repository, copy)
     (copy / "osediff" / "1" / "osediff.json").write_text("{")
     with pytest.raises(ServerStartError, match="model osediff: .*JSON"), LocalServer(copy):
         pass
