@@ -17,8 +17,9 @@ from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 
-# Each worker's share of the cores, and its servers': threads of OpenMP that wait for one that another
-# process keeps from running spin, and a test takes ten times as long.
+# Each worker's share of the cores, and its servers'; threads of OpenMP that spin while they wait for one that
+# another process keeps from running make a test ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
