@@ -45,9 +45,9 @@ def test_a_server_keeps_freed_memory_unless_told_otherwise(
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_serve_tells_where_it_listens_and_leaves_nothing(
-    standin_repository: Path, end: signal.Signals
+    repository: Path, end: signal.Signals
 ) -> None:
-    command = [*COMMAND, "serve", "--repository", str(standin_repository), *FREE_PORTS]
+    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
