@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,11 @@ from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 
+# Each worker's share of the cores, and its servers'; threads of OpenMP that spin while they wait for one that
+# another process keeps from running make a test ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,9 +65,21 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
+    copy = tmp_path_factory.mktemp("quick") / "repository"
+    shutil.copytree(repository, copy)
+    settings = copy / "osediff" / "1" / "osediff.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def server(
+    quick_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with LocalServer(repository, log_file=log) as running:
+    with LocalServer(quick_repository, log_file=log) as running:
         yield running
 
 

@@ -197,6 +197,8 @@ def by_torch(candidate: str, found: record.Record, quick: bool) -> None:
             vae.decoder, 1, 4, sides[0] // 8, sides[1] // 8
         ),
     }
+    if quick:
+        del jobs["osediff_unet 8x4x96x96"]  # the same, larger
     for name, make in jobs.items():
         found.attempt(name, lambda make=make: waited(make))
 

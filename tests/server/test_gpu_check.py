@@ -17,11 +17,11 @@ import script  # noqa: E402
 
 
 @pytest.mark.skipif(bool(script.gpus()), reason="there is a GPU: make gpu-check")
-def test_every_part_runs_on_the_cpu(repository: Path, tmp_path: Path) -> None:
+def test_every_part_runs_on_the_cpu(quick_repository: Path, tmp_path: Path) -> None:
     results = tmp_path / "gpu.json"
     command = [sys.executable, str(ROOT / "tests/bench/gpu.py"), "--quick", "--limit", "1800"]
     done = subprocess.run(
-        [*command, "--repository", str(repository), "--json", str(results)],
+        [*command, "--repository", str(quick_repository), "--json", str(results)],
         capture_output=True,
         text=True,
         check=False,

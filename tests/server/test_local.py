@@ -24,9 +24,9 @@ def image() -> np.ndarray:
 
 
 def test_it_equals_the_server(
-    repository: Path, server: LocalServer, image: np.ndarray, tmp_path: Path
+    quick_repository: Path, server: LocalServer, image: np.ndarray, tmp_path: Path
 ) -> None:
-    upscaler = Upscaler(repository)
+    upscaler = Upscaler(quick_repository)
     with Client(server.grpc_url) as client:
         for options in ({}, {"upscale": 3, "align": "wavelet", "prompt": "sky"}):
             here = upscaler.upscale(image, **options)

@@ -287,7 +287,7 @@ BAD = [
     ("osediff", {"ALIGN": text("ä" * 20_000)}, ["ALIGN is 'ää", "…; expected one of adain"]),
     ("qwen_scorer", {"MODE": text("x" * 20_000)}, ["MODE is 'xx", "…; expected one of generate"]),
     ("osediff", {"PROMPT": np.array([b"\xff"], np.object_)}, ["PROMPT is not UTF-8"]),
-    ("osediff", {"IMAGES": noise(1, 8, 20_000, 3)}, ["IMAGES", "send"]),
+    ("osediff", {"IMAGES": noise(1, 8, 70_000, 3)}, ["IMAGES", "send smaller"]),
     ("qwen_scorer", {"IMAGES": noise(1, 64, 64, 4)}, ["IMAGES", "[-1,-1,-1,3]"]),
     ("qwen_scorer", {"IMAGES": noise(1, 8, 64, 3)}, ["IMAGES is 64×8 px", "at least 28 px"]),
     (

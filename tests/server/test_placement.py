@@ -137,13 +137,13 @@ def serve(repository: Path, *options: str) -> Iterator[str]:
 
 
 def test_serve_takes_networks_alone_and_places_them(
-    server: LocalServer, repository: Path, tmp_path: Path
+    server: LocalServer, quick_repository: Path, tmp_path: Path
 ) -> None:
     """The command, twice, with the small preset: its real networks and qwen on a server of their own."""
     models = (*UNET, "qwen")
-    lacking = without(repository, models, tmp_path / "front")
+    lacking = without(quick_repository, models, tmp_path / "front")
     with (
-        serve(repository, "--models", ",".join(models)) as networks,
+        serve(quick_repository, "--models", ",".join(models)) as networks,
         serve(
             lacking, "--place", f"{','.join(UNET)}={networks}", "--place", f"qwen={networks}"
         ) as url,

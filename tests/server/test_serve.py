@@ -175,9 +175,9 @@ def test_a_repository_may_lie_anywhere(
         assert Client(server.grpc_url).ready()
 
 
-def test_a_broken_model_is_named(tmp_path: Path, repository: Path) -> None:
+def test_a_broken_model_is_named(tmp_path: Path, standin_repository: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(repository, copy)
+    shutil.copytree(standin_repository, copy)
     (copy / "osediff" / "1" / "osediff.json").write_text("{")
     with pytest.raises(ServerStartError, match="model osediff: .*JSON"), LocalServer(copy):
         pass

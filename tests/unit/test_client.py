@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,21 @@ def test_public_names_are_pinned() -> None:
         "sample_cameras",
     ]
     assert all(hasattr(panotriton, name) for name in panotriton.__all__)
+    assert {*panotriton.__all__, "__version__"} <= {*dir(panotriton)}
+    with pytest.raises(AttributeError, match="'panotriton' has no attribute 'Nothing'"):
+        getattr(panotriton, "Nothing")  # noqa: B009, which type checkers would see
+
+
+def test_what_a_models_process_imports_brings_no_client() -> None:
+    """Twelve such processes belong to a server: gRPC would cost each a third of its start and 16 MB."""
+    code = """
+import sys, types
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+import panotriton.models.requests, panotriton.models.super_resolution
+print([name for name in sys.modules if name.startswith(("grpc", "tritonclient"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

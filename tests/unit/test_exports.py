@@ -36,15 +36,17 @@ def offered(path: Path) -> list[str] | None:
 @cache
 def defined(path: Path) -> frozenset[str]:
     """The names that a module's top level binds."""
-    return frozenset(_bound(path))
+    return frozenset(_bound(ast.parse(path.read_text()).body))
 
 
-def _bound(path: Path) -> Iterator[str]:
-    for node in ast.parse(path.read_text()).body:
+def _bound(body: list[ast.stmt]) -> Iterator[str]:
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.If):
+            yield from _bound([*node.body, *node.orelse])
         else:
             names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
             yield from (name.id for name in names if isinstance(name.ctx, ast.Store))

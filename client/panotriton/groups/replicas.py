@@ -167,6 +167,7 @@ class Replicas:
             try:
                 if first or await client.ready():
                     if self._serves_ours(address, await client.weights()):
+                        self._met = True
                         self._balance.up(address)
                     return
             except PanotritonError as error:
@@ -270,7 +271,6 @@ class Replicas:
             if not held[lease.address]:
                 return  # reclaimed
             held[lease.address] -= 1
-        self._met = self._met or outcome != LOST
         self._balance.give(lease.address, outcome, seconds, time.monotonic(), lease.ticket)
         if outcome == LOST:
             self._error = self._error or error

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput, ServerBusy
 from panotriton.models.failures import Unavailable, failed
-from panotriton.models.replicas import Replicas
 from panotriton.pipeline.camera import sample_cameras
 from panotriton.pipeline.contract import (
     DEFAULTS,
@@ -33,6 +32,9 @@ from panotriton.pipeline.contract import (
 from panotriton.pipeline.group import check_cameras
 from panotriton.pipeline.images import check_panorama, decode_image
 from panotriton.pipeline.placement import SETTING, read_placement
+
+if TYPE_CHECKING:
+    from panotriton.models.replicas import Replicas
 
 __all__ = [
     "Cancelled",
@@ -226,6 +228,10 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
 def _elsewhere() -> dict[str, Replicas]:
     """The models that other servers have; those at the same addresses share the channels."""
     placement = read_placement(os.environ.get(SETTING, ""))
+    if not placement:
+        return {}
+    from panotriton.models.replicas import Replicas  # noqa: PLC0415, which brings gRPC
+
     warn = pb_utils.Logger.log_warn
     servers = {addresses: Replicas(addresses, warn) for addresses in set(placement.values())}
     return {model: servers[addresses] for model, addresses in placement.items()}
