@@ -121,9 +121,9 @@ STRENGTHS = {
     "finish": Strength(
         0.35, 0.55, (0.2, 1.1), 0.1, (1.1, 2.5), 0.75, (0.5, 9), 0.8, (40, 96), 0.25
     ),
-    # Views cut from panoramas are magnified more often than not, and little noise is the hardest to tell.
+    # Views cut from panoramas are magnified more often than photographs.
     "adapters": Strength(
-        0.25, 0.5, (0.2, 1.0), 0.3, (1.1, 2.5), 0.85, (0.5, 6), 0.85, (50, 96), 0.25
+        0.35, 0.5, (0.2, 1.0), 0.2, (1.1, 2.5), 0.75, (0.5, 6), 0.8, (50, 96), 0.25
     ),
 }
 

@@ -39,7 +39,7 @@ __all__ = ["Base", "Run", "to_tensor"]
 Group = dict[str, Any]  # "params", and "share" of the rate
 # Steps of each, for a run of 88,000, and what of the learning rate it reaches.
 STAGES = {"head": 24000, "decoder": 2000, "base": 13200, "finish": 48000, "adapters": 800}
-PEAKS = {"head": 1.0, "decoder": 1.0, "base": 0.5, "finish": 0.5, "adapters": 0.1}
+PEAKS = {"head": 1.0, "decoder": 1.0, "base": 0.5, "finish": 0.5, "adapters": 0.03}
 SIZES = (96, 128, 96, 192)  # px of crops, in turn
 
 
