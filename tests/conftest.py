@@ -16,6 +16,7 @@ import pytest
 from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
+from tests.brief import BriefServer
 
 # Each worker's share of the cores, and its servers'; threads of OpenMP that spin while they wait for one that
 # another process keeps from running make a test ten times as long.
@@ -79,7 +80,7 @@ def server(
     quick_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with LocalServer(quick_repository, log_file=log) as running:
+    with BriefServer(quick_repository, log_file=log) as running:
         yield running
 
 

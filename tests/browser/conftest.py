@@ -10,6 +10,7 @@ import pytest
 
 from docs.screenshots import chromium, installed
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 from tests.server import standins
 
 
@@ -17,7 +18,7 @@ from tests.server import standins
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("standin")
     repository = standins.build(folder / "repository")
-    with LocalServer(repository, log_file=folder / "server.log") as running:
+    with BriefServer(repository, log_file=folder / "server.log") as running:
         yield running
 
 

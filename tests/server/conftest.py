@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +28,5 @@ def standin(
     standin_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
     log = tmp_path_factory.mktemp("standin") / "server.log"
-    with LocalServer(standin_repository, log_file=log) as running:
+    with BriefServer(standin_repository, log_file=log) as running:
         yield running

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 
 class Victim:
@@ -23,7 +23,7 @@ class Victim:
     def __init__(self, repository: Path, log: Path) -> None:
         self._repository = repository
         self._log = log
-        self._server = LocalServer(repository, log_file=log, controlled=True)
+        self._server = BriefServer(repository, log_file=log, controlled=True)
         self._starter = ThreadPoolExecutor(1)  # a server ends with the thread that started it
         self._start()
 
@@ -64,7 +64,7 @@ class Victim:
         """Another server on the same ports."""
         self._end()
         ports = {name: getattr(self._server, name) for name in ("http_port", "grpc_port")}
-        self._server = LocalServer(self._repository, log_file=self._log, controlled=True, **ports)
+        self._server = BriefServer(self._repository, log_file=self._log, controlled=True, **ports)
         self._start()
 
     def close(self) -> None:
@@ -73,8 +73,6 @@ class Victim:
 
     def _end(self) -> None:
         self.go_on()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._server.pid, signal.SIGKILL)
         self._server.stop()
 
 

@@ -18,7 +18,7 @@ from tritonclient.grpc import model_config_pb2
 
 from panotriton import Client, ServerBusy
 from panotriton.pipeline.events import Event
-from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 ROOT = Path(__file__).parent.parent.parent
 PANORAMA = np.zeros((64, 128, 3), np.uint8)
@@ -68,7 +68,7 @@ def closed(standin_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     stream = repository / "panorama_stream" / "config.pbtxt"
     text = stream.read_text().replace('string_value: "16"', 'string_value: "2"', 1)
     stream.write_text(text)
-    with LocalServer(repository, log_file=folder / "log") as running:
+    with BriefServer(repository, log_file=folder / "log") as running:
         yield Closed(running.grpc_url, repository)
 
 

@@ -34,6 +34,7 @@ from panotriton.errors import (
 )
 from panotriton.pipeline.results import Timings
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 RNG = np.random.default_rng(0)
 SMALL: dict[str, Any] = {"crop_size": 64, "interpolations": 2, "seed": 7, "threshold": 0.7}
@@ -331,7 +332,7 @@ def test_a_server_that_comes_up_late_is_found(standin_repository: Path) -> None:
         )
         thread.start()
         time.sleep(0.5)  # it has met nobody by now
-        with LocalServer(standin_repository, grpc_port=port, load_models=OSEDIFF):
+        with BriefServer(standin_repository, grpc_port=port, load_models=OSEDIFF):
             thread.join()
     assert sizes == [(16, 16)]
 
@@ -424,7 +425,7 @@ def test_tls_and_authentication_headers(standin_repository: Path, tmp_path: Path
         "--http-restricted-api=inference:secret=open",
     ]
     tls = Tls(ca=tmp_path / "cert.pem")
-    with LocalServer(standin_repository, load_models=OSEDIFF, extra_args=guarded) as server:
+    with BriefServer(standin_repository, load_models=OSEDIFF, extra_args=guarded) as server:
         port = server.grpc_url.rpartition(":")[2]
         for options, works in (
             ({"headers": {"triton-grpc-protocol-secret": "open"}}, True),

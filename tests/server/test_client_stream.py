@@ -13,6 +13,7 @@ import pytest
 from panotriton import AsyncClient, Client, events
 from panotriton.errors import InferenceFailed, InvalidInput, ModelUnavailable
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
 FILES = (PANORAMAS / "courtyard.jpg", PANORAMAS / "interior.jpg")
@@ -112,7 +113,7 @@ def test_http_says_what_to_use_instead(standin: LocalServer) -> None:
 
 def test_a_server_without_the_model_says_so(standin_repository: Path) -> None:
     with (
-        LocalServer(standin_repository, load_models=["decode"]) as server,
+        BriefServer(standin_repository, load_models=["decode"]) as server,
         Client(server.grpc_url) as client,
         pytest.raises(ModelUnavailable, match="panorama_stream"),
     ):

@@ -23,6 +23,7 @@ from panotriton.errors import (
     ServerUnavailable,
 )
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 from tests.server.harm import Victim
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -205,7 +206,7 @@ def test_an_unloaded_model_is_waited_for_and_a_missing_one_is_not(
     standin_repository: Path,
 ) -> None:
     names = [path.name for path in standin_repository.iterdir()]
-    with LocalServer(standin_repository, load_models=names) as server:
+    with BriefServer(standin_repository, load_models=names) as server:
         control = tritonclient.grpc.InferenceServerClient(server.grpc_url)
         control.unload_model("echo")
         control.unload_model("panorama_stream")

@@ -21,6 +21,7 @@ from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import CPU, CUDA
 from panotriton.server.launch import LocalServer
 from panotriton_export.configs import set_engine, set_instances
+from tests.brief import BriefServer
 
 # As for a GPU, backend name included, with an engine that this machine has.
 SHAPED = replace(
@@ -48,7 +49,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if name != "osediff":
             set_engine(folder / name, SHAPED, "fp32", expected.get(name, ()))
             set_instances(folder / name, 1)  # sessions are counted
-    with LocalServer(folder) as running:
+    with BriefServer(folder) as running:
         yield running
 
 

@@ -28,6 +28,7 @@ from panotriton.client.client import Client
 from panotriton.pipeline.camera import CAMERA_FIELDS
 from panotriton.pipeline.results import Group, Sequence
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 ROOT = Path(__file__).parent.parent
 PANORAMAS = [ROOT / "data" / "panoramas" / f"{name}.jpg" for name in ("courtyard", "interior")]
@@ -353,7 +354,7 @@ class Stage:
 
     def __init__(self, repository: Path, output: Path, root: Path) -> None:
         self._repository, self._output, self._root = repository, output, root
-        self.server = LocalServer(repository)
+        self.server = BriefServer(repository)
 
     def __enter__(self) -> Stage:
         self.server.__enter__()
@@ -372,7 +373,7 @@ class Stage:
         self.server.stop()
 
     def restart_server(self) -> None:
-        self.server = LocalServer(self._repository, grpc_port=self.server.grpc_port)
+        self.server = BriefServer(self._repository, grpc_port=self.server.grpc_port)
         self.server.__enter__()
 
 

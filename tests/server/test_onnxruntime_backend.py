@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 from tests.server import graphs
 from tests.server.graphs import save, tensor
 
@@ -41,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     repository = tmp_path_factory.mktemp("good")
     _write_batching_models(repository)
     _write_other_models(repository)
-    with LocalServer(repository, auto_complete=True) as running:
+    with BriefServer(repository, auto_complete=True) as running:
         yield running
 
 
@@ -370,7 +371,7 @@ def test_openvino_gives_what_onnxruntime_gives(client, server):
 def test_every_broken_model_names_its_fault(tmp_path):
     expected = _write_broken_models(tmp_path)
     with pytest.raises(ServerStartError) as caught:
-        LocalServer(tmp_path, auto_complete=True).__enter__()
+        BriefServer(tmp_path, auto_complete=True).__enter__()
     lines = str(caught.value).splitlines()
     for model, fault in expected.items():
         reasons = [line for line in lines if f"unable to load model '{model}'" in line]

@@ -21,6 +21,7 @@ import tritonclient.grpc as triton
 
 from panotriton import Client, Group, InferenceFailed, ServerBusy, ServerUnavailable
 from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 
 UNET = ("osediff_unet", "osediff_vae_decoder")
 SMALL = {"seed": 7, "crop_size": 64, "interpolations": 2, "threshold": 0.0}
@@ -42,7 +43,7 @@ def networks(
     """Two replicas that have two networks and nothing else."""
     folder = tmp_path_factory.mktemp("networks")
     servers = [
-        LocalServer(standin_repository, load_models=UNET, log_file=folder / f"{i}.log")
+        BriefServer(standin_repository, load_models=UNET, log_file=folder / f"{i}.log")
         for i in range(2)
     ]
     with servers[0], servers[1]:
@@ -63,7 +64,7 @@ def front(
     """Everything but those, which it does not even have as files."""
     place = f"{','.join(UNET)}={','.join(server.grpc_url for server in networks)}"
     log = tmp_path_factory.mktemp("front") / "server.log"
-    with LocalServer(front_repository, placement=place, log_file=log) as running:
+    with BriefServer(front_repository, placement=place, log_file=log) as running:
         yield running
 
 
@@ -216,12 +217,12 @@ def test_a_drained_replica_sends_its_work_to_the_other(
     front_repository: Path, standin_repository: Path
 ) -> None:
     """Unloading, as the supervisor's drain does it, refuses newcomers and finishes what is there."""
-    one = LocalServer(standin_repository, load_models=UNET, controlled=True)
-    two = LocalServer(standin_repository, load_models=UNET)
+    one = BriefServer(standin_repository, load_models=UNET, controlled=True)
+    two = BriefServer(standin_repository, load_models=UNET)
     with one, two:
         place = f"{','.join(UNET)}={one.grpc_url},{two.grpc_url}"
         with (
-            LocalServer(front_repository, placement=place) as front,
+            BriefServer(front_repository, placement=place) as front,
             Client(front.grpc_url, retries=0, timeout_s=120) as client,
             ThreadPoolExecutor(1) as pool,
         ):
@@ -250,7 +251,7 @@ def test_a_wrong_address_is_told_by_the_first_request(
     address = address.format(free=free, http=standin.http_url, other=front.grpc_url)
     models = ["osediff", "osediff_text_encoder", "osediff_vae_encoder"]
     with (
-        LocalServer(
+        BriefServer(
             front_repository, load_models=models, placement=f"{','.join(UNET)}={address}"
         ) as wrong,
         Client(wrong.grpc_url, retries=0) as client,
@@ -268,10 +269,10 @@ def test_full_queues_everywhere_are_told_as_full(
     shutil.copytree(standin_repository, narrow)
     config = narrow / "osediff_unet" / "config.pbtxt"
     config.write_text(config.read_text().replace("max_queue_size: 1024", "max_queue_size: 1"))
-    with LocalServer(narrow, load_models=UNET) as networks:
+    with BriefServer(narrow, load_models=UNET) as networks:
         place = f"{','.join(UNET)}={networks.grpc_url}"
         with (
-            LocalServer(front_repository, placement=place) as front,
+            BriefServer(front_repository, placement=place) as front,
             Client(front.grpc_url, retries=0) as client,
             pytest.raises(ServerBusy, match="maximum queue size"),
         ):

@@ -19,6 +19,7 @@ from panotriton.server.launch import LocalServer
 from panotriton.server.repository import copy_model
 from panotriton_export.qwen import export_qwen
 from panotriton_export.qwen_vllm import NAME as VLLM
+from tests.brief import BriefServer
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ROOT / "export" / "small" / "qwen"
@@ -44,7 +45,7 @@ def build(folder: Path, **options: object) -> Path:
 def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """With a vision tower for 256×512 besides."""
     folder = build(tmp_path_factory.mktemp("torch") / "repository", vision_size=(256, 512))
-    with LocalServer(folder) as running:
+    with BriefServer(folder) as running:
         yield running
 
 
@@ -109,7 +110,7 @@ def test_the_exported_tower_changes_no_score(
     torch_client: Client, pairs: list[np.ndarray], tmp_path: Path
 ) -> None:
     with (
-        LocalServer(build(tmp_path / "repository")) as plain,
+        BriefServer(build(tmp_path / "repository")) as plain,
         Client(plain.grpc_url) as client,
     ):
         assert not any(model.name == "qwen_vision" for model in client.models())
@@ -236,7 +237,7 @@ def vllm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm_client(vllm_repository: Path) -> Iterator[Client]:
-    with LocalServer(vllm_repository) as running, Client(running.grpc_url) as client:
+    with BriefServer(vllm_repository) as running, Client(running.grpc_url) as client:
         yield client
 
 
@@ -267,7 +268,7 @@ def test_what_vllm_says_of_a_failure_reaches_the_caller(
     folder = Path(shutil.copytree(vllm_repository, tmp_path / "repository"))
     (folder / "qwen_scorer" / "1" / "prompt.txt").write_text("explode")
     with (
-        LocalServer(folder) as running,
+        BriefServer(folder) as running,
         Client(running.grpc_url) as client,
         pytest.raises(
             InferenceFailed, match="qwen_vllm: Error generating stream: the prompt says so"
@@ -319,5 +320,5 @@ def test_requests_share_a_batch_or_not_as_the_config_says(
                 text.decode() for got in await asyncio.gather(*asked) for text in got["TEXT"].flat
             ]
 
-    with LocalServer(tmp_path) as server:
+    with BriefServer(tmp_path) as server:
         assert asyncio.run(main(server.grpc_url)) == together

@@ -13,7 +13,7 @@ import panotriton.models
 from panotriton import Client
 from panotriton.local import Upscaler
 from panotriton.pipeline.networks import NETWORKS
-from panotriton.server.launch import LocalServer
+from tests.brief import BriefServer
 from tests.server import toysr
 
 # Too large for one tile, and with sides that the network has to round down.
@@ -86,7 +86,7 @@ def test_it_runs_behind_a_server(
         "ALIGN": np.array([b"nofix"], np.object_),
         "PROMPT": np.array([b"calm"], np.object_),
     }
-    with LocalServer(toy_repository) as server, Client(server.grpc_url) as client:
+    with BriefServer(toy_repository) as server, Client(server.grpc_url) as client:
         sharp = client.infer("toysr", inputs, ["IMAGES_SR"])["IMAGES_SR"]
         stages = client.statistics()
     for got, image, tag in zip(sharp, images(), ("red", "green"), strict=True):

@@ -18,6 +18,7 @@ from panotriton.models.tags import Tags, tagger_input
 from panotriton.server.launch import LocalServer
 from panotriton_export.tagger import export_tagger, open_tagger
 from panotriton_export.tagger.random_ram import write_random
+from tests.brief import BriefServer
 
 NETWORKS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
 UNTAGGED = ["osediff", *(f"osediff_{name}" for name in NETWORKS)]
@@ -53,13 +54,13 @@ def tagged_repository(untagged_repository: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def tagged(tagged_repository: Path) -> Iterator[LocalServer]:
-    with LocalServer(tagged_repository, load_models=[*UNTAGGED, "osediff_tagger"]) as running:
+    with BriefServer(tagged_repository, load_models=[*UNTAGGED, "osediff_tagger"]) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def untagged(untagged_repository: Path) -> Iterator[LocalServer]:
-    with LocalServer(untagged_repository, load_models=UNTAGGED) as running:
+    with BriefServer(untagged_repository, load_models=UNTAGGED) as running:
         yield running
 
 
