@@ -271,6 +271,16 @@ def test_errors_follow_the_status_code(
         ("grpc", ("Request for 'x' has no available versions", "NOT_FOUND"), ServerUnavailable),
         ("grpc", ("Server is stopping", "UNAVAILABLE"), ServerUnavailable),
         ("grpc", ("Server exiting", "UNAVAILABLE"), ServerUnavailable),
+        (
+            "grpc",
+            ("osediff: Error when running inference: Server not ready", "INTERNAL"),
+            ServerUnavailable,
+        ),
+        (
+            "http",
+            ("osediff: Error when running inference: Server not ready", "500"),
+            ServerUnavailable,
+        ),
         ("grpc", ("Exceeds maximum queue size", "UNAVAILABLE"), ServerBusy),
         ("grpc", ("Socket closed", "UNAVAILABLE"), ServerUnavailable),  # though another lives there
         ("grpc", ("cancelled", "CANCELLED"), ServerUnavailable),

@@ -95,7 +95,8 @@ def add_parser(commands: Any) -> None:
         type=float,
         default=_PATIENCE_S,
         metavar="S",
-        help="how long to pause for a healthy server, then exit with 5 (%(default)s)",
+        help="how long to pause for a healthy server, then exit with 5; with 3 after a minute where none was "
+        "ever there (%(default)s)",
     )
     parser.add_argument(
         "--retry-failed",

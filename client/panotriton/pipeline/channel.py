@@ -28,7 +28,7 @@ NEVER_SENT = "failed to connect"
 
 # Of a model whose process is dead, and of models that are unloaded, because it stops or loads them anew.
 _TROUBLE = re.compile(
-    r"Stub process .*is not healthy|Server (?:is stopping|exiting)|has no available versions"
+    r"Stub process .*is not healthy|Server (?:is stopping|exiting|not ready)|has no available versions"
     r"|Model '.*' is not ready"
 )
 
