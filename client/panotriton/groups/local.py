@@ -37,7 +37,11 @@ class LocalEngine:
                 if not tasks:
                     return
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                enough = [take(task.result()) for task in done]  # all of them, whatever one says
+                failures = [error for task in done if (error := task.exception())]
+                # All that were made, whatever one says and others met.
+                enough = [take(task.result()) for task in done if not task.exception()]
+                if failures:
+                    raise failures[0]
                 if any(enough):
                     return
         finally:

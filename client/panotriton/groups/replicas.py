@@ -206,8 +206,9 @@ class Replicas:
     def _end(self) -> PanotritonError:
         if not self._met:
             return self._error or ConnectError("no server has an address yet: is one ready?")
+        why = f"at first: {self._error}" if self._error else "they drain, or are gone"
         return OutOfPatience(
-            f"paused for {self._patience_s:g} s, and no server made a group; at first: {self._error}"
+            f"paused for {self._patience_s:g} s, and no server made a group; {why}"
         )
 
     def _reclaim(self, now: float) -> None:
