@@ -158,7 +158,7 @@ SMALL = {"seed": 7, "crop_size": 64, "interpolations": 0, "threshold": 0.0}
 
 
 @pytest.fixture(scope="session")
-def quick_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def standin_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real pipeline around networks that take milliseconds, or half a second where PROMPT is slow."""
     return standins.build(tmp_path_factory.mktemp("faults") / "repository")
 
@@ -177,6 +177,8 @@ def served(repository: Path, folder: Path, *arguments: str) -> Iterator[Serving]
 
 
 @pytest.fixture(scope="module")
-def serving(quick_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with served(quick_repository, tmp_path_factory.mktemp("serving"), "--restarts=20") as running:
+def serving(
+    standin_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
+    with served(standin_repository, tmp_path_factory.mktemp("serving"), "--restarts=20") as running:
         yield running

@@ -48,9 +48,9 @@ async def impatient(url: str, caller: int, counts: Counter[str]) -> None:
                 counts["right" if (got["IMAGES_OUT"] == image).all() else "wrong"] += 1
 
 
-def test_requests_given_up_leave_the_server_and_others_alone(quick_repository: Path) -> None:
+def test_requests_given_up_leave_the_server_and_others_alone(standin_repository: Path) -> None:
     counts: Counter[str] = Counter()
-    with LocalServer(quick_repository) as server:
+    with LocalServer(standin_repository) as server:
 
         async def main() -> None:
             await asyncio.gather(*(impatient(server.grpc_url, n, counts) for n in range(4)))
@@ -68,10 +68,10 @@ def test_requests_given_up_leave_the_server_and_others_alone(quick_repository: P
     assert grown < counts["given up"] * 30_000  # 75 KB each were kept of calls that were cancelled
 
 
-def test_a_time_out_of_the_blocking_client_does_the_same(quick_repository: Path) -> None:
+def test_a_time_out_of_the_blocking_client_does_the_same(standin_repository: Path) -> None:
     """And the client that is closed at once waits for what it has left behind."""
     image = np.zeros((64, 64, 3), np.uint8)
-    with LocalServer(quick_repository) as server:
+    with LocalServer(standin_repository) as server:
         late = 0
         for number in range(40):
             # Around the time that an answer takes; the first is late and the second not, on any machine.

@@ -32,9 +32,9 @@ def prefix(serving: Serving) -> str:
 
 
 def test_groups_in_flight_finish_and_newcomers_are_refused(
-    quick_repository: Path, panoramas: Panoramas, tmp_path: Path
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path
 ) -> None:
-    with served(quick_repository, tmp_path) as serving:
+    with served(standin_repository, tmp_path) as serving:
         name = prefix(serving)
         undisturbed = group(serving, panoramas)
         calls = [
@@ -60,8 +60,10 @@ def test_groups_in_flight_finish_and_newcomers_are_refused(
 
 
 @pytest.mark.thorough
-def test_the_drain_is_bounded(quick_repository: Path, panoramas: Panoramas, tmp_path: Path) -> None:
-    with served(quick_repository, tmp_path, "--drain-s=1") as serving:
+def test_the_drain_is_bounded(
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path
+) -> None:
+    with served(standin_repository, tmp_path, "--drain-s=1") as serving:
         call = Answer(lambda: group(serving, panoramas, prompt="slow"))
         call.join(2)
         serving.process.send_signal(signal.SIGHUP)
@@ -73,9 +75,9 @@ def test_the_drain_is_bounded(quick_repository: Path, panoramas: Panoramas, tmp_
 
 @pytest.mark.thorough
 def test_a_second_signal_ends_at_once(
-    quick_repository: Path, panoramas: Panoramas, tmp_path: Path
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path
 ) -> None:
-    with served(quick_repository, tmp_path) as serving:
+    with served(standin_repository, tmp_path) as serving:
         name = prefix(serving)
         call = Answer(lambda: stream(serving, panoramas, prompt="slow"))
         call.join(2)
@@ -90,9 +92,9 @@ def test_a_second_signal_ends_at_once(
 
 @pytest.mark.thorough
 def test_a_server_that_dies_again_and_again_is_given_up(
-    quick_repository: Path, tmp_path: Path
+    standin_repository: Path, tmp_path: Path
 ) -> None:
-    with served(quick_repository, tmp_path, "--restarts=1") as serving:
+    with served(standin_repository, tmp_path, "--restarts=1") as serving:
         first = serving.server().pid
         os.kill(first, signal.SIGKILL)
         serving.wait_until(lambda: "serving again" in serving.text(), "the second start")
@@ -102,9 +104,9 @@ def test_a_server_that_dies_again_and_again_is_given_up(
 
 
 def test_nothing_stays_when_launcher_and_server_are_killed_at_once(
-    quick_repository: Path, tmp_path: Path
+    standin_repository: Path, tmp_path: Path
 ) -> None:
-    with served(quick_repository, tmp_path) as serving:
+    with served(standin_repository, tmp_path) as serving:
         server, name = serving.server(), prefix(serving)
         stubs = [stub.pid for stub in find_stubs(server.pid)]
         asleep = stubs.pop()  # which cannot end by itself

@@ -68,14 +68,14 @@ Panoramas = tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(scope="module")
 def asked(
-    quick_repository: Path,
+    standin_repository: Path,
     repository: Path,
     panoramas: Panoramas,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("soak")
     models = folder / "repository"
-    shutil.copytree(quick_repository, models)
+    shutil.copytree(standin_repository, models)
     for model in (*TEXTS, "qwen"):
         shutil.rmtree(models / model, ignore_errors=True)
         shutil.copytree(ROOT / "model_repository" / model, models / model)

@@ -23,10 +23,10 @@ UPLOADS = 100
 SHAPE = (2236, 4472, 3)  # 30 MB
 
 
-def test_a_hundred_uploads_take_bounded_memory(quick_repository: Path, tmp_path: Path) -> None:
+def test_a_hundred_uploads_take_bounded_memory(standin_repository: Path, tmp_path: Path) -> None:
     body = io.BytesIO()
     np.save(body, np.random.default_rng(1).integers(0, 256, SHAPE, np.uint8))
-    with LocalServer(quick_repository) as server:
+    with LocalServer(standin_repository) as server:
         command = [sys.executable, "-m", "panotriton", "gateway", "--url", server.grpc_url]
         command += ["--output", str(tmp_path / "out")]
         command += [f"--{name}-port=0" for name in ("preprocess", "osediff", "quality")]

@@ -30,8 +30,8 @@ def upscale(server: LocalServer, protocol: ModuleType) -> str | None:
     return None
 
 
-def test_trouble_of_the_server_is_told_from_that_of_the_request(quick_repository: Path) -> None:
-    with LocalServer(quick_repository, controlled=True) as server:
+def test_trouble_of_the_server_is_told_from_that_of_the_request(standin_repository: Path) -> None:
+    with LocalServer(standin_repository, controlled=True) as server:
 
         def says(grpc: str, http: str, ends: str) -> None:
             for protocol, begins in ((tritonclient.grpc, grpc), (tritonclient.http, http)):

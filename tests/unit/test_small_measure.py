@@ -17,12 +17,18 @@ from panotriton_export.train_small.super_resolution.training import Base, to_ten
 from panotriton_export.train_small.super_resolution.unet import balance
 
 
+def write_backbone(path: Path) -> torch.nn.Module:
+    """An AlexNet with random weights, in torchvision's format."""
+    torch.manual_seed(0)
+    backbone = torchvision.models.alexnet(weights=None)
+    torch.save(backbone.state_dict(), path)
+    return backbone
+
+
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
 def test_lpips_takes_a_backbone_in_torchvisions_format(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    backbone = torchvision.models.alexnet(weights=None)
-    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
+    write_backbone(tmp_path / "alexnet.pth")
     measure = load_lpips(tmp_path / "alexnet.pth")
     rng = np.random.default_rng(0)
     truth = rng.integers(60, 190, (96, 96, 3), np.uint8)
@@ -40,9 +46,7 @@ def test_lpips_takes_a_backbone_in_torchvisions_format(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
 def test_lpips_takes_flaxs_arrays_and_nothing_that_runs(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    backbone = torchvision.models.alexnet(weights=None)
-    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
+    backbone = write_backbone(tmp_path / "alexnet.pth")
     layers = {}
     for index, place in enumerate((0, 3, 6, 8, 10)):
         layer = backbone.features[place]
