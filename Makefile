@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
+# Some images forbid Python to keep what it compiles; every process would compile PyTorch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Test files at once. With their servers each takes up to 8 GB.
 WORKERS ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) : 4)))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from panotriton import Client
 from panotriton.client import shared_memory
 from panotriton.errors import PanotritonError, RequestTimeout
 from panotriton.pipeline.regions import FOLDER
+from panotriton.server.processes import find_stubs
+from panotriton.server.supervise import Watch
+from tests.brief import BriefServer
 from tests.faults.conftest import Answer, Serving, group, stream
 
 MIB = 1 << 20
@@ -58,6 +62,16 @@ def test_readiness_tells_the_truth(serving: Serving, undisturbed: list[int]) -> 
         os.kill(stub.pid, signal.SIGKILL)
     serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
     mended(serving, before)
+
+
+def test_a_process_that_died_before_anyone_watched_is_missed(standin_repository: Path) -> None:
+    with BriefServer(standin_repository, load_models=["crop"]) as server:
+        (stub,) = find_stubs(server.pid)
+        stub.kill()
+        assert Watch(server.pid, server.loaded).lost() == {"crop": [stub.pid]}
+        watch = Watch(server.pid)
+        watch.renewed("crop")
+        assert watch.lost() == {"crop": []}
 
 
 @pytest.mark.parametrize(

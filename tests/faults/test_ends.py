@@ -74,6 +74,27 @@ def test_the_drain_is_bounded(
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("model", ["panorama_stream", "osediff_unet"])
+def test_a_drain_waits_for_no_dead_process(
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path, model: str
+) -> None:
+    with served(standin_repository, tmp_path, "--drain-s=300") as serving:
+        calls = [
+            Answer(lambda: group(serving, panoramas, prompt="slow")),
+            Answer(lambda: stream(serving, panoramas, prompt="slow")),
+        ]
+        calls[0].join(2)
+        serving.process.send_signal(signal.SIGTERM)
+        serving.wait_until(lambda: "stopping" in serving.text(), "the drain's begin")
+        serving.kill_stubs(model)
+        assert serving.process.wait(serving.patience_s) == 0, serving.text()
+        for call in calls:
+            call.join(5)
+            assert call.ended(), serving.text()
+            assert call.error is None or isinstance(call.error, PanotritonError)
+
+
+@pytest.mark.thorough
 def test_a_second_signal_ends_at_once(
     standin_repository: Path, panoramas: Panoramas, tmp_path: Path
 ) -> None:

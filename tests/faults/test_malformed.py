@@ -13,8 +13,9 @@ import pytest
 
 from panotriton.client.client import Client
 from panotriton.errors import PanotritonError
+from panotriton.pipeline.camera import Camera
 from tests.faults.conftest import Serving
-from tests.faults.test_deaths import mended
+from tests.faults.test_deaths import mended, recovered
 
 SEED = 19
 ROUNDS = int(os.environ.get("PANOTRITON_FAULTS_MALFORMED", "200"))
@@ -121,13 +122,24 @@ def test_good_requests_between_malformed_ones_get_the_same_answer(serving: Servi
     assert sharp(serving, image) == expected
 
 
+def vast() -> bytes:
+    """A shape whose product passes 2**64, which is taken for no data at all."""
+    panorama = {"name": "PANORAMA", "datatype": "UINT8", "shape": [1 << 40, 1 << 40, 3], "data": []}
+    cameras = {"name": "CAMERAS", "datatype": "FP64", "shape": [1, 5], "data": [0, 0, 0, 90, 0]}
+    return json.dumps({"inputs": [panorama, cameras]}).encode()
+
+
 @pytest.mark.thorough
-def test_what_ends_the_server_is_followed_by_service(serving: Serving) -> None:
-    """JSON nested this deep is 24.10's own fault; docs/RELIABILITY.md has the releases that mend it."""
-    image = np.zeros((40, 64, 3), np.uint8)
+@pytest.mark.parametrize(("model", "data"), [("osediff", deep(200_000)), ("crop", vast())])
+def test_what_ends_a_server_or_a_model_is_followed_by_service(
+    serving: Serving, model: str, data: bytes
+) -> None:
+    """24.10's own faults; docs/RELIABILITY.md has the releases that mend them."""
+    image = np.zeros((64, 128, 3), np.uint8)
     expected = sharp(serving, image)
-    restarts = serving.count("panotriton_server_restarts_total")
-    reloads = serving.count("panotriton_model_reloads_total")
-    if not send(serving, "v2/models/osediff/infer", deep(200_000)):
-        mended(serving, restarts + reloads)
+    before = recovered(serving)
+    if send(serving, f"v2/models/{model}/infer", data) != 400:
+        mended(serving, before)
     assert sharp(serving, image) == expected
+    with Client(serving.grpc) as client:
+        assert not client.crop(image, Camera(0.0, 0.0, 0.0, 90.0, 0.0)).numpy().any()

@@ -1,5 +1,6 @@
 """What a data-set run is made of, without a server."""
 
+import asyncio
 import hashlib
 import os
 import shutil
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import ConnectError, InvalidInput
 from panotriton.groups.dataset import Dataset
 from panotriton.groups.maker import Panoramas
 from panotriton.groups.plan import find_panoramas, group_seed, pair_order
+from panotriton.groups.replicas import Replicas, Servers
 from panotriton.groups.store import open_store
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
@@ -81,6 +83,21 @@ def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -
         Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1, options=options)
 
 
+def test_a_pause_without_an_error_is_announced_as_well() -> None:
+    """Servers that drain, or a name that has no address yet, refuse nothing and are not there."""
+    said: list[str] = []
+
+    async def run() -> None:
+        nowhere = Servers(["dns:///nowhere.invalid:8001"])
+        async with Replicas(nowhere, contact_s=2.5, say=said.append).watched() as replicas:
+            await replicas.acquire()
+
+    with pytest.raises(ConnectError, match="no server has an address yet"):
+        asyncio.run(run())
+    assert len(said) == 1
+    assert said[0].startswith("paused, for 2.5 s at most: no server is ready")
+
+
 def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(tempfile.TemporaryDirectory[str]):
         """Begins as late as it may on a busy machine."""
@@ -107,6 +124,7 @@ def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.M
 
 KILLED = """
 import os, sys
+from panotriton.groups.replicas import Replicas, Servers
 from panotriton.groups.store import open_store
 os.link = lambda *names, **options: os._exit(9)
 open_store(sys.argv[1]).create("records/1.json", b"{}")

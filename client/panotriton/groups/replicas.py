@@ -28,6 +28,8 @@ __all__ = ["Lease", "Replicas", "Servers", "addresses"]
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _REFRESH_S = 10.0
 _SILENT_S = 30.0  # of a worker that holds groups
+_UNSAID_S = 2.0  # of a pause that no error began: "not ready" says nothing more
+_NOT_READY = "no server is ready: they drain, are being started, or are gone"
 _DNS = "dns:///"
 
 
@@ -197,16 +199,17 @@ class Replicas:
         if self._paused_since is None:
             self._paused_since = now
         allowed_s = self._patience_s if self._met else self._contact_s
-        if self._error and not self._outage:
+        paused_s = now - self._paused_since
+        if not self._outage and (self._error or paused_s >= _UNSAID_S):
             self._outage = True
-            self._say(f"paused, for {allowed_s:g} s at most: {self._error}")
-        if self._paused_s + now - self._paused_since >= allowed_s:
+            self._say(f"paused, for {allowed_s:g} s at most: {self._error or _NOT_READY}")
+        if self._paused_s + paused_s >= allowed_s:
             self._over = self._over or self._end()
 
     def _end(self) -> PanotritonError:
         if not self._met:
             return self._error or ConnectError("no server has an address yet: is one ready?")
-        why = f"at first: {self._error}" if self._error else "they drain, or are gone"
+        why = f"at first: {self._error}" if self._error else _NOT_READY
         return OutOfPatience(
             f"paused for {self._patience_s:g} s, and no server made a group; {why}"
         )

@@ -24,6 +24,7 @@ from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
+from panotriton.server.processes import Stub, find_stubs
 from panotriton.server.repository import placed, served_here, with_behind
 from panotriton.server.supervise import Supervisor
 
@@ -41,6 +42,7 @@ class Contained:
         self.control = ModelControl(http_url, key)
         self._command = [*die_with_parent(), *command]
         self._process: subprocess.Popen[bytes] | None = None
+        self.loaded: set[Stub] = set()
 
     @property
     def pid(self) -> int:
@@ -53,6 +55,7 @@ class Contained:
     def wait_ready(self) -> int | None:
         """Wait as long as it loads; its exit code where it ends instead. Whoever probes sets the limit."""
         while self.exit_code() is None and not self.control.healthy("ready"):
+            self.loaded.update(find_stubs(self.pid))
             time.sleep(_POLL_S)
         return self.exit_code()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
 
 KEY_HEADER = "panotriton-admin"
 _POLL_S = 0.1
+_GONE = "UNAVAILABLE"
 # What nothing else of the repository calls comes first; what a layer calls is unloaded after it.
 _LAYERS = (
     ("panorama", "panorama_encoded", "panorama_stream"),
@@ -47,7 +49,7 @@ class ModelControl:
     def states(self) -> dict[str, str]:
         """Each model's state: READY, LOADING, UNLOADING, UNAVAILABLE. Raises ControlError."""
         index = self._post("repository/index")
-        return {entry["name"]: entry.get("state", "UNAVAILABLE") for entry in index}
+        return {entry["name"]: entry.get("state", _GONE) for entry in index}
 
     def release(self) -> tuple[int, int]:
         """Of the server, such as (2, 51). Raises ControlError."""
@@ -78,26 +80,32 @@ class ModelControl:
             raise ControlError(f"requests to {model} were left without an answer")
         self.load(model, load_s)
 
-    def drain(self, bound_s: float) -> bool:
+    def drain(self, bound_s: float, hopeless: Callable[[], bool] = lambda: False) -> bool:
         """Refuse new groups and let those in flight finish, then the steps that they are made of.
 
         The server is not ready meanwhile, and answers a new request with NOT_FOUND, 404: "has no available
-        versions". Returns whether all was answered within bound_s.
+        versions". Returns whether all was answered within bound_s, and before `hopeless`, which is asked
+        again and again.
         """
         deadline = time.monotonic() + bound_s
         for layer in _LAYERS:
-            served = [name for name in layer if self.states().get(name) == "READY"]
-            for name in served:
-                self.unload(name)
-            if not self.wait_unloaded(served, deadline - time.monotonic()):
+            states = self.states()
+            for name in layer:
+                if states.get(name) == "READY":
+                    self.unload(name)
+            if not self.wait_unloaded(list(layer), deadline - time.monotonic(), hopeless):
                 return False
         return True
 
-    def wait_unloaded(self, models: list[str], bound_s: float) -> bool:
-        """Wait until the last request of the models is answered; whether that was so within bound_s."""
+    def wait_unloaded(
+        self, models: list[str], bound_s: float, hopeless: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Wait until the last request of the models is answered; whether that was so within bound_s, and
+        before `hopeless`.
+        """
         deadline = time.monotonic() + bound_s
-        while any(self.states().get(name) != "UNAVAILABLE" for name in models):
-            if time.monotonic() > deadline:
+        while any(self.states().get(name, _GONE) != _GONE for name in models):
+            if time.monotonic() > deadline or hopeless():
                 return False
             time.sleep(_POLL_S)
         return True

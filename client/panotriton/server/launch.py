@@ -37,6 +37,7 @@ from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
+from panotriton.server.processes import Stub, find_stubs
 from panotriton.server.repository import placed, served_here
 
 __all__ = [
@@ -50,8 +51,10 @@ __all__ = [
     "python_version",
 ]
 
-# What callers of other machines must not do: load and unload models, register memory, change logs.
-_CONTROL = "model-repository,shared-memory,trace,logging"
+# What no web page may do, which can send requests to localhost: load and unload models, change logs.
+_CONTROL = "model-repository,trace,logging"
+# Nor callers of other machines, who must not name this one's memory either.
+_CONTROL_FROM_AFAR = f"{_CONTROL},shared-memory"
 # glibc's malloc: keep up to 2 GB of what was freed. The images of one group, hundreds of MB, otherwise
 # come from the kernel anew each time, page by page, which takes longer than to compute some of them.
 _KEEP_MEMORY = {
@@ -250,6 +253,7 @@ class LocalServer:
         self._lock = -1
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self.loaded: set[Stub] = set()
 
     @property
     def http_url(self) -> str:
@@ -406,8 +410,8 @@ class LocalServer:
         if not self._key:
             return {}
         if is_local(self.host):
-            return {"--http-restricted-api": f"model-repository:{KEY_HEADER}={self._key}"}
-        restricted = f"{_CONTROL}:{KEY_HEADER}={self._key}"
+            return {"--http-restricted-api": f"{_CONTROL}:{KEY_HEADER}={self._key}"}
+        restricted = f"{_CONTROL_FROM_AFAR}:{KEY_HEADER}={self._key}"
         return {"--http-restricted-api": restricted, "--grpc-restricted-protocol": restricted}
 
     def _python_backend_config(self) -> list[str]:
@@ -422,7 +426,9 @@ class LocalServer:
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         process = self._running()
+        self.loaded.clear()
         while not self._ready():
+            self.loaded.update(find_stubs(process.pid))
             if process.poll() is not None:
                 raise ServerStartError(self._start_failure(f"exit code {process.returncode}"))
             if time.monotonic() > deadline:

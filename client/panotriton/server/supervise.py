@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -24,7 +24,7 @@ from panotriton.errors import ServerStartError
 from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import ControlError, ModelControl
 from panotriton.server.leftovers import abandoned
-from panotriton.server.processes import find_stubs, look_at
+from panotriton.server.processes import Stub, find_stubs, look_at
 
 __all__ = ["EXIT_GAVE_UP", "Health", "Served", "Supervisor", "Watch"]
 
@@ -52,6 +52,10 @@ class Served(Protocol):
     def pid(self) -> int: ...
     @property
     def control(self) -> ModelControl: ...
+    @property
+    def loaded(self) -> Iterable[Stub]:
+        """The models' processes that were seen while it started; requests may have ended some since."""
+
     def start(self) -> None: ...
     def exit_code(self) -> int | None: ...
     def kill(self) -> None: ...
@@ -71,19 +75,28 @@ class Health:
 class Watch:
     """The processes of one server's Python models, and which of the models lost one."""
 
-    def __init__(self, server: int, stopped_s: float = _STOPPED_S) -> None:
+    def __init__(
+        self, server: int, loaded: Iterable[Stub] = (), stopped_s: float = _STOPPED_S
+    ) -> None:
         self._server = server
         self._stopped_s = stopped_s
         self._known: dict[int, tuple[str, str]] = {}  # pid → instance, model
+        self._bare: set[str] = set()  # models loaded anew of which no process has been seen yet
         self._stopped: dict[int, float] = {}  # pid → since when
-        self.lost()  # whoever dies from now on is missed
+        self._learn(loaded)
+
+    def _learn(self, stubs: Iterable[Stub]) -> None:
+        for stub in stubs:
+            if stub.instance != stub.model:  # not one that only completed a config
+                self._known[stub.pid] = (stub.instance, stub.model)
+                self._bare.discard(stub.model)
 
     def lost(self) -> dict[str, list[int]]:
-        """Models that lost processes, with those; each call looks anew."""
+        """Models that lost processes, with those that have been seen; each call looks anew."""
         alive = find_stubs(self._server)
-        self._known |= {stub.pid: (stub.instance, stub.model) for stub in alive}
+        self._learn(alive)
         useful = {stub.pid: stub.instance for stub in alive if not self._hangs(stub.pid)}
-        lost: dict[str, list[int]] = {}
+        lost: dict[str, list[int]] = {model: [] for model in self._bare}
         for pid, (instance, model) in list(self._known.items()):
             if pid in useful:
                 continue
@@ -93,8 +106,14 @@ class Watch:
                 lost.setdefault(model, []).append(pid)
         return lost
 
+    def renewed(self, model: str) -> None:
+        """It was loaded anew: whoever is not there at the next look died at once."""
+        self.forget(model)
+        self._bare.add(model)
+
     def forget(self, model: str) -> None:
         """Somebody unloaded it."""
+        self._bare.discard(model)
         self._known = {pid: known for pid, known in self._known.items() if known[1] != model}
 
     def _hangs(self, pid: int) -> bool:
@@ -157,7 +176,7 @@ class Supervisor:
             raise
 
     def _run(self) -> int:
-        while (trouble := self._serve()) is not None:
+        while (trouble := self._serve(watch := self._look())) is not None:
             self._say(f"{trouble}; its requests got an error")
             self.health.state = "starting"
             self._server.kill()
@@ -165,18 +184,20 @@ class Supervisor:
             if self._end.is_set() or not self._start_again(trouble):
                 return 0 if self._end.is_set() else EXIT_GAVE_UP
             self._starting = False
-        self._drain()
+        self._drain(watch)
         return 0
+
+    def _look(self) -> Watch:
+        return Watch(self._server.pid, self._server.loaded)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._end.is_set() or self._starting:  # where nothing is in flight
             raise KeyboardInterrupt
         self._end.set()
 
-    def _serve(self) -> str | None:
+    def _serve(self, watch: Watch) -> str | None:
         """Serve until the end is asked for (None) or only a new start helps (why)."""
         self.health.state = "serving"
-        watch = Watch(self._server.pid)
         silent = Silence(self._server)
         sweep = Sweep(self._server.control)
         while not self._end.wait(_POLL_S):
@@ -204,7 +225,7 @@ class Supervisor:
             control.reload(model, unload_s=_UNLOAD_S, load_s=_LOAD_S)
         except ControlError as error:
             return f"{why}, and loading it anew failed: {error}"
-        watch.forget(model)
+        watch.renewed(model)
         self.health.reloads[model] += 1
         self.health.state = "serving"
         self._say(f"{why}; loaded anew")
@@ -240,19 +261,49 @@ class Supervisor:
         self._began.append(now)
         return True
 
-    def _drain(self) -> None:
+    def _drain(self, watch: Watch) -> None:
         self.health.state = "draining"
         self._say("stopping: new requests are refused, those in flight finish; again ends at once")
+        abandoned = Abandoned(self._server.control, watch)
         try:
-            answered = self._server.control.drain(self._drain_s)
+            answered = self._server.control.drain(self._drain_s, abandoned.by_now)
         except ControlError as error:
             self._say(f"not drained: {error}")
             return
         if not answered:
-            self._say(f"not all requests ended within {self._drain_s:g} s; ending without them")
+            why = abandoned.why or f"not all requests ended within {self._drain_s:g} s"
+            self._say(f"{why}; ending without them")
             self._server.kill()
             return
         time.sleep(_FLUSH_S)
+
+
+class Abandoned:
+    """Requests in a draining server that nobody will answer: the process of their model died under them.
+
+    Such a model is unloaded, for it is not needed much longer. What asks it from then on has its error at
+    once; what still waits for it after `_UNLOAD_S` waits for nothing, and so would the drain.
+    """
+
+    def __init__(self, control: ModelControl, watch: Watch) -> None:
+        self._control = control
+        self._watch = watch
+        self._since: dict[str, float] = {}
+        self.why = ""
+
+    def by_now(self) -> bool:
+        """Whether there are any; then `why` says so. Raises ControlError."""
+        states = self._control.states()
+        for model, processes in self._watch.lost().items():
+            if states.get(model) == "UNAVAILABLE":
+                self._watch.forget(model)  # ended in order, or with errors for all that it had
+            elif model not in self._since:
+                self._since[model] = time.monotonic()
+                self._control.unload(model)
+            elif time.monotonic() - self._since[model] > _UNLOAD_S:
+                self.why = f"{model}: {_fate(processes)}, and requests to it have no answer"
+                return True
+        return False
 
 
 class Silence:
@@ -325,4 +376,4 @@ def _fate(processes: list[int]) -> str:
     alive = [process for process in map(look_at, processes) if process and not process.dead]
     plural = "process" if len(processes) == 1 else "processes"
     numbers = ", ".join(map(str, sorted(processes)))
-    return f"its {plural} {numbers} {'hung' if alive else 'died'}"
+    return f"its {plural} {numbers} {'hung' if alive else 'died'}" if processes else "no process"
