@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 # Some images forbid Python to keep what it compiles; every process would compile PyTorch anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# Test files at once. With their servers each takes up to 8 GB.
-WORKERS ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) : 4)))
+# Test files at once: more than cores, since they wait for servers; with those each takes up to 6 GB.
+MEMORY_GB := $(shell awk '/^MemTotal/ { print int($$2 / 1e6) }' /proc/meminfo)
+WORKERS ?= $(shell n=$$(($$(nproc) + 1)); n=$$((n < 4 ? n : 4)); m=$$(($(MEMORY_GB) / 6)); echo $$((n < m ? n : m > 1 ? m : 1)))
 
 .DEFAULT_GOAL := help
 .PHONY: always help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, help="where to stop and go on (default: OUTPUT.state.pt)"
     )
-    parser.add_argument("--steps", type=int, default=88000)
+    parser.add_argument("--steps", type=int, default=89200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--pixels", type=int, default=36864, help="of the crops of one step")
     parser.add_argument("--rate", type=float, default=2e-3)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,37 @@ def test_an_idle_models_process_is_replaced(
     assert serving.server().pid == server, "the rest of the server was not disturbed"
     assert group(serving, panoramas) == undisturbed
     assert stream(serving, panoramas)[-1] == "Done"
+
+
+@pytest.mark.thorough
+def test_a_process_that_dies_as_it_is_loaded_anew_is_replaced_as_well(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+) -> None:
+    (old,) = serving.stubs("osediff_unet")
+    os.kill(old.pid, signal.SIGKILL)
+    deadline = time.monotonic() + serving.patience_s
+    while not (new := [each for each in serving.stubs("osediff_unet") if each.pid != old.pid]):
+        assert time.monotonic() < deadline, serving.text()
+    os.kill(new[0].pid, signal.SIGKILL)
+
+    def replaced() -> bool:
+        if serving.probe("/ready")[0] != 200:  # or there may be no server to look at
+            return False
+        return not {old.pid, new[0].pid} & {stub.pid for stub in serving.stubs("osediff_unet")}
+
+    serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
+    serving.wait_until(replaced, "service again")
+    assert group(serving, panoramas) == undisturbed
+
+
+def test_ready_means_all_models_where_several_died(
+    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+) -> None:
+    for stub in find_stubs(serving.server().pid):
+        os.kill(stub.pid, signal.SIGKILL)
+    serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
+    serving.wait_until(lambda: serving.probe("/ready")[0] == 200, "service again")
+    assert group(serving, panoramas) == undisturbed
 
 
 def test_readiness_tells_the_truth(serving: Serving, undisturbed: list[int]) -> None:

@@ -15,6 +15,7 @@ import tritonclient.grpc
 
 from panotriton import AsyncClient, Client
 from panotriton.client import conversation
+from panotriton.client.transports import grpc
 from panotriton.errors import (
     ConnectError,
     InvalidInput,
@@ -45,6 +46,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "WATCH_EVERY_S", 1.0)
     monkeypatch.setattr(conversation, "SILENT_S", 2.0)
     monkeypatch.setattr(conversation, "CONNECT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(grpc, "_PARTING_S", 1.0)
 
 
 Ask = Callable[..., Any]

@@ -43,11 +43,14 @@ def test_a_server_keeps_freed_memory_unless_told_otherwise(
     assert launcher.environment(())["MALLOC_ARENA_MAX"] == "4"
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("end", "options"),
+    [(signal.SIGINT, []), (signal.SIGTERM, ["--models", "osediff_unet"])],
+)
 def test_serve_tells_where_it_listens_and_leaves_nothing(
-    repository: Path, end: signal.Signals
+    repository: Path, end: signal.Signals, options: list[str]
 ) -> None:
-    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS]
+    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from panotriton_export.train_small.measure import load_model, upscale
-from panotriton_export.train_small.super_resolution import data
+from panotriton_export.train_small.super_resolution import data, training
 from panotriton_export.train_small.super_resolution.training import Run
 
 STEPS = 56  # every stage has at least one
+SIDES = (32, 40)  # px of crops
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,17 @@ def run(photographs: Path, output: Path) -> Run:
             state=output.with_suffix(".state.pt"),
             steps=STEPS,
             seed=7,
-            pixels=9216,
+            pixels=2048,
             rate=2e-3,
             save_every=30,
         )
     )
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(photographs: Path, tmp_path: Path) -> None:
+def test_a_stopped_training_goes_on_to_the_same_weights(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SIZES", SIDES)
     run(photographs, tmp_path / "whole").run()
     stopped = run(photographs, tmp_path / "stopped")
     learn = stopped._learn

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
@@ -12,24 +14,32 @@ from panotriton.errors import PanotritonError
 from panotriton.pipeline.channel import release
 from panotriton.pipeline.networks import NETWORKS
 
-__all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
+__all__ = ["KEY_HEADER", "ControlError", "ModelControl", "NoAnswer"]
 
 KEY_HEADER = "panotriton-admin"
 _POLL_S = 0.1
+_BRIEF_S = 3.0  # for an answer without which something else is looked at
 _GONE = "UNAVAILABLE"
-# What nothing else of the repository calls comes first; what a layer calls is unloaded after it.
+# What nothing else of the repository calls comes first; what a layer calls is unloaded after it. Few layers:
+# the Python backend takes more than a second to let a model go.
 _LAYERS = (
     ("panorama", "panorama_encoded", "panorama_stream"),
-    ("crop", "decode", "interpolate", "options", "osediff", "preprocess", "select", "tap"),
-    ("qwen_describer", "qwen_scorer"),
-    ("qwen",),
+    (
+        *("crop", "decode", "interpolate", "options", "osediff", "preprocess", "select", "tap"),
+        *("qwen_describer", "qwen_scorer"),
+    ),
     # Last, for servers that others ask for their networks.
-    ("qwen_vision", *(model for roles in NETWORKS.values() for model in roles.models)),
+    ("qwen", *(model for roles in NETWORKS.values() for model in roles.models)),
+    ("qwen_vision",),
 )
 
 
 class ControlError(PanotritonError):
     """The server did not do what its repository API was asked for."""
+
+
+class NoAnswer(ControlError):
+    """The server is not there, or did not answer in time."""
 
 
 class ModelControl:
@@ -46,14 +56,18 @@ class ModelControl:
         except OSError:
             return False
 
-    def states(self) -> dict[str, str]:
+    def states(self, timeout_s: float = 10.0) -> dict[str, str]:
         """Each model's state: READY, LOADING, UNLOADING, UNAVAILABLE. Raises ControlError."""
-        index = self._post("repository/index")
+        index = self._post("repository/index", timeout_s)
         return {entry["name"]: entry.get("state", _GONE) for entry in index}
 
     def release(self) -> tuple[int, int]:
         """Of the server, such as (2, 51). Raises ControlError."""
         return release(self._get("")["version"])
+
+    def executions(self) -> int:
+        """How many executions of all models have ended. Raises ControlError."""
+        return sum(model["execution_count"] for model in self._get("models/stats")["model_stats"])
 
     def regions(self) -> list[str]:
         """Names under which callers registered system shared memory. Raises ControlError."""
@@ -71,44 +85,70 @@ class ModelControl:
         """Load the model, and the ensembles that went with it. Raises ControlError."""
         self._post(f"repository/models/{model}/load", timeout_s)
 
-    def reload(self, model: str, *, unload_s: float, load_s: float) -> None:
-        """Replace the processes of a model. Raises ControlError, also where a request still waits for
-        the old ones after unload_s: it would wait for ever.
+    def replace(
+        self,
+        models: Collection[str],
+        unload_s: float,
+        load_s: float,
+        watch: Callable[[str], Callable[[], bool]],
+    ) -> None:
+        """Replace the processes of models.
+
+        watch: given the model that is to be loaded, what says from then on whether that comes to nothing.
+        Raises ControlError, also where a request still waits for the old processes after unload_s: it would
+        wait for ever.
         """
-        self.unload(model)
-        if not self.wait_unloaded([model], unload_s):
-            raise ControlError(f"requests to {model} were left without an answer")
-        self.load(model, load_s)
+        for model in models:
+            self.unload(model)
+        deadline = time.monotonic() + unload_s
+        while busy := [each for each in models if self.states().get(each, _GONE) != _GONE]:
+            if time.monotonic() > deadline:
+                raise ControlError(f"requests to {', '.join(busy)} were left without an answer")
+            time.sleep(_POLL_S)
+        for model in models:
+            self._load_watched(model, load_s, watch(model))
+
+    def _load_watched(self, model: str, load_s: float, hopeless: Callable[[], bool]) -> None:
+        """The server does not see that a process died while it loads, and waits for it for minutes."""
+        ended: list[ControlError | None] = []
+
+        def load() -> None:
+            try:
+                self.load(model, load_s)
+            except ControlError as error:
+                ended.append(error)
+            else:
+                ended.append(None)
+
+        threading.Thread(target=load, daemon=True).start()
+        while not ended:
+            if hopeless():
+                raise ControlError(f"the new process of {model} died as well")
+            time.sleep(_POLL_S)
+        if ended[0]:
+            raise ended[0]
 
     def drain(self, bound_s: float, hopeless: Callable[[], bool] = lambda: False) -> bool:
         """Refuse new groups and let those in flight finish, then the steps that they are made of.
 
         The server is not ready meanwhile, and answers a new request with NOT_FOUND, 404: "has no available
         versions". Returns whether all was answered within bound_s, and before `hopeless`, which is asked
-        again and again.
+        again and again. Raises ControlError where it refuses; where it does not answer it is asked again.
         """
         deadline = time.monotonic() + bound_s
-        for layer in _LAYERS:
-            states = self.states()
-            for name in layer:
-                if states.get(name) == "READY":
-                    self.unload(name)
-            if not self.wait_unloaded(list(layer), deadline - time.monotonic(), hopeless):
-                return False
-        return True
+        return all(self._drained(layer, deadline, hopeless) for layer in _LAYERS)
 
-    def wait_unloaded(
-        self, models: list[str], bound_s: float, hopeless: Callable[[], bool] = lambda: False
-    ) -> bool:
-        """Wait until the last request of the models is answered; whether that was so within bound_s, and
-        before `hopeless`.
-        """
-        deadline = time.monotonic() + bound_s
-        while any(self.states().get(name, _GONE) != _GONE for name in models):
-            if time.monotonic() > deadline or hopeless():
-                return False
+    def _drained(self, layer: Sequence[str], deadline: float, hopeless: Callable[[], bool]) -> bool:
+        while time.monotonic() < deadline and not hopeless():
+            with contextlib.suppress(NoAnswer):
+                states = self.states(_BRIEF_S)
+                for name in layer:
+                    if states.get(name) == "READY":
+                        self.unload(name)
+                if all(states.get(name, _GONE) == _GONE for name in layer):
+                    return True
             time.sleep(_POLL_S)
-        return True
+        return False
 
     def _get(self, path: str) -> Any:
         return self._answer("GET", path, 5.0)
@@ -120,7 +160,7 @@ class ModelControl:
         try:
             status, answer = self._ask(method, path, timeout_s)
         except OSError as error:
-            raise ControlError(f"{path}: {error}") from error
+            raise NoAnswer(f"{path}: {error}") from error
         if status != 200:
             raise ControlError(f"{path}: {status}, {answer.decode(errors='replace')}")
         return json.loads(answer or b"null")

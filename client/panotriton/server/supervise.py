@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -37,6 +37,9 @@ _STOPPED_S = 15.0  # longer than a debugger's glance, shorter than a caller's pa
 _SILENT_S = 60.0  # a busy machine answers late, a locked server never
 _UNLOAD_S = 8.0  # idle or answering with errors, a dead model's last request ends in about a second
 _LOAD_S = 300.0
+_BIRTH_S = 10.0  # until a model that is loaded has a process
+_LOAD_FAILS_S = 3.0
+_STUCK_S = 12.0  # in a drain; longer than one execution takes, short of a caller's patience
 _MOST_BACK_OFF_S = 16.0
 _SWEEP_EVERY_S = 10.0
 # An older one ends when it is asked to let go of what a request still uses; this one refuses.
@@ -204,31 +207,38 @@ class Supervisor:
             self.health.beat_s = time.monotonic()
             if trouble := _ended(self._server) or silent.too_long():
                 return trouble
-            for model, processes in watch.lost().items():
-                if trouble := self._replace(watch, model, processes):
-                    return trouble
+            if (lost := watch.lost()) and (trouble := self._replace(watch, lost)):
+                return trouble
+            if self.health.state == "starting" and not watch.lost():
+                self.health.state = "serving"
             sweep.sometimes()
         return None
 
-    def _replace(self, watch: Watch, model: str, processes: list[int]) -> str | None:
-        """Load a model anew that lost processes; the reason where that did not help."""
+    def _replace(self, watch: Watch, lost: Mapping[str, list[int]]) -> str | None:
+        """Load models anew that lost processes; the reason where that did not help."""
         control = self._server.control
-        why = f"{model}: {_fate(processes)}"
+        fates = {model: f"{model}: {_fate(processes)}" for model, processes in lost.items()}
         try:
-            if control.states().get(model) != "READY":
-                watch.forget(model)  # unloaded, or being loaded, by whoever has the key
+            states = control.states()
+            for model in lost:
+                if (
+                    states.get(model) != "READY"
+                ):  # unloaded, or being loaded, by whoever has the key
+                    watch.forget(model)
+                    del fates[model]
+            if not fates:
                 return None
             self.health.state = "starting"
             for stub in find_stubs(self._server.pid):
-                if stub.pid in processes:
+                if stub.pid in lost.get(stub.model, ()):
                     stub.kill()  # stopped: it would wait for ever to be told to end
-            control.reload(model, unload_s=_UNLOAD_S, load_s=_LOAD_S)
+            control.replace(fates, _UNLOAD_S, _LOAD_S, lambda it: Born(self._server.pid, it).died)
         except ControlError as error:
-            return f"{why}, and loading it anew failed: {error}"
-        watch.renewed(model)
-        self.health.reloads[model] += 1
-        self.health.state = "serving"
-        self._say(f"{why}; loaded anew")
+            return f"{'; '.join(fates.values())}, and loading anew failed: {error}"
+        for model, fate in fates.items():
+            watch.renewed(model)
+            self.health.reloads[model] += 1
+            self._say(f"{fate}; loaded anew")
         return None
 
     def _start_again(self, trouble: str) -> bool:
@@ -264,46 +274,83 @@ class Supervisor:
     def _drain(self, watch: Watch) -> None:
         self.health.state = "draining"
         self._say("stopping: new requests are refused, those in flight finish; again ends at once")
-        abandoned = Abandoned(self._server.control, watch)
+        silent = Silence(self._server)
+        stuck = Stuck(self._server.control, watch)
+        trouble: list[str] = []
+
+        def hopeless() -> bool:
+            why = _ended(self._server) or silent.too_long()
+            if not why and not silent.stopped:
+                why = stuck.by_now()
+            if why:
+                trouble.append(why)
+            return bool(why)
+
         try:
-            answered = self._server.control.drain(self._drain_s, abandoned.by_now)
+            answered = self._server.control.drain(self._drain_s, hopeless)
         except ControlError as error:
             self._say(f"not drained: {error}")
             return
         if not answered:
-            why = abandoned.why or f"not all requests ended within {self._drain_s:g} s"
+            why = "".join(trouble) or f"not all requests ended within {self._drain_s:g} s"
             self._say(f"{why}; ending without them")
             self._server.kill()
             return
         time.sleep(_FLUSH_S)
 
 
-class Abandoned:
-    """Requests in a draining server that nobody will answer: the process of their model died under them.
+class Born:
+    """The new process of a model that is being loaded."""
 
-    Such a model is unloaded, for it is not needed much longer. What asks it from then on has its error at
-    once; what still waits for it after `_UNLOAD_S` waits for nothing, and so would the drain.
+    def __init__(self, server: int, model: str) -> None:
+        self._server = server
+        self._model = model
+        self._due_s = time.monotonic() + _BIRTH_S
+
+    def died(self) -> bool:
+        """Whether it is gone for longer than a load that failed takes to say so, or was never seen."""
+        now = time.monotonic()
+        if any(stub.model == self._model for stub in find_stubs(self._server)):
+            self._due_s = now + _LOAD_FAILS_S
+        return now > self._due_s
+
+
+class Stuck:
+    """Requests in a draining server that nobody will answer, since their model's process died under them.
+
+    Which they are the server does not say. Whoever asks that model from then on has an error at once, and
+    others go on; so once a process has died, and no execution of any model has ended for `_STUCK_S`, what is
+    left waits for nothing.
     """
 
     def __init__(self, control: ModelControl, watch: Watch) -> None:
         self._control = control
         self._watch = watch
-        self._since: dict[str, float] = {}
-        self.why = ""
+        self._executions = -1
+        self._moved_s = 0.0
 
-    def by_now(self) -> bool:
-        """Whether there are any; then `why` says so. Raises ControlError."""
+    def by_now(self) -> str | None:
+        """The process that they wait for, where there are any."""
+        try:
+            dead = self._dead()
+            executions = self._control.executions() if dead else -1
+        except ControlError:
+            return None  # its silence is another matter
+        now = time.monotonic()
+        if executions != self._executions:
+            self._executions, self._moved_s = executions, now
+        if not dead or now - self._moved_s < _STUCK_S:
+            return None
+        return "; ".join(f"{model}: {_fate(processes)}" for model, processes in dead.items())
+
+    def _dead(self) -> dict[str, list[int]]:
+        """Models that lost processes and can't be let go of."""
         states = self._control.states()
-        for model, processes in self._watch.lost().items():
-            if states.get(model) == "UNAVAILABLE":
-                self._watch.forget(model)  # ended in order, or with errors for all that it had
-            elif model not in self._since:
-                self._since[model] = time.monotonic()
-                self._control.unload(model)
-            elif time.monotonic() - self._since[model] > _UNLOAD_S:
-                self.why = f"{model}: {_fate(processes)}, and requests to it have no answer"
-                return True
-        return False
+        lost = self._watch.lost()
+        for model in lost:
+            if states.get(model, "UNAVAILABLE") == "UNAVAILABLE":
+                self._watch.forget(model)
+        return {model: lost[model] for model in lost if states.get(model) in ("READY", "UNLOADING")}
 
 
 class Silence:
@@ -313,6 +360,11 @@ class Silence:
         self._server = server
         self._asked_s = self._heard_s = time.monotonic()
         self._stopped_s: float | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was, when last looked at."""
+        return self._stopped_s is not None
 
     def too_long(self) -> str | None:
         """Why only its end helps, where it does."""

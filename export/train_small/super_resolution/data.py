@@ -100,7 +100,7 @@ UNSEEN: dict[str, Source] = {
 class Strength:
     """How hard `degrade` may hit: chances 0 to 1, blur and magnification in low-resolution pixels,
     noise in grey levels, JPEG quality as Pillow counts it. clean: the chance of halving alone. soft: of a
-    target that is out of focus itself."""
+    target that is out of focus itself. recoloured: of one whose channels are exchanged."""
 
     clean: float
     blur: float
@@ -112,6 +112,7 @@ class Strength:
     jpeg: float
     jpeg_quality: tuple[int, int]
     soft: float = 0.0
+    recoloured: float = 0.0
 
 
 CLEAN = Strength(1, 0, (0, 0), 0, (1, 1), 0, (0, 0), 0, (1, 1))
@@ -122,8 +123,9 @@ STRENGTHS = {
         0.35, 0.55, (0.2, 1.1), 0.1, (1.1, 2.5), 0.75, (0.5, 9), 0.8, (40, 96), 0.25
     ),
     # Views cut from panoramas are magnified more often than photographs.
+    # Colours that none of the photographs has, such as a meadow's, come out no worse.
     "adapters": Strength(
-        0.35, 0.5, (0.2, 1.0), 0.2, (1.1, 2.5), 0.75, (0.5, 6), 0.8, (50, 96), 0.25
+        0.35, 0.5, (0.2, 1.0), 0.2, (1.1, 2.5), 0.75, (0.5, 6), 0.8, (50, 96), 0.25, 0.5
     ),
 }
 
@@ -164,6 +166,11 @@ def sample(images: Sequence[Image], size_px: int, rng: np.random.Generator) -> I
 def soften(image: Image, rng: np.random.Generator) -> Image:
     """A photograph whose focus lies elsewhere: blurred by a sigma of 0.6 to 2 px."""
     return np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 2.0)), np.uint8)
+
+
+def recolour(image: Image, rng: np.random.Generator) -> Image:
+    """The same with its channels in another order, or in the same."""
+    return np.ascontiguousarray(image[..., rng.permutation(3)])
 
 
 _SHRINKS = (

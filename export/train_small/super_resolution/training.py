@@ -37,9 +37,10 @@ from panotriton_export.train_small.super_resolution.unet import (
 __all__ = ["Base", "Run", "to_tensor"]
 
 Group = dict[str, Any]  # "params", and "share" of the rate
-# Steps of each, for a run of 88,000, and what of the learning rate it reaches.
-STAGES = {"head": 24000, "decoder": 2000, "base": 13200, "finish": 48000, "adapters": 800}
+# Steps of each, for a run of 89,200, and what of the learning rate it reaches.
+STAGES = {"head": 24000, "decoder": 2000, "base": 13200, "finish": 48000, "adapters": 2000}
 PEAKS = {"head": 1.0, "decoder": 1.0, "base": 0.5, "finish": 0.5, "adapters": 0.03}
+TONES = {"adapters": 0.5}  # how much of the loss is that of the smooth alone
 SIZES = (96, 128, 96, 192)  # px of crops, in turn
 
 
@@ -56,6 +57,11 @@ def batch(
     if strength.soft:
         wanted = [
             data.soften(each, rng) if rng.random() < strength.soft else each for each in wanted
+        ]
+    if strength.recoloured:
+        wanted = [
+            data.recolour(each, rng) if rng.random() < strength.recoloured else each
+            for each in wanted
         ]
     spoilt = [data.degrade(image, strength, rng) for image in wanted]
     return to_tensor(np.stack(spoilt)), to_tensor(np.stack(wanted))
@@ -240,7 +246,7 @@ class Run:
     def _learn(self, spoilt: Tensor, wanted: Tensor) -> float:
         rng = np.random.default_rng((self.args.seed, self.step, 1))
         prompt = self.prompts[rng.integers(len(self.prompts), size=len(spoilt))]
-        value = loss(self.trained(spoilt, prompt), wanted)
+        value = loss(self.trained(spoilt, prompt), wanted, TONES.get(self.name, 0.0))
         torch.autograd.backward(value)
         self.stage.step(self.step - self.first)
         self.trained.zero_grad()  # also of what learns only in other stages
