@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ import torch
 
 from panotriton_export.train_small.measure import load_model, upscale
 from panotriton_export.train_small.super_resolution import data, training
+from panotriton_export.train_small.super_resolution.loss import loss
 from panotriton_export.train_small.super_resolution.training import Run
 
 STEPS = 56  # every stage has at least one
@@ -74,3 +76,23 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
 
     enlarged, raw, _ = upscale(load_model(tmp_path / "whole"), np.full((24, 40, 3), 90, np.uint8))
     assert raw.shape == enlarged.shape == (48, 80, 3)
+
+
+def test_the_loss_of_tones_tells_a_shift_of_colour_from_detail() -> None:
+    wanted = torch.zeros(1, 3, 48, 48)
+    shift = torch.full_like(wanted, 0.1)
+    detail = shift * (torch.arange(48) % 2 * 2 - 1)  # stripes, as far off
+    assert loss(shift, wanted) == pytest.approx(loss(detail, wanted).item())
+    assert loss(shift, wanted, 0.5) > 1.3 * loss(detail, wanted, 0.5)
+
+
+def test_a_recoloured_target_has_the_same_channels_in_some_order() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    orders = set()
+    for seed in range(20):
+        made = data.recolour(image, np.random.default_rng(seed))
+        (order,) = [
+            each for each in itertools.permutations(range(3)) if (image[..., each] == made).all()
+        ]
+        orders.add(order)
+    assert len(orders) == 6
