@@ -60,8 +60,8 @@ build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 	touch $@
 
 fault-check: $(VENV)/.installed repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
-	timeout 800 $(BIN)/python -m pytest -m "" --durations=30 tests/faults
-	timeout 100 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
+	timeout 830 $(BIN)/python -m pytest -m "" --durations=30 tests/faults
+	timeout 70 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
 
 cluster-check: $(VENV)/.installed  ## kill the workers, replicas and driver of runs on a Ray cluster, a quarter of an hour
 	$(BIN)/python -m pytest -m thorough tests/server/test_cluster.py
