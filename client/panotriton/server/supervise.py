@@ -221,10 +221,8 @@ class Supervisor:
         try:
             states = control.states()
             for model in lost:
-                if (
-                    states.get(model) != "READY"
-                ):  # unloaded, or being loaded, by whoever has the key
-                    watch.forget(model)
+                if states.get(model) != "READY":
+                    watch.forget(model)  # unloaded, or being loaded, by whoever has the key
                     del fates[model]
             if not fates:
                 return None
@@ -279,6 +277,7 @@ class Supervisor:
         trouble: list[str] = []
 
         def hopeless() -> bool:
+            self.health.beat_s = time.monotonic()
             why = _ended(self._server) or silent.too_long()
             if not why and not silent.stopped:
                 why = stuck.by_now()
