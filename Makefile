@@ -5,9 +5,8 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 # Some images forbid Python to keep what it compiles; every process would compile PyTorch anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# Test files at once: more than cores, since they wait for servers; with those each takes up to 6 GB.
-MEMORY_GB := $(shell awk '/^MemTotal/ { print int($$2 / 1e6) }' /proc/meminfo)
-WORKERS ?= $(shell n=$$(($$(nproc) + 1)); n=$$((n < 4 ? n : 4)); m=$$(($(MEMORY_GB) / 6)); echo $$((n < m ? n : m > 1 ? m : 1)))
+# Test files at once. With their servers each takes up to 8 GB.
+WORKERS ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) : 4)))
 
 .DEFAULT_GOAL := help
 .PHONY: always help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
@@ -60,8 +59,8 @@ build/deploy/helm: $(VENV)/.deploy tests/deploy/helm.txt
 	touch $@
 
 fault-check: $(VENV)/.installed repository/.small  ## kill, stop, drain and confuse servers, at most 15 minutes
-	timeout 830 $(BIN)/python -m pytest -m "" --durations=30 tests/faults
-	timeout 70 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
+	timeout 840 $(BIN)/python -m pytest -m "" --durations=30 tests/faults
+	timeout 60 $(BIN)/python -m pytest -m thorough tests/server --ignore tests/server/test_cluster.py
 
 cluster-check: $(VENV)/.installed  ## kill the workers, replicas and driver of runs on a Ray cluster, a quarter of an hour
 	$(BIN)/python -m pytest -m thorough tests/server/test_cluster.py

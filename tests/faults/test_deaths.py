@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from panotriton import Client
 from panotriton.client import shared_memory
 from panotriton.errors import PanotritonError, RequestTimeout
 from panotriton.pipeline.regions import FOLDER
-from panotriton.server.processes import find_stubs
+from panotriton.server.processes import Stub, find_stubs
 from panotriton.server.supervise import Watch
 from tests.brief import BriefServer
 from tests.faults.conftest import Answer, Serving, group, served, stream
@@ -76,6 +77,25 @@ def test_a_process_that_dies_as_it_is_loaded_anew_is_replaced_as_well(
 
         serving.wait_until(lambda: serving.probe("/ready")[0] == 503, "503 of /ready")
         serving.wait_until(replaced, "service again")
+        assert group(serving, panoramas)
+
+
+@pytest.mark.thorough
+def test_a_process_that_dies_as_its_server_starts_is_replaced_as_well(
+    standin_repository: Path, panoramas: Panoramas, tmp_path: Path
+) -> None:
+    with served(standin_repository, tmp_path) as serving:
+        old = serving.server().pid
+        os.kill(old, signal.SIGKILL)
+        deadline = time.monotonic() + serving.patience_s
+        new: list[Stub] = []
+        while not new:
+            assert time.monotonic() < deadline, serving.text()
+            servers = psutil.Process(serving.process.pid).children()
+            stubs = [stub for each in servers if each.pid != old for stub in find_stubs(each.pid)]
+            new = [stub for stub in stubs if stub.model == "osediff_unet"]
+        os.kill(new[0].pid, signal.SIGKILL)
+        serving.wait_until(lambda: serving.probe("/ready")[0] == 200, "service again")
         assert group(serving, panoramas)
 
 

@@ -22,7 +22,7 @@ from tests.brief import BriefServer
 
 NETWORKS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
 UNTAGGED = ["osediff", *(f"osediff_{name}" for name in NETWORKS)]
-LOUDER = 3000
+LOUDER = 12000
 NO_TAGGER = "osediff: no tagger was exported"
 
 

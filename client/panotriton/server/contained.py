@@ -24,9 +24,9 @@ from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
-from panotriton.server.processes import Stub, find_stubs
+from panotriton.server.processes import Stall, Stub, find_stubs
 from panotriton.server.repository import placed, served_here, with_behind
-from panotriton.server.supervise import Supervisor
+from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
 _POLL_S = 0.5
 _EXIT_S = 10.0  # to unload what has nothing left to do
@@ -53,9 +53,13 @@ class Contained:
         self._process = subprocess.Popen(self._command, start_new_session=True)
 
     def wait_ready(self) -> int | None:
-        """Wait as long as it loads; its exit code where it ends instead. Whoever probes sets the limit."""
+        """Wait as long as it loads; an exit code where it ends instead. Whoever probes sets the limit."""
+        stall = Stall(self.pid)
         while self.exit_code() is None and not self.control.healthy("ready"):
             self.loaded.update(find_stubs(self.pid))
+            if stall.seen():
+                print("a model's process died as it loaded", file=sys.stderr, flush=True)
+                return EXIT_GAVE_UP
             time.sleep(_POLL_S)
         return self.exit_code()
 

@@ -37,7 +37,7 @@ from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
-from panotriton.server.processes import Stub, find_stubs
+from panotriton.server.processes import Stall, Stub, find_stubs
 from panotriton.server.repository import placed, served_here
 
 __all__ = [
@@ -427,8 +427,12 @@ class LocalServer:
         deadline = time.monotonic() + self._start_timeout_s
         process = self._running()
         self.loaded.clear()
+        stall = Stall(process.pid)
         while not self._ready():
             self.loaded.update(find_stubs(process.pid))
+            if stall.seen():
+                _kill(process)  # as if it had crashed
+                raise ServerStartError(self._start_failure("a model's process died as it loaded"))
             if process.poll() is not None:
                 raise ServerStartError(self._start_failure(f"exit code {process.returncode}"))
             if time.monotonic() > deadline:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Process", "Stub", "find_stubs", "look_at"]
+__all__ = ["Process", "Stall", "Stub", "find_stubs", "look_at"]
 
 _PROC = Path("/proc")
 _STUB = "triton_python_backend_stub"
 _KILL_S = 5.0
+_STALLED_S = 5.0  # a server takes note of a process that ends in order at once
+_NAME = _STUB[:15]  # as /proc has it
 _INSTANCE = re.compile(r"(.+)_\d+_\d+$")
 
 
@@ -70,6 +72,27 @@ class Stub:
         deadline = time.monotonic() + _KILL_S
         while (left := look_at(self.pid)) and not left.dead and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+class Stall:
+    """A server that loads a model whose process has died: it takes no note, and waits for minutes."""
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._since: dict[int, float] = {}
+
+    def seen(self) -> bool:
+        """Whether a process died some time ago, and is still its zombie; to be asked again and again."""
+        processes = (look_at(int(folder.name)) for folder in _PROC.glob("[0-9]*"))
+        zombies = {
+            process.pid
+            for process in processes
+            if process and process.dead and process.parent == self._server
+            if process.name == _NAME
+        }
+        now = time.monotonic()
+        self._since = {pid: self._since.get(pid, now) for pid in zombies}
+        return any(now - since > _STALLED_S for since in self._since.values())
 
 
 def look_at(pid: int) -> Process | None:

@@ -29,6 +29,7 @@ __all__ = [
     "enlarge",
     "jpeg",
     "load",
+    "recolour",
     "sample",
     "soften",
 ]
