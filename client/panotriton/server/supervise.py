@@ -86,7 +86,7 @@ class Watch:
         self._known: dict[int, tuple[str, str]] = {}  # pid → instance, model
         self._bare: set[str] = set()  # models loaded anew of which no process has been seen yet
         self._stopped: dict[int, float] = {}  # pid → since when
-        self._learn(loaded)
+        self._learn([*loaded, *find_stubs(server)])
 
     def _learn(self, stubs: Iterable[Stub]) -> None:
         for stub in stubs:
