@@ -124,7 +124,6 @@ def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.M
 
 KILLED = """
 import os, sys
-from panotriton.groups.replicas import Replicas, Servers
 from panotriton.groups.store import open_store
 os.link = lambda *names, **options: os._exit(9)
 open_store(sys.argv[1]).create("records/1.json", b"{}")
