@@ -1,11 +1,12 @@
 """A stand-in for one server: the gRPC protocol of tritonserver around groups that are made up in no time.
 
-    python tests/replica.py --port P [--seconds S] [--poison SEED …] [--gate FILE] [--weights W] [--busy N]
+    python tests/replica.py --port P [--seconds S] [--poison SEED …] [--gate FILE] [--weights W] [--busy N] …
 
 A group depends on its panoramas, seed and options alone, as a real one does, and takes `--seconds` of the one
 device that a replica has. A request with a poison seed ends the process, as a crash of a model does. While
 the gate file exists, new requests are refused with the words of a server that drains. More than `--busy`
-requests at once are refused with the words of a full queue.
+requests at once are refused with the words of a full queue. What it serves it says
+after `--late` seconds.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelReadyResponse(ready=True)
 
     def ModelConfig(self, request: Any, context: Any) -> Any:
+        time.sleep(self._options.late)
         response = service_pb2.ModelConfigResponse()
         if self._options.weights:
             response.config.parameters["weights"].string_value = self._options.weights
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--poison", type=int, nargs="*", default=[])
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--weights", default="sha256:stand-in")
+    parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("--busy", type=int, default=64)
     options = parser.parse_args()
     server = grpc.server(

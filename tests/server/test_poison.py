@@ -163,12 +163,12 @@ def test_a_replica_of_other_weights_is_left_out_and_so_is_another_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
-    ours, other = start("--seconds", 0.05), start("--weights", "sha256:other")
+    ours, other = start("--late", 0.5), start("--weights", "sha256:other")
     assert run(panoramas, output, [ours], "--sample-n", "4") == 0
     assert run(panoramas, output, [ours, other]) == 0
+    assert f"{other.url} serves other weights than the run's" in capsys.readouterr().err
     manifest = json.loads((output / "dataset.json").read_text())
     assert manifest["weights"]["osediff"] == "sha256:stand-in"
-    capsys.readouterr()
     assert run(panoramas, output, [other], "--sample-n", "20") == 2
     said = capsys.readouterr().err
     assert "weights: osediff (sha256:stand-in, now sha256:other)" in said

@@ -10,6 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,64 @@ def test_a_pause_without_an_error_is_announced_as_well() -> None:
         asyncio.run(run())
     assert len(said) == 1
     assert said[0].startswith("paused, for 2.5 s at most: no server is ready")
+
+
+class Answers(Servers):
+    """Servers that say what they serve, each after its own time; they say nothing else."""
+
+    def __init__(self, weights: dict[str, tuple[float, str | None]]) -> None:
+        super().__init__([f"127.0.0.1:{port}" for port in range(1, 1 + len(weights))])
+        self._weights = dict(zip(self.urls, weights.values(), strict=True))
+
+    def client(self, address: str) -> Any:
+        after_s, served = self._weights[address]
+
+        async def weights() -> dict[str, str]:
+            await asyncio.sleep(after_s)
+            if served is None:
+                raise ConnectError("refused")
+            return {"osediff": served}
+
+        async def no(*_: Any) -> bool:
+            return False
+
+        return SimpleNamespace(weights=weights, ready=no, close=no)
+
+
+@pytest.mark.parametrize(
+    ("late", "wanted", "made_of"),
+    [
+        ("ours", None, "other"),  # a new run: whoever answers first
+        ("ours", "ours", "ours"),
+        (None, "ours", "other"),  # for the caller to refuse
+    ],
+)
+def test_a_run_that_goes_on_waits_for_the_weights_it_was_made_of(
+    late: str | None, wanted: str | None, made_of: str
+) -> None:
+    servers = Answers({"first": (0.0, "other"), "second": (0.3, late)})
+
+    async def run() -> dict[str, str]:
+        async with Replicas(servers, contact_s=1.0).watched() as replicas:
+            found = await replicas.weights({"osediff": wanted} if wanted else None)
+            if late is not None:
+                assert (await replicas.acquire()).address == servers.urls[made_of == "ours"]
+            return found
+
+    assert asyncio.run(run()) == {"osediff": made_of}
+
+
+def test_what_died_and_learns_anew_takes_no_other_weights() -> None:
+    """As a cluster's directory does, which is started again on another node."""
+    servers = Answers({"first": (0.0, "other"), "second": (0.3, "ours")})
+
+    async def run() -> str:
+        async with Replicas(servers, contact_s=1.0).watched() as replicas:
+            replicas.agree({"osediff": "ours"})
+            address: str = (await replicas.acquire()).address
+            return address
+
+    assert asyncio.run(run()) == servers.urls[1]
 
 
 def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

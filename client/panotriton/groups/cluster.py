@@ -16,7 +16,7 @@ import pickle
 import sys
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,9 +78,9 @@ class ClusterEngine:
     def __exit__(self, *error: object) -> None:
         self._ray.shutdown()
 
-    async def weights(self) -> dict[str, str]:
+    async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
         with _causes():
-            found: dict[str, str] = await self._directory.weights.remote()
+            found: dict[str, str] = await self._directory.weights.remote(wanted)
         return found
 
     def ahead(self, rate: float, missing: int) -> int:
@@ -171,8 +171,8 @@ class _Directory:
             self._watch = asyncio.create_task(self._replicas.watch())
         return self._replicas
 
-    async def weights(self) -> dict[str, str]:
-        return await self._watched().weights()
+    async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
+        return await self._watched().weights(wanted)
 
     async def room(self) -> int:
         return self._watched().room
@@ -184,8 +184,10 @@ class _Directory:
     async def beat(self, worker: str) -> None:
         self._watched().beat(worker)
 
-    async def acquire(self, worker: str, ticket: int | None) -> Lease:
-        return await self._watched().acquire(ticket, worker)
+    async def acquire(self, worker: str, weights: Mapping[str, str], ticket: int | None) -> Lease:
+        replicas = self._watched()
+        replicas.agree(weights)
+        return await replicas.acquire(ticket, worker)
 
     async def release(
         self,
@@ -202,7 +204,7 @@ class _Worker:
     """An actor of the pool. Its calls run in threads, their work in one event loop."""
 
     def __init__(self, plan: Plan, servers: Servers, directory: Any, patience_s: float) -> None:
-        self._board = _Board(directory)
+        self._board = _Board(directory, plan.weights)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._maker = Maker(plan, servers, self._board, patience_s)
@@ -220,10 +222,11 @@ class _Worker:
 
 
 class _Board:
-    """A worker's way to the directory, which may be away for a moment."""
+    """A worker's way to the directory, which may be away for a moment, and then another."""
 
-    def __init__(self, directory: Any) -> None:
+    def __init__(self, directory: Any, weights: Mapping[str, str]) -> None:
         self._directory = directory
+        self._weights = dict(weights)
         self._worker = uuid.uuid4().hex
 
     async def beats(self) -> None:
@@ -233,7 +236,7 @@ class _Board:
 
     async def acquire(self, ticket: int | None = None) -> Lease:
         lease: Lease = await self._asked(
-            lambda: self._directory.acquire.remote(self._worker, ticket)
+            lambda: self._directory.acquire.remote(self._worker, self._weights, ticket)
         )
         return lease
 

@@ -70,8 +70,8 @@ Rows = Callable[[], tuple[int, int] | None]
 class Engine(Protocol):
     """Who makes groups: this process, or a cluster."""
 
-    async def weights(self) -> dict[str, str]:
-        """What the servers serve, once one answers. Raises ConnectError where none does."""
+    async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
+        """What the servers serve, once one answers; `wanted` if any does. Raises ConnectError where none does."""
         ...
 
     def ahead(self, rate: float, missing: int) -> int:
@@ -147,7 +147,8 @@ class Dataset:
                 self._check(known, plan)
             self._recall()
             if not (known and self._ended()):
-                plan = replace(plan, weights=await engine.weights())
+                made_of = plan.weights if known else None
+                plan = replace(plan, weights=await engine.weights(made_of))
                 self._store.create(_MANIFEST, json_bytes(plan.manifest()))
                 self._check(self._store.read_json(_MANIFEST), plan)
                 await self._work(engine, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from panotriton.groups.dataset import Rows
 from panotriton.groups.maker import Maker, Outcome
@@ -21,8 +21,8 @@ class LocalEngine:
         self._replicas = replicas
         self._patience_s = patience_s
 
-    async def weights(self) -> dict[str, str]:
-        return await self._replicas.weights()
+    async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
+        return await self._replicas.weights(wanted)
 
     def ahead(self, rate: float, missing: int) -> int:
         return 4 * max(1, self._replicas.room)

@@ -80,8 +80,8 @@ class Replicas:
     """Hands out leases while `watch` runs. Used by one event loop; several processes share one through Ray.
 
     per_replica: groups that each may have at once. patience_s: how long no replica may answer, and none
-    make a group; contact_s: the same before any has. weights: what all must serve; None: what the
-    first does. say: told when the run pauses, goes on, or leaves a replica out.
+    make a group; contact_s: the same before any has. say: told when the run pauses, goes on, or leaves a
+    replica out. None has a lease before `weights` or `agree` has settled what all must serve.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class Replicas:
         per_replica: int = 2,
         patience_s: float = 600.0,
         contact_s: float = 60.0,
-        weights: Mapping[str, str] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._servers = servers
         self._balance = Balance(per_replica)
         self._patience_s, self._contact_s = patience_s, contact_s
-        self._weights = weights
+        self._weights: dict[str, str] | None = None
+        self._served: dict[str, dict[str, str]] = {}  # by address, what it said last
         self._say = say
         self._clients: dict[str, AsyncClient] = {}
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -168,27 +168,29 @@ class Replicas:
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311
             try:
                 if first or await client.ready():
-                    if self._serves_ours(address, await client.weights()):
-                        self._met = True
-                        self._balance.up(address)
+                    self._served[address] = dict(await client.weights())
+                    self._admit(address)
+                    await self._wake()
                     return
             except PanotritonError as error:
                 self._error = self._error or error
             first = False
 
-    def _serves_ours(self, address: str, weights: Mapping[str, str]) -> bool:
+    def _admit(self, address: str) -> None:
+        """If it serves what the run is made of, once that is settled."""
+        weights = self._served[address]
         if self._weights is None:
-            self._weights = dict(weights)
-        if dict(weights) == dict(self._weights):
-            return True
-        if address not in self._foreign:
+            return
+        if weights == self._weights:
+            self._met = True
+            self._balance.up(address)
+        elif address not in self._foreign:
             self._foreign.add(address)
             self._say(f"{address} serves other weights than the run's and is left out")
             self._error = self._error or ConnectError(
-                f"{address} serves {dict(weights) or 'weights it does not name'}; the run is made of "
-                f"{dict(self._weights) or 'weights that were not named'}"
+                f"{address} serves {weights or 'weights it does not name'}; the run is made of "
+                f"{self._weights or 'weights that were not named'}"
             )
-        return False
 
     def _count_pause(self, now: float) -> None:
         if not self._balance.all_down:
@@ -227,15 +229,34 @@ class Replicas:
         async with self._changed:
             self._changed.notify_all()
 
-    async def weights(self) -> dict[str, str]:
-        """What the run's replicas serve, once one has answered. Raises as `acquire` does."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._over or (self._weights is not None and not self._balance.all_down)
+    async def weights(self, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Settle what the run is made of, and return it: what the first replica serves that answers.
+
+        wanted: what a run that goes on was made of; then that, and what the first serves only where all
+        have answered, or had their time, and none serves it. Raises as `acquire` does.
+        """
+
+        def is_settled() -> bool:
+            if wanted is None:
+                return bool(self._served)
+            return wanted in self._served.values() or (
+                self._served.keys() >= self._balance.replicas.keys() != set()
             )
-        if self._over:
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over or is_settled())
+        if self._over and not self._served:
             raise self._over
+        found = list(self._served.values())
+        self.agree(wanted if wanted in found else found[0])
         return dict(self._weights or {})
+
+    def agree(self, weights: Mapping[str, str]) -> None:
+        """The run is made of these, unless that is settled: replicas that serve others are left out."""
+        if self._weights is None:
+            self._weights = dict(weights)
+            for address in self._served:
+                self._admit(address)
 
     def beat(self, worker: str) -> None:
         """A worker is there."""
