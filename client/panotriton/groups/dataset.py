@@ -71,7 +71,7 @@ class Engine(Protocol):
     """Who makes groups: this process, or a cluster."""
 
     async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
-        """What the servers serve, once one answers; `wanted` if any does. Raises ConnectError where none does."""
+        """What the servers serve, once one answers; `wanted` if any does. Else raises ConnectError."""
         ...
 
     def ahead(self, rate: float, missing: int) -> int:
