@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 from tests.brief import BriefServer
 
+# What tests import while they are collected stays, see `panotriton.models.imports`.
+gc.disable()
 # Each worker's share of the cores, and its servers'; threads of OpenMP that spin while they wait for one that
 # another process keeps from running make a test ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -52,6 +55,11 @@ PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

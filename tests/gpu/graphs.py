@@ -1,7 +1,7 @@
 """A repository of full size for a GPU whose weights are left out: 1 MB instead of 2.6 GB.
 
     python tests/gpu/graphs.py OUTPUT          the four networks in half precision: minutes, 15 GB
-    python tests/gpu/graphs.py OUTPUT --tiny   of a few layers, to try it
+    python tests/gpu/graphs.py OUTPUT --tiny   of a few layers, and no encoder or decoder, to try it
 
 OUTPUT/repository is what `panotriton export osediff --preset full-random --precision fp16 --provider cuda`
 writes, the Qwen of the small preset included; OUTPUT/plain has the graphs with group norms in pieces. By each
@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ SETTINGS = {
 
 
 def components(size: str) -> Iterator[graph.Component]:
-    """The four, with random weights, one in memory at a time."""
+    """The four, with random weights, one in memory at a time; tiny, the VAE's two are left out."""
     for module in (text_encoder, vae_encoder, unet):  # no comparison, which takes minutes
         for name in ("PROBED", "PROBED_BATCHES"):
             if hasattr(module, name):
@@ -77,6 +77,8 @@ def components(size: str) -> Iterator[graph.Component]:
         UNet2DConditionModel(**random_sd.UNET[size], sample_size=64, use_linear_projection=True),
         "fp16",
     )
+    if size == "tiny":
+        return
     for make in (vae_encoder.vae_encoder_component, vae_decoder.vae_decoder_component):
         vae = AutoencoderKL(**random_sd.vae_blocks(random_sd.VAE[size]), sample_size=512)
         yield make(vae, "fp16")
@@ -130,11 +132,11 @@ def leave_out(model: ir.Model, version: Path) -> dict[str, Any]:
     return {"total": end, "tensors": tensors}
 
 
-def configure(repository: Path) -> None:
+def configure(repository: Path, networks: Iterable[str]) -> None:
     """Configs as the export writes them, and what the other models need."""
     settings = Network(SETTINGS, OSEDIFF)
     expected = input_shapes(settings, Limits(), [ImageSize.of(e) for e in gpu.SHAPES.split(",")])
-    for name in OSEDIFF.required:
+    for name in networks:
         copy_model(name, repository)
         fit_config(repository / name)
         set_engine(repository / name, CUDA, "fp16", expected.get(name, ()))
@@ -156,16 +158,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args()
     size = "tiny" if chosen.tiny else "sd21"
+    networks = []
     for component in components(size):
         write(component, chosen.output / "repository", CUDA.operators)
+        networks.append(component.name)
     for component in components(size):
         fused = chosen.output / "repository" / component.name
         if (fused / "1" / "portable.onnx").is_file():
             write(component, chosen.output / "plain", _PLAIN)
         else:  # no group norm in it
             shutil.copytree(fused, chosen.output / "plain" / component.name)
-    configure(chosen.output / "repository")
-    for model in OSEDIFF.required:
+    configure(chosen.output / "repository", networks)
+    for model in networks:
         config = (chosen.output / "repository" / model / "config.pbtxt").read_text()
         (chosen.output / "plain" / model / "config.pbtxt").write_text(config)
 

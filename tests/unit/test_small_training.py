@@ -52,6 +52,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "SIZES", SIDES)
+    monkeypatch.setattr(training, "_BEGIN", (4, 64))
     run(photographs, tmp_path / "whole").run()
     stopped = run(photographs, tmp_path / "stopped")
     learn = stopped._learn

@@ -10,6 +10,7 @@ from typing import Any
 
 from panotriton.cli.places import check_folder
 from panotriton.errors import ExportError, InvalidInput, quoted
+from panotriton.models.imports import uncollected
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import ENGINES
@@ -292,7 +293,8 @@ def _run_qwen(options: argparse.Namespace) -> int:
 
 def _export_code(module: str) -> Any:
     try:
-        return importlib.import_module(f"panotriton_export.{module}")
+        with uncollected():
+            return importlib.import_module(f"panotriton_export.{module}")
     except ImportError as error:
         raise ExportError(
             f"exporting needs {error.name}: pip install 'panotriton[export]'"

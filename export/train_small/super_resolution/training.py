@@ -42,6 +42,7 @@ STAGES = {"head": 24000, "decoder": 2000, "base": 13200, "finish": 48000, "adapt
 PEAKS = {"head": 1.0, "decoder": 1.0, "base": 0.5, "finish": 0.5, "adapters": 0.03}
 TONES = {"adapters": 0.5}  # how much of the loss is that of the smooth alone
 SIZES = (96, 128, 96, 192)  # px of crops, in turn
+_BEGIN = (32, 128)  # crops that the decoder's first weights are fitted to, and their px
 
 
 def batch(
@@ -173,7 +174,9 @@ class Run:
         self.images = data.load(args.images, data.SOURCES)
         self.model = SmallOsediff()
         self.base = Base(self.model.gain)
-        self.base.decoder.begin(*batch(self.images, data.CLEAN, 32, 128, (args.seed, -1 % 2**32)))
+        if not args.state.exists():
+            begin = batch(self.images, data.CLEAN, *_BEGIN, (args.seed, -1 % 2**32))
+            self.base.decoder.begin(*begin)
         self.base.to(memory_format=torch.channels_last)
         self.prompts = prompts(self.model, args.seed)
         ends = np.cumsum([*STAGES.values()]) / sum(STAGES.values()) * args.steps

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
+from panotriton.models.imports import uncollected
 from panotriton.models.requests import answers, attempt, execute, failed, required, strings
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
@@ -57,7 +58,8 @@ class _Torch:
     """The weights in this process; its one event loop waits while they work."""
 
     def __init__(self, folder, settings, args):
-        from panotriton.models.qwen import FixedVision, QwenVL  # noqa: PLC0415 gigabytes: torch
+        with uncollected():
+            from panotriton.models.qwen import FixedVision, QwenVL  # noqa: PLC0415 gigabytes: torch
 
         limits = json.loads(args["model_config"])["parameters"]
         on_gpu = args["model_instance_kind"] == "GPU"
