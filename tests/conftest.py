@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,6 +49,13 @@ LONGEST = (
     "browser/test_live.py",
     "unit/test_gateway.py",
 )
+# One worker has these, one after the other: they share the server of the small preset.
+TOGETHER = (
+    "server/test_pipeline.py",
+    "server/test_placement.py",
+    "server/test_gateway.py",
+    "server/test_local.py",
+)
 ROOT = Path(__file__).parent.parent
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 
@@ -55,6 +63,21 @@ PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """--dist loadfile, but with some files as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 only where it is installed
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file.removeprefix("tests/") in TOGETHER else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

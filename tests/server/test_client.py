@@ -528,12 +528,3 @@ class Proxy:
             writer.write(data)
             await writer.drain()
         writer.close()
-
-
-def test_the_small_preset_through_shared_memory(server: LocalServer) -> None:
-    image = noise(64, 96)
-    with Client(server.grpc_url) as client, client.shared_memory(16 << 20) as memory:
-        plain, through = client.upscale(image), client.upscale(image, via=memory)
-        np.testing.assert_array_equal(plain.numpy(), through.numpy())
-        assert 0 <= client.score(plain.image, via=memory).final <= 1
-        assert client.describe(plain.image).text

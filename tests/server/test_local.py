@@ -51,3 +51,12 @@ def test_what_is_wrong_is_named(repository: Path, image: np.ndarray, tmp_path: P
         upscaler.upscale(image, upscale=5)
     with pytest.raises(InvalidInput, match="float64"):
         upscaler.upscale(image / 255)
+
+
+def test_shared_memory_changes_nothing(server: LocalServer) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    with Client(server.grpc_url) as client, client.shared_memory(16 << 20) as memory:
+        plain, through = client.upscale(small), client.upscale(small, via=memory)
+        np.testing.assert_array_equal(plain.numpy(), through.numpy())
+        assert 0 <= client.score(plain.image, via=memory).final <= 1
+        assert client.describe(plain.image).text

@@ -21,6 +21,7 @@ from panotriton.client.client import Client
 from panotriton.errors import ServerStartError
 from panotriton.server import launch as launcher
 from panotriton.server.launch import LocalServer, find_installation
+from tests.brief import BriefServer
 
 COMMAND = [sys.executable, "-m", "panotriton"]
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
@@ -34,9 +35,9 @@ def regions(command: list[str]) -> list[str]:
 
 
 def test_a_server_keeps_freed_memory_unless_told_otherwise(
-    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    standin: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = psutil.Process(server.pid).environ()
+    environment = psutil.Process(standin.pid).environ()
     assert environment["MALLOC_ARENA_MAX"] == "1"
     assert environment["MALLOC_TRIM_THRESHOLD_"] == str(2 << 30)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
@@ -44,13 +45,13 @@ def test_a_server_keeps_freed_memory_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("end", "options"),
-    [(signal.SIGINT, []), (signal.SIGTERM, ["--models", "osediff_unet"])],
+    ("end", "models"),
+    [(signal.SIGINT, "decode,crop"), (signal.SIGTERM, "osediff_unet")],
 )
 def test_serve_tells_where_it_listens_and_leaves_nothing(
-    repository: Path, end: signal.Signals, options: list[str]
+    repository: Path, end: signal.Signals, models: str
 ) -> None:
-    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS, *options]
+    command = [*COMMAND, "serve", "--repository", str(repository), *FREE_PORTS, "--models", models]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
@@ -82,7 +83,7 @@ def test_a_killed_server_leaves_no_region(repository: Path) -> None:
 
 
 def test_whoever_lacks_the_key_is_told_what_is_loaded(repository: Path) -> None:
-    with LocalServer(repository, load_models=["decode", "select"], controlled=True) as server:
+    with BriefServer(repository, load_models=["decode", "select"], controlled=True) as server:
         with Client(server.grpc_url) as client:
             index = {model.name for model in client.models() if model.ready}
         with Client(server.http_url, protocol="http") as client:
@@ -172,9 +173,9 @@ def test_a_repository_may_lie_anywhere(
     shutil.copytree(standin_repository, folder)
     graph = "osediff_text_encoder"  # one that the onnxruntime backend opens
     shutil.copytree(repository / graph, folder / "graph" / graph)
-    with LocalServer(folder, load_models=["decode", "crop"]) as server:
+    with BriefServer(folder, load_models=["decode", "crop"]) as server:
         assert Client(server.grpc_url).ready()
-    with LocalServer(folder / "graph") as server:
+    with BriefServer(folder / "graph") as server:
         assert Client(server.grpc_url).ready()
 
 
@@ -238,7 +239,7 @@ def test_only_flags_that_the_server_knows_are_passed(repository: Path, tmp_path:
 
 @pytest.mark.parametrize(("host", "control"), [("127.0.0.1", 200), ("0.0.0.0", 403)])
 def test_model_control_is_for_local_callers_only(repository: Path, host: str, control: int) -> None:
-    with LocalServer(repository, host=host, load_models=["decode"]) as server:
+    with BriefServer(repository, host=host, load_models=["decode"]) as server:
         request = urllib.request.Request(f"http://{server.http_url}/v2/repository/index", b"{}")
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
@@ -250,7 +251,7 @@ def test_model_control_is_for_local_callers_only(repository: Path, host: str, co
 
 
 def test_the_log_can_be_followed(repository: Path) -> None:
-    with LocalServer(repository, load_models=["decode"]) as server:
+    with BriefServer(repository, load_models=["decode"]) as server:
         began = time.monotonic()
         assert any("Started GRPCInferenceService" in line for line in server.log_lines())
         assert time.monotonic() - began < 60
