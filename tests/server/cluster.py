@@ -63,6 +63,9 @@ class Cluster:
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # Only what a run asks for is started: each process costs seconds.
+            "RAY_enable_worker_prestart": "0",
+            "RAY_prestart_worker_first_driver": "0",
         }
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),

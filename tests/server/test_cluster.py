@@ -17,7 +17,7 @@ from tests.server.cluster import HARMS, Cluster, replicas, run_harmed, write_pan
 from tests.server.outputs import check_same, result
 
 REAL = Path(__file__).parent.parent / "data" / "panoramas"
-GROUPS = 40
+GROUPS = 24
 OPTIONS = ["--crop-size", "64", "--interpolations", "1", "--upscale", "1", "--seed", "3"]
 
 
@@ -63,7 +63,7 @@ def check_harmed(
 ) -> None:
     panoramas, output, servers, cluster = place
     more = ["--engine", "ray", "--address", cluster.address]
-    more += ["--workers", "3", "--worker-cpus", "0.25"]
+    more += ["--workers", "2", "--worker-cpus", "0.25"]
     command = [sys.executable, "-m", "panotriton", *arguments(panoramas, output, servers), *more]
     done = run_harmed(command, output, cluster, servers, harms, seed, GROUPS)
     assert len(done) == len(harms), done
