@@ -49,13 +49,15 @@ LONGEST = (
     "browser/test_live.py",
     "unit/test_gateway.py",
 )
-# One worker has these, one after the other: they share the server of the small preset.
-TOGETHER = (
-    "server/test_pipeline.py",
-    "server/test_placement.py",
-    "server/test_gateway.py",
-    "server/test_local.py",
-)
+# Each of these is one worker's: they share the small preset's server, or the tagger's export.
+TOGETHER = {
+    "server/test_pipeline.py": "small",
+    "server/test_placement.py": "small",
+    "server/test_gateway.py": "small",
+    "server/test_local.py": "small",
+    "unit/test_export_tagger.py": "tagger",
+    "server/test_tagger.py": "tagger",
+}
 ROOT = Path(__file__).parent.parent
 PANORAMAS = ROOT / "tests" / "data" / "panoramas"
 
@@ -75,7 +77,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return TOGETHER[0] if file.removeprefix("tests/") in TOGETHER else file
+            return TOGETHER.get(file.removeprefix("tests/"), file)
 
     return Scheduling(config, log)
 
@@ -104,6 +106,14 @@ def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory)
     settings = copy / "osediff" / "1" / "osediff.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
     return copy
+
+
+@pytest.fixture(scope="session")
+def tagger(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `tests.tagger.Tagger`."""
+    from tests.tagger import make  # noqa: PLC0415, which brings PyTorch
+
+    return make(tmp_path_factory.mktemp("tagger"))
 
 
 @pytest.fixture(scope="session")

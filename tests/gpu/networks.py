@@ -23,6 +23,7 @@ from google.protobuf import text_format
 from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from panotriton.models.imports import uncollected
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton.server.engines import TENSORRT, Settings
 from panotriton.server.engines.onnxruntime import ShapedSessions
@@ -126,8 +127,9 @@ def measure(graph: ShapedSessions, output: str, feeds: dict[str, Any], quick: bo
 
 def by_torch(candidate: str, found: record.Record, quick: bool) -> None:
     """diffusers' networks with random weights, half precision on a GPU, of full size or tiny."""
-    import torch  # noqa: PLC0415, of this candidate alone
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
+    with uncollected():
+        import torch  # noqa: PLC0415, of this candidate alone
+        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
 
     from panotriton_export.osediff.random_sd import UNET, VAE, vae_blocks  # noqa: PLC0415
 
@@ -199,6 +201,7 @@ def by_torch(candidate: str, found: record.Record, quick: bool) -> None:
     }
     if quick:
         del jobs["osediff_unet 8x4x96x96"]  # the same, larger
+        del jobs["osediff_vae_encoder 1x1024x2048x3"]  # as the decoder
     for name, make in jobs.items():
         found.attempt(name, lambda make=make: waited(make))
 

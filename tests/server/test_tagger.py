@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
@@ -16,9 +17,10 @@ from tritonclient.utils import np_to_triton_dtype
 from panotriton.models.osediff import plan_size
 from panotriton.models.tags import Tags, tagger_input
 from panotriton.server.launch import LocalServer
-from panotriton_export.tagger import export_tagger, open_tagger
-from panotriton_export.tagger.random_ram import write_random
+from panotriton_export import graph
+from panotriton_export.tagger import export_tagger
 from tests.brief import BriefServer
+from tests.tagger import Tagger
 
 NETWORKS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
 UNTAGGED = ["osediff", *(f"osediff_{name}" for name in NETWORKS)]
@@ -43,12 +45,16 @@ def untagged_repository(repository: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def tagged_repository(untagged_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tagged_repository(
+    untagged_repository: Path, tagger: Tagger, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same and a tiny random tagger."""
-    work = tmp_path_factory.mktemp("tagged")
-    files = write_random(work, seed=1)
-    folder = Path(shutil.copytree(untagged_repository, work / "repository"))
-    export_tagger(open_tagger(files.ram, files.dape, files.tags, files.thresholds), folder)
+    folder = tmp_path_factory.mktemp("tagged") / "repository"
+    shutil.copytree(untagged_repository, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        traced = tagger.repository / "osediff_tagger" / "1" / "model.onnx"
+        patch.setattr(graph, "to_onnx", lambda component: ir.load(traced))
+        export_tagger(tagger.source, folder)
     return folder
 
 

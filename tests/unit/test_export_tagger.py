@@ -30,40 +30,30 @@ from panotriton_export.tagger import CheckpointError, export_tagger, open_tagger
 from panotriton_export.tagger.checkpoint import open_ram
 from panotriton_export.tagger.lists import read_tags
 from panotriton_export.tagger.model import Sizes
-from panotriton_export.tagger.random_ram import RandomFiles, write_random
+from panotriton_export.tagger.random_ram import RandomFiles
+from tests.tagger import Tagger
 
 State = dict[str, Tensor]
 Exported = tuple[Path, list[ParityResult], list[str]]
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> RandomFiles:
-    return write_random(tmp_path_factory.mktemp("ram"))
+def files(tagger: Tagger) -> RandomFiles:
+    return tagger.files
 
 
 @pytest.fixture(scope="session")
-def exported(files: RandomFiles, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    repository = tmp_path_factory.mktemp("repository")
-    lines: list[str] = []
-    source = open_tagger(files.ram, files.dape, files.tags, files.thresholds)
-    results = export_tagger(source, repository, provider="cuda", report=lines.append)
-    return repository, results, lines
+def exported(tagger: Tagger) -> Exported:
+    return tagger.repository, tagger.results, tagger.lines
 
 
 def test_openvino_serves_it_too(
-    files: RandomFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, files: RandomFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the parity check on what OpenVINO computes; the graph of both precisions is the same."""
+    """With the parity check on what OpenVINO computes; the graph is that of every engine and precision."""
     assert graph.WEIGHTS["fp32"] == graph.WEIGHTS["bf16"]
-    traced: list[bytes] = []
-    trace = graph.to_onnx
-
-    def to_onnx(component: graph.Component) -> ir.Model:
-        if not traced:
-            traced.append(ir.to_proto(trace(component)).SerializeToString())
-        return ir.from_proto(onnx.ModelProto.FromString(traced[0]))
-
-    monkeypatch.setattr(graph, "to_onnx", to_onnx)
+    traced = exported[0] / "osediff_tagger" / "1" / "model.onnx"
+    monkeypatch.setattr(graph, "to_onnx", lambda component: ir.load(traced))
     source = open_tagger(files.ram, files.dape, files.tags, files.thresholds)
     for precision in ("fp32", "bf16"):
         results = export_tagger(source, tmp_path, provider="openvino", precision=precision)

@@ -52,8 +52,13 @@ def _bound(body: list[ast.stmt]) -> Iterator[str]:
             yield from (name.id for name in names if isinstance(name.ctx, ast.Store))
 
 
-def taken(path: Path) -> Iterator[tuple[str, str]]:
+@cache
+def taken(path: Path) -> list[tuple[str, str]]:
     """(module, name) of every name that a file imports from a module of this project, or reads of it."""
+    return list(_taken(path))
+
+
+def _taken(path: Path) -> Iterator[tuple[str, str]]:
     tree = ast.parse(path.read_text())
     modules: dict[str, str] = {}
     for node in ast.walk(tree):
