@@ -24,6 +24,7 @@ from tests.brief import BriefServer
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ROOT / "export" / "small" / "qwen"
 MODELS = ["qwen", "qwen_scorer", "qwen_describer"]
+EXPLODING = "exploding_scorer"  # its prompt makes vLLM's stand-in fail
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,10 @@ def vllm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text.replace('backend: "vllm"', 'backend: "python"').replace("KIND_MODEL", "KIND_CPU")
     )
     (folder / VLLM / "1" / "model.py").write_text(STANDIN)
+    exploding = Path(shutil.copytree(folder / "qwen_scorer", folder / EXPLODING))
+    (exploding / "1" / "prompt.txt").write_text("explode")
+    config = exploding / "config.pbtxt"
+    config.write_text(config.read_text().replace('"qwen_scorer"', f'"{EXPLODING}"', 1))
     return folder
 
 
@@ -263,18 +268,11 @@ def test_both_engines_read_the_same_score(
 
 
 def test_what_vllm_says_of_a_failure_reaches_the_caller(
-    vllm_repository: Path, pairs: list[np.ndarray], tmp_path: Path
+    vllm_client: Client, pairs: list[np.ndarray]
 ) -> None:
-    folder = Path(shutil.copytree(vllm_repository, tmp_path / "repository"))
-    (folder / "qwen_scorer" / "1" / "prompt.txt").write_text("explode")
-    with (
-        BriefServer(folder) as running,
-        Client(running.grpc_url) as client,
-        pytest.raises(
-            InferenceFailed, match="qwen_vllm: Error generating stream: the prompt says so"
-        ),
-    ):
-        client.score(pairs[0])
+    said = "qwen_vllm: Error generating stream: the prompt says so"
+    with pytest.raises(InferenceFailed, match=said):
+        vllm_client.infer(EXPLODING, {"IMAGES": pairs[0][None]}, {"SCORE": 0})
 
 
 COUNTS = """
