@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 DEMO   := tests/data/panoramas
 # Some images forbid Python to keep what it compiles; every process would compile PyTorch anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# Test files at once. With their servers each takes up to 8 GB.
-WORKERS ?= $(shell echo $$(($$(nproc) < 4 ? $$(nproc) : 4)))
+# Test files at once: one more than cores, since they wait, too, but four at most and one for each 7 GB.
+WORKERS ?= $(shell awk -v most=$$(nproc) '/^MemTotal/ { n = int($$2 / 7e6); most = most < 3 ? most + 1 : 4; \
+	print n < 1 ? 1 : n < most ? n : most }' /proc/meminfo)
 
 .DEFAULT_GOAL := help
 .PHONY: always help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean

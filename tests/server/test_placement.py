@@ -24,6 +24,7 @@ from panotriton.server.launch import LocalServer
 from tests.brief import BriefServer
 
 UNET = ("osediff_unet", "osediff_vae_decoder")
+REST = ("osediff", "osediff_text_encoder", "osediff_vae_encoder")  # of super-resolution
 SMALL = {"seed": 7, "crop_size": 64, "interpolations": 2, "threshold": 0.0}
 SLOW = {"seed": 7, "crop_size": 64, "interpolations": 0, "threshold": 0.0, "prompt": "slow"}
 PANORAMAS = np.random.default_rng(7).integers(0, 256, (2, 64, 128, 3), np.uint8)
@@ -250,10 +251,9 @@ def test_a_wrong_address_is_told_by_the_first_request(
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
     address = address.format(free=free, http=standin.http_url, other=front.grpc_url)
-    models = ["osediff", "osediff_text_encoder", "osediff_vae_encoder"]
     with (
         BriefServer(
-            front_repository, load_models=models, placement=f"{','.join(UNET)}={address}"
+            front_repository, load_models=REST, placement=f"{','.join(UNET)}={address}"
         ) as wrong,
         Client(wrong.grpc_url, retries=0) as client,
         pytest.raises(ServerUnavailable) as trouble,
@@ -273,7 +273,7 @@ def test_full_queues_everywhere_are_told_as_full(
     with BriefServer(narrow, load_models=UNET) as networks:
         place = f"{','.join(UNET)}={networks.grpc_url}"
         with (
-            BriefServer(front_repository, placement=place) as front,
+            BriefServer(front_repository, load_models=REST, placement=place) as front,
             Client(front.grpc_url, retries=0) as client,
             pytest.raises(ServerBusy, match="maximum queue size"),
         ):
