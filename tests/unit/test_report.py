@@ -20,10 +20,10 @@ from panotriton.cli import report as command
 from panotriton.errors import InvalidImage, InvalidInput
 from panotriton.groups import report
 from panotriton.groups.report import page, write_index, write_report
-from panotriton.groups.report.footprint import HEIGHT, WIDTH, border, footprint, rings
+from panotriton.groups.report.footprint import HEIGHT, WIDTH, border, footprint, interval_x, rings
 from panotriton.groups.report.picture import bicubic, data_uri, most_different
 from panotriton.groups.report.record import read_record
-from panotriton.pipeline.camera import LIMITS, Camera, Maps, rotation
+from panotriton.pipeline.camera import LIMITS, Camera, Maps, rotation, sample_cameras
 from tests.groups import write_example
 
 NAN = float("nan")
@@ -101,6 +101,17 @@ def test_every_sample_of_the_crop_lies_in_the_area(camera: Camera) -> None:
     columns = np.clip(x * WIDTH * SCALE, 0, WIDTH * SCALE - 1).astype(int)
     rows = np.clip(y * HEIGHT * SCALE, 0, HEIGHT * SCALE - 1).astype(int)
     assert drawn(camera)[rows, columns].mean() > 0.985  # the rest is the rim itself
+
+
+def test_a_camera_looks_into_its_yaw_intervals_band() -> None:
+    for seed in range(5):
+        for interval, (left, right) in enumerate(sample_cameras(seed)[0], start=1):
+            west, east = interval_x(interval)
+            assert east - west == 45
+            for values in (left, right):
+                camera = Camera.from_array(values)
+                ahead = rotation(camera) @ [0.0, 0.0, 1.0]
+                assert west < 180 + np.degrees(np.arctan2(ahead[0], ahead[2])) < east
 
 
 def test_paths_are_svg() -> None:

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from panotriton.errors import InvalidInput
-from panotriton.groups.report.footprint import footprint
+from panotriton.groups.report.footprint import footprint, interval_x
 from panotriton.groups.report.verdict import verdict
 
 __all__ = ["OFFLINE", "TEMPLATES", "degrees", "render", "save", "template"]
@@ -45,7 +45,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"score": _score, "degrees": degrees, "bound": _bound, "brief": _brief}
-    environment.globals |= {"verdict": verdict, "footprint": footprint}
+    environment.globals |= {"verdict": verdict, "footprint": footprint, "interval_x": interval_x}
     return environment.get_template(page).render(
         policy=f"default-src 'none'; {sources}; style-src 'unsafe-inline'; "
         f"script-src {allowed}; base-uri 'none'; form-action 'none'",

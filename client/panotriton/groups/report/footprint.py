@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from panotriton.pipeline.camera import Camera, rotation
+from panotriton.pipeline.camera import Camera, interval_bounds, rotation
 
-__all__ = ["HEIGHT", "WIDTH", "Footprint", "border", "footprint", "rings"]
+__all__ = ["HEIGHT", "WIDTH", "Footprint", "border", "footprint", "interval_x", "rings"]
 
 WIDTH, HEIGHT = 360.0, 180.0
 _PER_SIDE = 128
@@ -34,6 +34,12 @@ class Footprint:
 
     area: str
     outline: str
+
+
+def interval_x(interval: int) -> tuple[float, float]:
+    """From where to where a yaw interval reaches. Cameras turn west as their yaw grows."""
+    low, high = interval_bounds(interval)
+    return WIDTH / 2 - high, WIDTH / 2 - low
 
 
 def footprint(camera: Camera) -> Footprint:
