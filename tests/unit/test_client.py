@@ -172,7 +172,7 @@ def test_panoramas_of_every_kind(tmp_path: Path) -> None:
         (np.zeros((3, 64, 64), np.uint8), "panorama_1 has 64 channels"),
         (np.zeros((64, 64, 4), np.uint8), "drop alpha"),
         (np.zeros((64, 32, 3), np.uint8), "32×64 px; expected at least 64"),
-        (PILImage.new("RGBA", (64, 64)), r"convert\('RGB'\)"),
+        (PILImage.new("HSV", (64, 64)), r"mode HSV; expected RGB, RGBA, .*convert\('RGB'\)"),
         (b"bytes", "panorama_1 is a bytes"),
         (Path("/nowhere.jpg"), "cannot read /nowhere.jpg: No such file"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), "torch tensor of torch.uint8; expected floats"),
@@ -224,7 +224,7 @@ def test_pil_images_are_turned_and_arrays_taken_as_they_are(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("profile", ["none", "wide", "grey", "inks"])
-@pytest.mark.parametrize("mode", ["I;16", "1", "L", "LA", "P", "RGB", "CMYK"])
+@pytest.mark.parametrize("mode", ["I;16", "1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_pil_images_are_the_pixels_of_their_files(tmp_path: Path, mode: str, profile: str) -> None:
     ramp = np.arange(96 * 160, dtype=np.uint16).reshape(96, 160) * 4
     rgb = PILImage.fromarray(RNG.integers(0, 256, (96, 160, 3), np.uint8))
