@@ -19,6 +19,7 @@ from panotriton.errors import ServerStartError
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 from tests.brief import BriefServer
+from tests.server import standins
 
 # What tests import while they are collected stays, see `panotriton.models.imports`.
 gc.disable()
@@ -122,6 +123,21 @@ def server(
 ) -> Iterator[LocalServer]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     with BriefServer(quick_repository, log_file=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def standin_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole pipeline around networks that take milliseconds, or half a second where PROMPT is slow."""
+    return standins.build(tmp_path_factory.mktemp("standin") / "repository")
+
+
+@pytest.fixture(scope="session")
+def standin(
+    standin_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    log = tmp_path_factory.mktemp("standin") / "server.log"
+    with BriefServer(standin_repository, log_file=log) as running:
         yield running
 
 

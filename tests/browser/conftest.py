@@ -1,4 +1,4 @@
-"""A Chromium, and a server with networks that take milliseconds for the page that needs one."""
+"""A Chromium."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ from typing import Any
 import pytest
 
 from docs.screenshots import chromium, installed
-from panotriton.server.launch import LocalServer
-from tests.brief import BriefServer
-from tests.server import standins
-
-
-@pytest.fixture(scope="session")
-def standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("standin")
-    repository = standins.build(folder / "repository")
-    with BriefServer(repository, log_file=folder / "server.log") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import EXIT_GAVE_UP
 from tests.deploy.certificates import certificates
 from tests.deploy.charts import ROOT
+from tests.server import standins
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 HEALTHCHECK = ROOT / "docker" / "healthcheck.py"
@@ -253,16 +253,6 @@ def test_sigterm_ends_it_cleanly_and_nobody_guesses_the_key(
         stop(server)
 
 
-def stand_ins(folder: Path) -> Path:
-    """The pipeline around networks that take milliseconds, or long where the prompt is "slow"."""
-    spec = util.spec_from_file_location("standins", ROOT / "tests" / "server" / "standins.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return Path(made.build(folder))
-
-
 # In place of the half second that a stand-in takes: as long as it is not let go.
 CLOSED = """
 def closed():
@@ -276,7 +266,7 @@ def closed():
 def test_a_group_in_flight_outlives_sigterm_and_newcomers_are_refused(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    repository = stand_ins(tmp_path / "repository")
+    repository = standins.build(tmp_path / "repository")
     begun, let_go = tmp_path / "begun", tmp_path / "let_go"
     model = repository / "osediff_unet" / "1" / "model.py"
     code = model.read_text().replace("time.sleep(0.5)", "closed()")
@@ -315,7 +305,7 @@ def test_a_front_asks_a_pool_for_what_it_does_not_load(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     """As the chart starts both: the pool with its networks alone, the front with all the others."""
-    own = {"PANOTRITON_REPOSITORY": str(stand_ins(tmp_path / "repository"))}
+    own = {"PANOTRITON_REPOSITORY": str(standins.build(tmp_path / "repository"))}
     networks = "osediff_unet osediff_vae_decoder"
     (tmp_path / "pool").mkdir()
     pool = start(environment | own | {"PANOTRITON_LOAD_MODELS": networks}, tmp_path / "pool")

@@ -21,7 +21,6 @@ import pytest
 
 from panotriton.client.client import Client
 from panotriton.server.processes import Stub, find_stubs
-from tests.server import standins
 
 HERE = Path(__file__).parent
 # What is promised of service and answers after any death, in seconds beyond the time that loading takes.
@@ -158,12 +157,6 @@ def stream(
 
 
 SMALL = {"seed": 7, "crop_size": 64, "interpolations": 0, "threshold": 0.0}
-
-
-@pytest.fixture(scope="session")
-def standin_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real pipeline around networks that take milliseconds, or half a second where PROMPT is slow."""
-    return standins.build(tmp_path_factory.mktemp("faults") / "repository")
 
 
 @contextmanager
