@@ -14,7 +14,7 @@ from panotriton.errors import PanotritonError
 from panotriton.pipeline.channel import release
 from panotriton.pipeline.networks import NETWORKS
 
-__all__ = ["KEY_HEADER", "ControlError", "ModelControl", "NoAnswer"]
+__all__ = ["KEY_HEADER", "ControlError", "ModelControl"]
 
 KEY_HEADER = "panotriton-admin"
 _POLL_S = 0.1
