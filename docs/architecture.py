@@ -93,10 +93,13 @@ a group (`Places`). `tests/unit/test_overlap.py` shows it, by a clock that only 
 - **Copies.** Pixels cross as bytes; an answer is read where the server put it; an image that needs no
   resizing is not copied. Latents between two networks pass through the processor's memory: Python models
   could keep them on a GPU by DLPack, which has not been tried.
-- **The scorer** works on whole batches in a process of its own; `gpu_memory_fraction` of
-  `qwen/config.pbtxt` is its share of a GPU's memory.
+- **A GPU's memory.** `gpu_memory_fraction` of each config.pbtxt is a model's share: half for the scorer,
+  which works on whole batches in a process of its own, a quarter for the denoiser, a quarter for all
+  others. What cannot fit is refused at load: of the scorer by weights, keys and activations, of a network
+  by its weights, once for each expected shape. What a network's activations take besides has not been
+  measured.
 - **Several GPUs.** Triton starts an instance of each network on every GPU that it sees, each a process with
-  its own weights, sessions and, for the scorer, share of that GPU's memory. `export … --gpus 0,1` names
+  its own weights, sessions and share of that GPU's memory. `export … --gpus 0,1` names
   some, in the line `instance_group` of each config. Requests go to whichever is free.
 
 """

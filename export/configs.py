@@ -15,6 +15,7 @@ from panotriton.errors import ExportError, quoted
 from panotriton.models.one_step import TILES_A_REQUEST
 from panotriton.pipeline.files import WEIGHTS
 from panotriton.server.engines import ENGINES, ConfigEntries, Engine
+from panotriton.server.engines.memory import FRACTION
 from panotriton.server.engines.shapes import BATCHES, EXPECTED
 
 __all__ = [
@@ -120,6 +121,8 @@ def set_engine(model: Path, engine: Engine, precision: str, expected: Rows = ())
         text = re.sub(r"max_queue_delay_microseconds: \d+", "max_queue_delay_microseconds: 0", text)
     config.write_text(text)
     entries = _merged(engine.precisions[precision], _shape_entries(model, engine, expected))
+    if share := engine.memory_fractions.get(model.name):
+        entries = _merged(entries, ConfigEntries(parameters={FRACTION: f"{share:g}"}))
     config.write_text(text + _text(engine, entries))
 
 
@@ -202,7 +205,7 @@ def _backends() -> list[str]:
 def _added() -> re.Pattern[str]:
     """What `_text` writes of any engine."""
     every = (entries for engine in ENGINES.values() for entries in engine.precisions.values())
-    keys = {key for entries in every for key in entries.parameters} | {BATCHES, EXPECTED}
+    keys = {key for entries in every for key in entries.parameters} | {BATCHES, EXPECTED, FRACTION}
     accelerator = r"optimization \{.*?\} \] \} \}"
     parameter = rf'parameters \{{ key: "(?:{"|".join(map(re.escape, sorted(keys)))})".*?'
     return re.compile(rf"\n(?:{accelerator}|{parameter})\n", re.DOTALL)

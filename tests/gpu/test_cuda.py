@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from panotriton.server.engines import CPU, CUDA, Settings
+from panotriton.server.engines.memory import total_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +61,12 @@ def settings(**parameters: str) -> Settings:
     fixed = {"fixed_batches": "1,4", "expected_shapes": SHAPES, **parameters}
     options = CUDA.precisions["fp16"].accelerator or {}
     return Settings(threads=1, accelerators={"cuda": options}, parameters=fixed)
+
+
+def test_the_driver_says_what_torch_says_of_memory() -> None:
+    for number in range(torch.cuda.device_count()):
+        _, total = torch.cuda.mem_get_info(number)
+        assert total_bytes(number) == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize("cuda_graphs", ["0", "1"])

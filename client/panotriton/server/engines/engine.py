@@ -146,7 +146,8 @@ class Engine:
     another one than config.pbtxt's pays. fixed_batches: model → the batch sizes that it is to see, see
     `panotriton.server.engines.shapes`; the last is its max_batch_size. shape_entries: what a config says
     of the shapes that a deployment expects, each input's with the batch size first; None where it says
-    nothing. backend: the server's name for what opens the graph.
+    nothing. memory_fractions: model → what it may take of a GPU's memory. backend: the server's name for
+    what opens the graph.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Engine:
     batches: Mapping[str, int] = field(default_factory=dict)
     fixed_batches: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shape_entries: Callable[[Sequence[Shapes]], ConfigEntries] | None = None
+    memory_fractions: Mapping[str, float] = field(default_factory=dict)
     backend: str = "onnxruntime"
 
     def largest_batch(self, model: str) -> int | None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from panotriton.errors import EngineError
 from panotriton.server.engines.engine import ConfigEntries, Engine, Settings
+from panotriton.server.engines.memory import check_share
 from panotriton.server.engines.per_shape import PerShape
 from panotriton.server.engines.shapes import EXPECTED, Shapes, text_of
 
@@ -336,6 +337,7 @@ def _open_on_cpu(path: Path, settings: Settings) -> Session | ShapedSessions:
 def _open_on_gpu(
     path: Path, settings: Settings, providers: Sequence[Provider]
 ) -> Session | ShapedSessions:
+    check_share(path, settings)
     _onnxruntime().preload_dlls()  # finds CUDA and cuDNN in the wheels of this environment
     return open_session(path, settings, providers)
 
@@ -395,6 +397,14 @@ CUDA = Engine(
         "osediff_vae_decoder": (1,),
     },
     shape_entries=_expected,
+    # With the scorer's half all of it. Of 24 GB the denoiser's three sessions at Stable Diffusion's size fit.
+    memory_fractions={
+        "osediff_tagger": 0.06,
+        "osediff_text_encoder": 0.06,
+        "osediff_vae_encoder": 0.07,
+        "osediff_unet": 0.24,
+        "osediff_vae_decoder": 0.07,
+    },
     backend="panotriton_onnxruntime",
 )
 """Under a backend name of our own: NVIDIA's container has a native `onnxruntime` backend, which opens one
