@@ -91,21 +91,29 @@ def fill(closed: Closed) -> Iterator[Callable[[str], None]]:
             for name, value in INPUTS[model].items():
                 inputs.append(triton.InferInput(name, value.shape, TYPES[value.dtype.name]))
                 inputs[-1].set_data_from_numpy(value)
-            refused: list[Exception] = []
-            for _ in range(queue_size(model) + 16):  # what the instances have at hand comes on top
-                answered: list[Exception] = []
-                waiting.append(answered)
-                client.async_infer(
-                    model, inputs, lambda result, error, to=answered: to.append(error)
-                )
-            while not (refused := [each[0] for each in waiting if each]):
-                time.sleep(0.05)
+
+            def send(count: int) -> None:
+                for _ in range(count):
+                    answered: list[Exception] = []
+                    waiting.append(answered)
+                    client.async_infer(
+                        model, inputs, lambda result, error, to=answered: to.append(error)
+                    )
+
+            send(queue_size(model))
+            for _ in range(100):  # what the instances have at hand comes on top
+                send(16)
+                time.sleep(0.2)
+                if refused := [each[0] for each in waiting if each]:
+                    break
             assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
 
         yield until_refused
         for gate in used:
             gate.touch()
+        deadline = time.monotonic() + 60
         while not all(waiting):
+            assert time.monotonic() < deadline, f"{waiting.count([])} were never answered"
             time.sleep(0.05)
         for gate in used:
             gate.unlink()
