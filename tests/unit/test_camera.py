@@ -221,3 +221,10 @@ def test_a_sphere_of_the_crops_size_is_the_default(size: int) -> None:
     expected = crop(image, camera, size)
     np.testing.assert_array_equal(crop(image, camera, size, sphere_size=size), expected)
     assert (crop(image, camera, size, sphere_size=0) != expected).any()
+
+
+@pytest.mark.parametrize("size", [64, 65, 127, 128, 129, 130, 257, 385])
+def test_a_sharp_crop_may_have_any_size(size: int) -> None:
+    """Those that leave one pixel over when they are cut into blocks, too."""
+    grey = np.full((64, 128, 3), 90, np.uint8)
+    assert (crop(grey, Camera(30, 10, 0, 90, 0.4), size, sphere_size=0) == 90).all()

@@ -91,7 +91,8 @@ def _scaled(plane: Plane, factor: float, offset: float) -> Plane:
 
 
 def _clipped(plane: Plane, highest: float) -> Plane:
-    return np.asarray(cv2.min(cv2.max(plane, 0.0), highest), np.float32)
+    # Not by cv2.max, which takes a plane of one pixel for a number.
+    return np.clip(plane, np.float32(0), np.float32(highest))
 
 
 def _widened(image: Image, level: int) -> Image:
