@@ -218,13 +218,15 @@ def test_pil_images_are_turned_and_arrays_taken_as_they_are(tmp_path: Path) -> N
         (tmp_path / "a.png", upright),
         (PILImage.open(tmp_path / "a.png"), upright),
         (PILImage.fromarray(stored), stored),
+        (PILImage.fromarray(stored).convert("RGBA"), stored),
+        (PILImage.fromarray(stored[..., 0]).convert("PA"), stored[..., :1].repeat(3, -1)),
         (stored, stored),
     ):
         np.testing.assert_array_equal(pixels("X", image), expected)
 
 
 @pytest.mark.parametrize("profile", ["none", "wide", "grey", "inks"])
-@pytest.mark.parametrize("mode", ["I;16", "1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["I;16", "1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_pil_images_are_the_pixels_of_their_files(tmp_path: Path, mode: str, profile: str) -> None:
     ramp = np.arange(96 * 160, dtype=np.uint16).reshape(96, 160) * 4
     rgb = PILImage.fromarray(RNG.integers(0, 256, (96, 160, 3), np.uint8))

@@ -84,7 +84,7 @@ _OTHERS = (
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _GREYS = ("1", "L", "LA")
 # What is taken of Pillow's own pictures, besides grey of 16 bits.
-_PICTURES = ("RGB", "RGBA", "CMYK", "P", *_GREYS)
+_PICTURES = ("RGB", "RGBA", "CMYK", "YCbCr", "P", "PA", *_GREYS)
 # Modes that Pillow turns into RGB by way of another: of a palette it would look for a colour that stands
 # for the transparent ones, and of colours that are multiplied by alpha it knows no other way.
 _FIRST = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
