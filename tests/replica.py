@@ -6,7 +6,7 @@ A group depends on its panoramas, seed and options alone, as a real one does, an
 device that a replica has. A request with a poison seed ends the process, as a crash of a model does. While
 the gate file exists, new requests are refused with the words of a server that drains. More than `--busy`
 requests at once are refused with the words of a full queue. What it serves it says
-after `--late` seconds.
+after `--late` seconds. After `--turn` groups it is as if it had been started anew with other weights.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from panotriton.pipeline.group import interpolate_cameras
 INTERVALS = 8
 
 
-def made(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+def made(inputs: dict[str, Any], weights: str) -> dict[str, np.ndarray]:
     """The ensemble's outputs."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(weights.encode())
     for name in sorted(inputs):
         digest.update(name.encode() + inputs[name])
     rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "little"))
@@ -98,9 +98,13 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelConfig(self, request: Any, context: Any) -> Any:
         time.sleep(self._options.late)
         response = service_pb2.ModelConfigResponse()
-        if self._options.weights:
-            response.config.parameters["weights"].string_value = self._options.weights
+        if weights := self._weights():
+            response.config.parameters["weights"].string_value = weights
         return response
+
+    def _weights(self) -> str:
+        turned = self._options.turn is not None and self._count >= self._options.turn
+        return "sha256:turned" if turned else str(self._options.weights)
 
     def ModelStatistics(self, request: Any, context: Any) -> Any:
         response = service_pb2.ModelStatisticsResponse()
@@ -124,10 +128,11 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
                 os._exit(9)
             with self._device:
                 time.sleep(self._options.seconds)
+                weights = self._weights()
                 self._count += 1
         finally:
             self._inside -= 1
-        return _response(request, made(inputs))
+        return _response(request, made(inputs, weights))
 
     def _gated(self) -> bool:
         return bool(self._options.gate) and self._options.gate.exists()
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("--poison", type=int, nargs="*", default=[])
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--weights", default="sha256:stand-in")
+    parser.add_argument("--turn", type=int)
     parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("--busy", type=int, default=64)
     options = parser.parse_args()

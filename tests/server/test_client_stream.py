@@ -115,9 +115,11 @@ def test_a_server_without_the_model_says_so(standin_repository: Path) -> None:
     with (
         BriefServer(standin_repository, load_models=["decode"]) as server,
         Client(server.grpc_url) as client,
-        pytest.raises(ModelUnavailable, match="panorama_stream"),
     ):
-        list(client.stream(*FILES))
+        with pytest.raises(ModelUnavailable, match="panorama_stream"):
+            list(client.stream(*FILES))
+        with pytest.raises(ModelUnavailable, match="serves no model of this pipeline"):
+            client.weights()
 
 
 def calls_afterwards(client: Client) -> int:

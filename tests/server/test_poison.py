@@ -15,6 +15,7 @@ from panotriton.cli import main
 from panotriton.groups.plan import group_seed
 from tests.replica import Replica
 from tests.server.cluster import free_port, recorded, write_panoramas
+from tests.server.outputs import check_same, result
 
 SEED, GROUPS = 3, 12
 POISON = 4  # the pair with which a server dies
@@ -172,6 +173,41 @@ def test_a_replica_of_other_weights_is_left_out_and_so_is_another_run(
     assert run(panoramas, output, [other], "--sample-n", "20") == 2
     said = capsys.readouterr().err
     assert "weights: osediff (sha256:stand-in, now sha256:other)" in said
+
+
+def test_groups_of_a_replica_that_has_turned_to_other_weights_are_made_by_another(
+    panoramas: Path,
+    tmp_path: Path,
+    start: Callable[..., Replica],
+    undisturbed: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    turned, ours = start("--turn", 2, "--seconds", 0.05), start("--seconds", 0.1)
+    assert run(panoramas, output, [turned, ours], "--sample-n", str(GROUPS + 1)) == 0
+    assert f"{turned.url} serves other weights than the run's" in capsys.readouterr().err
+    check_same(result(output), result(tmp_path / "undisturbed"))
+    assert not list(output.rglob("*.attempt-*"))
+
+
+def test_a_replica_that_turns_back_is_taken_again(
+    panoramas: Path, tmp_path: Path, start: Callable[..., Replica], undisturbed: Any
+) -> None:
+    output, later = tmp_path / "out", []
+    turned = start("--turn", 2, "--seconds", 0.05)
+
+    def turn_back() -> None:
+        turned.kill()
+        later.append(Replica(int(turned.url.rpartition(":")[2])))
+
+    timer = threading.Timer(3, turn_back)
+    timer.start()
+    try:  # it is the only one there is
+        assert run(panoramas, output, [turned], "--sample-n", str(GROUPS + 1)) == 0
+    finally:
+        timer.join()
+        later[0].kill()
+    check_same(result(output), result(tmp_path / "undisturbed"))
 
 
 def test_a_changed_panorama_is_another_run(

@@ -222,6 +222,11 @@ def answered(status: str) -> InferenceServerException:
     return InferenceServerException("x", status=status)
 
 
+A_PROXYS = InferenceServerException(
+    "Received http2 header with status: 404", status="StatusCode.UNIMPLEMENTED"
+)
+
+
 class RpcError(grpc.RpcError):
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.INVALID_ARGUMENT
@@ -248,6 +253,7 @@ class RpcError(grpc.RpcError):
         ("http", answered("504"), True, RequestTimeout),
         ("grpc", answered("StatusCode.INTERNAL"), True, InferenceFailed),
         ("http", answered("500"), True, InferenceFailed),
+        ("grpc", A_PROXYS, False, ConnectError),
         ("grpc", InferenceServerException("x"), True, InferenceFailed),  # inside a stream
         ("grpc", ConnectionRefusedError("x"), False, ConnectError),
         ("http", ConnectionRefusedError("x"), True, ConnectError),  # it may have begun

@@ -93,7 +93,10 @@ class Client(Conversation):
         return run(self._models())
 
     def weights(self) -> dict[str, str]:
-        """Checksums of what the networks were exported from, by model; of older exports there are none."""
+        """Checksums of what the networks were exported from, by model; of older exports there are none.
+
+        Raises ModelUnavailable where the server has none of those models.
+        """
         return run(self._weights())
 
     def statistics(self, model: str = "") -> dict[str, StageTime]:

@@ -85,7 +85,8 @@ class Conversation:
             return wire.loaded(await self._ask("get_inference_statistics", model_name=""))
 
     async def _weights(self) -> dict[str, str]:
-        found = {}
+        found: dict[str, str | None] = {}
+        missing: PanotritonError | None = None
         for model in _WEIGHED:
             try:
                 config = await self._ask("get_model_config", model_name=model)
@@ -93,11 +94,13 @@ class Conversation:
                 InferenceFailed,
                 InvalidInput,
                 ModelUnavailable,
-            ):  # it has none, or not that one
-                continue
-            if weights := wire.parameter(config, WEIGHTS):
-                found[model] = weights
-        return found
+            ) as error:  # it has not that one
+                missing = missing or error
+            else:
+                found[model] = wire.parameter(config, WEIGHTS)
+        if missing and not found:
+            raise ModelUnavailable(f"{self.url} serves no model of this pipeline: {missing}")
+        return {model: weights for model, weights in found.items() if weights}
 
     async def _statistics(self, model: str) -> dict[str, StageTime]:
         try:

@@ -42,6 +42,7 @@ INPUT, SERVER = "input", "server"
 
 _CACHE_BYTES = 2 << 30  # of panoramas that came from an object store
 _BUSY_WAIT_S, _LONGEST_BUSY_WAIT_S = 0.5, 30.0
+_LOADING_WAIT_S, _LOADING_TRIES = 0.5, 60
 
 
 class Board(Protocol):
@@ -165,6 +166,7 @@ class Maker:
         began = time.monotonic()
         try:
             group = await asyncio.wait_for(work, lease.deadline_s)
+            await self._check_weights(client, lease)
         except (asyncio.TimeoutError, PanotritonError) as error:
             trouble = _judged(error, lease)
             says = trouble.error if trouble.says == LOST else None
@@ -176,6 +178,24 @@ class Maker:
         seconds = time.monotonic() - began
         await self._board.release(lease, DONE, seconds)
         return group, seconds
+
+    async def _check_weights(self, client: AsyncClient, lease: Lease) -> None:
+        """A server may have been started anew, with others, since the run last asked it."""
+        ours = dict(self._plan.weights)
+        for _ in range(_LOADING_TRIES):
+            served = await client.weights()
+            if served == ours:
+                return
+            if (
+                any(ours.get(model) != each for model, each in served.items())
+                or await client.ready()
+            ):
+                break
+            await asyncio.sleep(_LOADING_WAIT_S)  # a model is being loaded anew
+        raise ServerUnavailable(
+            f"{lease.address} serves {served or 'weights it does not name'} by now; the run is made of "
+            f"{ours or 'weights that were not named'}"
+        )
 
     def _client(self, address: str) -> AsyncClient:
         return self._clients.setdefault(address, self._servers.client(address))

@@ -195,10 +195,10 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     for name in ("seed", "format"):
         if known.get(name) != wanted[name]:
             found.append(f"{name} ({known.get(name)}, now {wanted[name]})")
-    for group in ("options", "weights"):
+    for group, absent in (("options", None), ("weights", "not named")):
         was, now = known.get(group) or {}, wanted[group]
         found += [
-            f"{group}: {name} ({was.get(name)}, now {now.get(name)})"
+            f"{group}: {name} ({was.get(name, absent)}, now {now.get(name, absent)})"
             for name in sorted(was.keys() | now.keys())
             if was.get(name) != now.get(name)
         ]

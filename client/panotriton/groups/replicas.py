@@ -169,28 +169,32 @@ class Replicas:
             try:
                 if first or await client.ready():
                     self._served[address] = dict(await client.weights())
-                    self._admit(address)
+                    admitted = self._admit(address)
                     await self._wake()
-                    return
+                    if admitted:
+                        return
             except PanotritonError as error:
                 self._error = self._error or error
             first = False
 
-    def _admit(self, address: str) -> None:
-        """If it serves what the run is made of, once that is settled."""
+    def _admit(self, address: str) -> bool:
+        """If it serves what the run is made of, once that is settled. False where it does not."""
         weights = self._served[address]
         if self._weights is None:
-            return
+            return True
         if weights == self._weights:
             self._met = True
+            self._foreign.discard(address)
             self._balance.up(address)
-        elif address not in self._foreign:
+            return True
+        if address not in self._foreign:
             self._foreign.add(address)
             self._say(f"{address} serves other weights than the run's and is left out")
             self._error = self._error or ConnectError(
                 f"{address} serves {weights or 'weights it does not name'}; the run is made of "
                 f"{self._weights or 'weights that were not named'}"
             )
+        return False
 
     def _count_pause(self, now: float) -> None:
         if not self._balance.all_down:
@@ -212,6 +216,10 @@ class Replicas:
         if not self._met:
             return self._error or ConnectError("no server has an address yet: is one ready?")
         why = f"at first: {self._error}" if self._error else _NOT_READY
+        if self._foreign:
+            why += (
+                f"; other weights than the run's are served by {', '.join(sorted(self._foreign))}"
+            )
         return OutOfPatience(
             f"paused for {self._patience_s:g} s, and no server made a group; {why}"
         )
@@ -256,7 +264,8 @@ class Replicas:
         if self._weights is None:
             self._weights = dict(weights)
             for address in self._served:
-                self._admit(address)
+                if not self._admit(address):
+                    self._probe(address)  # it may be started again with ours
 
     def beat(self, worker: str) -> None:
         """A worker is there."""

@@ -17,6 +17,7 @@ from grpc import RpcError  # type: ignore[import-untyped]
 from panotriton.client.transports.base import Awaited, Pending, Transport, Watch, Witness
 from panotriton.client.twins import resolved
 from panotriton.errors import (
+    ConnectError,
     InvalidInput,
     ModelUnavailable,
     PanotritonError,
@@ -32,6 +33,7 @@ __all__ = ["Asynchronous", "Blocking"]
 # gRPC's own words for a connection that broke, and for a message that is larger than either side takes.
 _CUT_OFF = (NEVER_SENT, "Socket closed", "GOAWAY", "onnection reset", "Broken pipe", "keepalive")
 _TOO_LARGE = ("exceeds", "larger than max")
+_NO_GRPC = "Received http2 header with status"  # a proxy's, or another server's
 
 
 # Where a cancel, or the end of a call's time, meets its answer on the way, a server before 2.57 (25.04)
@@ -111,6 +113,11 @@ class _Grpc(Transport):
         status, text = self.answer(error)
         if status == "StatusCode.RESOURCE_EXHAUSTED" and any(w in (text or "") for w in _TOO_LARGE):
             return InvalidInput(f"a name or message is larger than gRPC lets through: {text}")
+        if _NO_GRPC in (text or ""):
+            return ConnectError(
+                f"{self.url} answers, but not as tritonserver's gRPC does ({text}): name its gRPC port "
+                "with --url, or pass --protocol http"
+            )
         return super().mapped(error, seen)
 
 
