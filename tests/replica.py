@@ -6,7 +6,8 @@ A group depends on its panoramas, seed and options alone, as a real one does, an
 device that a replica has. A request with a poison seed ends the process, as a crash of a model does. While
 the gate file exists, new requests are refused with the words of a server that drains. More than `--busy`
 requests at once are refused with the words of a full queue. What it serves it says
-after `--late` seconds. After `--turn` groups it is as if it had been started anew with other weights.
+after `--late` seconds. After `--turn` groups it is as if it had been started anew with other weights. If it
+is asked its name once it has made a group, and the file of `--shy` is not there, its process ends.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerReadyResponse(ready=not self._gated())
 
     def ServerMetadata(self, request: Any, context: Any) -> Any:
+        if self._count and self._options.shy and not self._options.shy.exists():
+            self._options.shy.touch()
+            os._exit(9)
         return service_pb2.ServerMetadataResponse(name="stand-in", version="1")
 
     def ModelReady(self, request: Any, context: Any) -> Any:
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--weights", default="sha256:stand-in")
     parser.add_argument("--turn", type=int)
+    parser.add_argument("--shy", type=Path)
     parser.add_argument("--late", type=float, default=0.0)
     parser.add_argument("--busy", type=int, default=64)
     options = parser.parse_args()

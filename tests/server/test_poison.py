@@ -79,6 +79,18 @@ class Nurse:
         self._thread.join()
 
 
+def test_a_server_that_goes_when_its_group_is_made_ends_no_run(
+    panoramas: Path, tmp_path: Path, start: Callable[..., Replica], undisturbed: Any
+) -> None:
+    """Between the answer and what else the run wants to know of the server."""
+    output = tmp_path / "out"
+    servers = [start("--shy", tmp_path / "shy")]
+    with Nurse(servers) as nurse:
+        assert run(panoramas, output, servers, "--sample-n", str(GROUPS + 1)) == 0
+        assert nurse.deaths == 1
+    check_same(result(output), result(tmp_path / "undisturbed"))
+
+
 def test_a_group_with_which_servers_die_is_left_after_three(
     panoramas: Path, tmp_path: Path, start: Callable[..., Replica], undisturbed: Any
 ) -> None:

@@ -110,7 +110,7 @@ def test_a_key_is_the_same_with_defaults_written_out() -> None:
         ({"seed": 4}, ["seed (3, now 4)"]),
         ({"options": {"threshold": 0.5}}, ["options: threshold (0.7, now 0.5)"]),
         ({"layout": "parquet"}, ["format (folder, now parquet)"]),
-        ({"weights": {}}, ["weights: osediff (sha256:1, now None)"]),
+        ({"weights": {}}, ["weights: osediff (sha256:1, now not named)"]),
         (
             {"panoramas": ["a.jpg", "d.jpg", "c.jpg"]},
             ["panoramas (1 missing, as b.jpg; 1 new, as d.jpg)"],

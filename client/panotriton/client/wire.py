@@ -120,7 +120,8 @@ def timings(total_ms: float, before: StageTime | None, after: StageTime | None) 
     """Exact where the server finished one request between two readings; else the total alone."""
     if before is None or after is None or after.requests != before.requests + 1:
         return Timings(total_ms)
-    server_ms = after.request_ms - before.request_ms
+    # The server's clock stops a little after its answer is out.
+    server_ms = min(after.request_ms - before.request_ms, total_ms)
     queue_ms = after.queue_ms - before.queue_ms
     return Timings(total_ms, queue_ms, server_ms - queue_ms, total_ms - server_ms)
 

@@ -141,7 +141,7 @@ class Maker:
                     return await asyncio.to_thread(self._failed, pair, words, SERVER, attempts)
                 await tried.pause(trouble)
                 continue
-            about = await self._about(lease.address, pair)
+            about = self._about(lease.address, pair)
             return await self._keep(pair, group, bases, about, seconds)
 
     async def _keep(
@@ -167,6 +167,7 @@ class Maker:
         try:
             group = await asyncio.wait_for(work, lease.deadline_s)
             await self._check_weights(client, lease)
+            await self._learn_name(client, lease.address)
         except (asyncio.TimeoutError, PanotritonError) as error:
             trouble = _judged(error, lease)
             says = trouble.error if trouble.says == LOST else None
@@ -200,11 +201,13 @@ class Maker:
     def _client(self, address: str) -> AsyncClient:
         return self._clients.setdefault(address, self._servers.client(address))
 
-    async def _about(self, address: str, pair: Pair) -> dict[str, Any]:
-        """What group_info.json says besides the result."""
+    async def _learn_name(self, client: AsyncClient, address: str) -> None:
         if address not in self._names:
-            health = await self._client(address).health()
+            health = await client.health()
             self._names[address] = f"{health.name} {health.version}".strip()
+
+    def _about(self, address: str, pair: Pair) -> dict[str, Any]:
+        """What group_info.json says besides the result."""
         options = {"seed": pair.seed, **self._plan.options}
         return {
             "panoramas": list(pair.panoramas),
