@@ -126,6 +126,7 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--no-live", action="store_true", help="the report alone")
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     group = options.group or newest()
     with tempfile.TemporaryDirectory() as scratch, chromium(installed()) as browser:
         report = write_report(group, Path(scratch) / layout.REPORT)
