@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from panotriton.errors import ServerStartError
+from panotriton.models.imports import uncollected
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 from tests.brief import BriefServer
 from tests.server import standins
 
-# What tests import while they are collected stays, see `panotriton.models.imports`.
-gc.disable()
+# What tests import while they are collected stays.
+_COLLECTION = ExitStack()
+_COLLECTION.enter_context(uncollected())
 # Each worker's share of the cores, and its servers'; threads of OpenMP that spin while they wait for one that
 # another process keeps from running make a test ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -84,8 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+    _COLLECTION.close()
 
 
 @pytest.fixture(scope="session")
@@ -121,9 +122,7 @@ def tagger(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def server(
     quick_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with BriefServer(quick_repository, log_file=log) as running:
-        yield running
+    yield from _running(quick_repository, tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="session")
@@ -136,8 +135,11 @@ def standin_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def standin(
     standin_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    log = tmp_path_factory.mktemp("standin") / "server.log"
-    with BriefServer(standin_repository, log_file=log) as running:
+    yield from _running(standin_repository, tmp_path_factory.mktemp("standin"))
+
+
+def _running(repository: Path, folder: Path) -> Iterator[LocalServer]:
+    with BriefServer(repository, log_file=folder / "server.log") as running:
         yield running
 
 

@@ -164,8 +164,8 @@ def test_images_go_through_the_vae_one_by_one(tmp_path: Path) -> None:
         set_engine(path, CUDA, "fp16")
         config, parameters = parameters_of(path)
         assert config.max_batch_size == 1
-        assert parameters["fixed_batches"] == "1"
-        assert "expected_shapes" not in parameters  # no size was named, so none is opened at load
+        # No size was named, so none is opened at load.
+        assert parameters == {"fixed_batches": "1", "gpu_memory_fraction": "0.07"}
 
 
 def test_a_network_without_free_sizes_expects_its_own(tmp_path: Path) -> None:
