@@ -30,7 +30,7 @@ from panotriton.groups.balance import BUSY, DONE, LOST, SLOW, UNUSED
 from panotriton.groups.folder import base_name, process_command
 from panotriton.groups.plan import Pair, Plan, read_panorama
 from panotriton.groups.records import MAX_ATTEMPTS, Records
-from panotriton.groups.replicas import Lease, Servers
+from panotriton.groups.replicas import Lease, Servers, other_weights
 from panotriton.groups.sinks import Record, open_sink
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.results import Group
@@ -193,10 +193,7 @@ class Maker:
             ):
                 break
             await asyncio.sleep(_LOADING_WAIT_S)  # a model is being loaded anew
-        raise ServerUnavailable(
-            f"{lease.address} serves {served or 'weights it does not name'} by now; the run is made of "
-            f"{ours or 'weights that were not named'}"
-        )
+        raise ServerUnavailable(other_weights(lease.address, served, ours))
 
     def _client(self, address: str) -> AsyncClient:
         return self._clients.setdefault(address, self._servers.client(address))

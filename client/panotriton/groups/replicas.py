@@ -23,7 +23,7 @@ from panotriton.errors import (
 )
 from panotriton.groups.balance import DONE, LOST, UNUSED, Balance
 
-__all__ = ["Lease", "Replicas", "Servers", "addresses"]
+__all__ = ["Lease", "Replicas", "Servers", "addresses", "other_weights"]
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _REFRESH_S = 10.0
@@ -70,6 +70,14 @@ def addresses(urls: Sequence[str]) -> list[str]:
             known = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
             found += [_joined(ip, port) for ip in sorted(known)]
     return list(dict.fromkeys(found))
+
+
+def other_weights(address: str, served: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """Why a server is left out."""
+    return (
+        f"{address} serves {served or 'weights it does not name'}; the run is made of "
+        f"{ours or 'weights that were not named'}"
+    )
 
 
 def _joined(ip: str, port: str) -> str:
@@ -154,9 +162,13 @@ class Replicas:
 
     def _probe(self, address: str, *, first: bool = False) -> None:
         if address not in self._probes:
-            task = asyncio.create_task(self._probing(address, first))
-            self._probes[address] = task
-            task.add_done_callback(lambda _: self._probes.pop(address, None))
+            self._probes[address] = asyncio.create_task(self._probed(address, first))
+
+    async def _probed(self, address: str, first: bool) -> None:
+        try:
+            await self._probing(address, first)
+        finally:  # before whom it woke runs, and may want another
+            del self._probes[address]
 
     async def _probing(self, address: str, first: bool) -> None:
         """Until it answers, or is gone; asked less often the longer it does not."""
@@ -191,8 +203,7 @@ class Replicas:
             self._foreign.add(address)
             self._say(f"{address} serves other weights than the run's and is left out")
             self._error = self._error or ConnectError(
-                f"{address} serves {weights or 'weights it does not name'}; the run is made of "
-                f"{self._weights or 'weights that were not named'}"
+                other_weights(address, weights, self._weights)
             )
         return False
 
