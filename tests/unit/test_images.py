@@ -245,6 +245,11 @@ def test_pillows_warnings_reach_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
         decode_image("X", saved(palette, "PNG", transparency=bytes(range(256))))
+        # Of a TIFF whose compression has three values, which is looked at to say what is wrong.
+        tags = struct.pack("<HHII", 258, 3, 1, 32) + struct.pack("<HHII", 259, 3, 3, 38)
+        file = b"II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I3H", 0, 1, 1, 1)
+        with pytest.raises(InvalidImage, match="X has 32-bit unsigned pixels"):
+            decode_image("X", file)
         assert warnings.filters == filters
     assert not caught
 

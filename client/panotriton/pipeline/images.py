@@ -243,18 +243,19 @@ def _opened(
 ) -> Iterator[tuple[PILImage.Image, int]]:
     """The picture, not yet decoded, and its bits a channel: 16, or 8 for all below."""
     name = brief(name)
-    try:
-        with _quiet(), PILImage.open(io.BytesIO(data), formats=_PLUGINS) as image:
-            _check_size(name, *image.size, min_side_px, max_aspect)
-            yield image, _bits(name, image)
-    except InvalidImage:
-        raise
-    except PILImage.DecompressionBombError as error:
-        raise _too_large(name, data) from error
-    except UnidentifiedImageError as error:
-        raise InvalidImage(_unknown(name, data)) from error
-    except Exception as error:  # a damaged file: what a plugin then raises has no common base
-        raise _broken(name, error) from error
+    with _quiet():  # also what is made of a failure, by Pillow's means
+        try:
+            with PILImage.open(io.BytesIO(data), formats=_PLUGINS) as image:
+                _check_size(name, *image.size, min_side_px, max_aspect)
+                yield image, _bits(name, image)
+        except InvalidImage:
+            raise
+        except PILImage.DecompressionBombError as error:
+            raise _too_large(name, data) from error
+        except UnidentifiedImageError as error:
+            raise InvalidImage(_unknown(name, data)) from error
+        except Exception as error:  # a damaged file: what a plugin then raises has no common base
+            raise _broken(name, error) from error
 
 
 def _broken(name: str, error: Exception) -> InvalidImage:
