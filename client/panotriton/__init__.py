@@ -17,27 +17,27 @@ from panotriton.errors import (
     ServerUnavailable,
     SharedMemoryError,
 )
-from panotriton.pipeline import events
-from panotriton.pipeline.camera import Camera, crop, lerp, sample_cameras
-from panotriton.pipeline.results import (
-    Cropped,
-    Description,
-    Group,
-    Health,
-    Interval,
-    Model,
-    Pair,
-    Score,
-    Sequence,
-    StageTime,
-    Timings,
-    Upscaled,
-)
 
 if TYPE_CHECKING:
     from panotriton.client.aio import AsyncClient
     from panotriton.client.client import Client, Tls
     from panotriton.client.shared_memory import AsyncSharedMemory, SharedMemory
+    from panotriton.pipeline import events
+    from panotriton.pipeline.camera import Camera, crop, lerp, sample_cameras
+    from panotriton.pipeline.results import (
+        Cropped,
+        Description,
+        Group,
+        Health,
+        Interval,
+        Model,
+        Pair,
+        Score,
+        Sequence,
+        StageTime,
+        Timings,
+        Upscaled,
+    )
 
     __version__: str
 
@@ -78,20 +78,36 @@ __all__ = [
     "sample_cameras",
 ]
 
-_CLIENT = {
-    "AsyncClient": "aio",
-    "AsyncSharedMemory": "shared_memory",
-    "Client": "client",
-    "SharedMemory": "shared_memory",
-    "Tls": "client",
+_MODULES = {
+    "client.aio": ("AsyncClient",),
+    "client.client": ("Client", "Tls"),
+    "client.shared_memory": ("AsyncSharedMemory", "SharedMemory"),
+    "pipeline.camera": ("Camera", "crop", "lerp", "sample_cameras"),
+    "pipeline.results": (
+        *(
+            "Cropped",
+            "Description",
+            "Group",
+            "Health",
+            "Interval",
+            "Model",
+            "Pair",
+            "Score",
+            "Sequence",
+        ),
+        *("StageTime", "Timings", "Upscaled"),
+    ),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The client and the version, which take as long to import as all else and which none of the server's
-    dozen processes needs."""
-    if name in _CLIENT:
-        value = getattr(import_module(f"panotriton.client.{_CLIENT[name]}"), name)
+    """Import what is asked for: most of the server's two dozen processes need neither the client nor OpenCV
+    and Pillow, which take longer to import than all else."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"panotriton.{_MODULE_OF[name]}"), name)
+    elif name == "events":
+        value = import_module("panotriton.pipeline.events")
     elif name == "__version__":
         value = _version()
     else:
@@ -101,7 +117,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_CLIENT, "__version__"})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 def _version() -> str:

@@ -138,6 +138,10 @@ def test_no_long_argument_is_echoed_whole(
         (["gateway", "-o", "x", "--preprocess-port", "-1"], "--preprocess-port is -1"),
         (["live", "--port", "99999"], "--port is 99999"),
         (["serve", "--repository", "nope"], "no model repository at nope"),
+        (
+            ["serve", "nope"],
+            "nope is no flag of tritonserver; a repository is named by --repository",
+        ),
         (["score", FILES[0], "--local", "--repository", "nope"], "no model repository at nope"),
         (["export", "qwen", "--model", "nope"], "nope/config.json not found"),
         (["export", "osediff", "--base", "nope", "--checkpoint", "x"], "nope is not a diffusers"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from panotriton.cli.places import check_file, check_ports
-from panotriton.errors import ServerStartError
+from panotriton.errors import InvalidInput, ServerStartError
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
 from panotriton.server.repository import (
@@ -115,6 +115,10 @@ def add_repository_argument(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted; EXIT_GAVE_UP when the server ends by itself again and again."""
     check_ports(options)
+    if options.flags and not options.flags[0].startswith("-"):
+        raise InvalidInput(
+            f"{options.flags[0]} is no flag of tritonserver; a repository is named by --repository"
+        )
     placement = " ".join(options.place)
     models = options.models and options.models.split(",")
     check_exported(options.repository, elsewhere=_elsewhere(placement, models))

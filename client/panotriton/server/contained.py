@@ -24,7 +24,7 @@ from panotriton.pipeline.placement import SETTING
 from panotriton.server.control import ModelControl
 from panotriton.server.health import answer_probes
 from panotriton.server.launch import die_with_parent
-from panotriton.server.processes import Stall, Stub, find_stubs
+from panotriton.server.processes import Loading, Stub
 from panotriton.server.repository import placed, served_here, with_behind
 from panotriton.server.supervise import EXIT_GAVE_UP, Supervisor
 
@@ -54,10 +54,11 @@ class Contained:
 
     def wait_ready(self) -> int | None:
         """Wait as long as it loads; an exit code where it ends instead. Whoever probes sets the limit."""
-        stall = Stall(self.pid)
+        loading = Loading(self.pid)
+        self.loaded = loading.stubs
         while self.exit_code() is None and not self.control.healthy("ready"):
-            self.loaded.update(find_stubs(self.pid))
-            if stall.seen():
+            loading.look()
+            if loading.stalled:
                 print("a model's process died as it loaded", file=sys.stderr, flush=True)
                 return EXIT_GAVE_UP
             time.sleep(_POLL_S)

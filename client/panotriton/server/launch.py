@@ -37,7 +37,7 @@ from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
 from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
-from panotriton.server.processes import Stall, Stub, find_stubs
+from panotriton.server.processes import Loading, Stub
 from panotriton.server.repository import placed, served_here
 
 __all__ = [
@@ -65,6 +65,7 @@ _KEEP_MEMORY = {
 # On a busy machine 24.10 aborts at times while it loads Python models: boost's lock_exception, see the
 # open issue in docs/RELIABILITY.md.
 _STARTS = 3
+_POLL_S = 0.1
 _DOCKER_WAY = "run it in a container instead: see docker/ in the project"
 _PLAIN_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _TRACEBACK = r"\n\nAt:"
@@ -426,11 +427,11 @@ class LocalServer:
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         process = self._running()
-        self.loaded.clear()
-        stall = Stall(process.pid)
+        loading = Loading(process.pid)
+        self.loaded = loading.stubs
         while not self._ready():
-            self.loaded.update(find_stubs(process.pid))
-            if stall.seen():
+            loading.look()
+            if loading.stalled:
                 _kill(process)  # as if it had crashed
                 raise ServerStartError(self._start_failure("a model's process died as it loaded"))
             if process.poll() is not None:
@@ -438,7 +439,7 @@ class LocalServer:
             if time.monotonic() > deadline:
                 late = f"not ready after {self._start_timeout_s:g} s"
                 raise ServerStartError(self._start_failure(late))
-            time.sleep(0.05)
+            time.sleep(_POLL_S)
 
     def _ready(self) -> bool:
         # A server that serves on despite a broken model (not strict) is live but never ready.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Process", "Stall", "Stub", "find_stubs", "look_at"]
+__all__ = ["Loading", "Process", "Stub", "find_stubs", "look_at"]
 
 _PROC = Path("/proc")
 _STUB = "triton_python_backend_stub"
@@ -74,25 +74,32 @@ class Stub:
             time.sleep(0.01)
 
 
-class Stall:
-    """A server that loads a model whose process has died: it takes no note, and waits for minutes."""
+class Loading:
+    """A server that loads its models: the processes that it begins, and one that dies as it does.
+
+    Of such a one the server takes no note, and waits for minutes.
+    """
 
     def __init__(self, server: int) -> None:
+        self.stubs: set[Stub] = set()
         self._server = server
         self._since: dict[int, float] = {}
 
-    def seen(self) -> bool:
-        """Whether a process died some time ago, and is still its zombie; to be asked again and again."""
-        processes = (look_at(int(folder.name)) for folder in _PROC.glob("[0-9]*"))
-        zombies = {
-            process.pid
-            for process in processes
-            if process and process.dead and process.parent == self._server
-            if process.name == _NAME
-        }
+    def look(self) -> None:
+        """See what there is; to be called again and again."""
+        dead = set()
+        for process in _processes(self._server):
+            if process.dead:
+                dead.add(process.pid)
+            elif stub := _stub(process):
+                self.stubs.add(stub)
         now = time.monotonic()
-        self._since = {pid: self._since.get(pid, now) for pid in zombies}
-        return any(now - since > _STALLED_S for since in self._since.values())
+        self._since = {pid: self._since.get(pid, now) for pid in dead}
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a process died some time ago, and is still the server's zombie."""
+        return any(time.monotonic() - since > _STALLED_S for since in self._since.values())
 
 
 def look_at(pid: int) -> Process | None:
@@ -108,14 +115,22 @@ def look_at(pid: int) -> Process | None:
 
 def find_stubs(server: int | None = None) -> list[Stub]:
     """The living stubs of one server, by its process id, or those of every server on this machine."""
-    return [stub for stub in _stubs() if server is None or stub.process.parent == server]
+    return [stub for process in _processes(server) if (stub := _stub(process))]
 
 
-def _stubs() -> Iterator[Stub]:
+def _processes(server: int | None) -> Iterator[Process]:
+    """Those that have a stub's name, dead ones too."""
     for folder in _PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            process = look_at(int(folder.name))
-            # stub, model file, region, its size, its growth, server, backend folder, handle, instance …
-            if process and arguments[0].endswith(_STUB) and len(arguments) > 8:
-                yield Stub(process, arguments[8], arguments[2], int(arguments[5]))
+        process = look_at(int(folder.name))
+        if process and process.name == _NAME and server in (None, process.parent):
+            yield process
+
+
+def _stub(process: Process) -> Stub | None:
+    with contextlib.suppress(OSError):  # ended meanwhile
+        line = (_PROC / str(process.pid) / "cmdline").read_bytes().decode(errors="replace")
+        arguments = line.split("\0")
+        # stub, model file, region, its size, its growth, server, backend folder, handle, instance …
+        if arguments[0].endswith(_STUB) and len(arguments) > 8:
+            return Stub(process, arguments[8], arguments[2], int(arguments[5]))
+    return None
