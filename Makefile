@@ -10,7 +10,7 @@ WORKERS ?= $(shell awk -v most=$$(nproc) '/^MemTotal/ { n = int($$2 / 7e6); most
 	print n < 1 ? 1 : n < most ? n : most }' /proc/meminfo)
 
 .DEFAULT_GOAL := help
-.PHONY: always help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check perf-analyzer docs clean
+.PHONY: always help setup demo test check fault-check cluster-check deploy-check deploy-golden bench gpu-check gpu-rehearsal perf-analyzer docs clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ bench: $(VENV)/.installed repository/.small  ## all measurements, half an hour: 
 
 gpu-check: $(VENV)/.installed repository/.small  ## all that needs a GPU, 8 minutes and at first an export; exit code 4 without one
 	$(BIN)/panotriton bench gpu
+
+gpu-rehearsal: $(VENV)/.installed repository/.small  ## the same on the CPU, in smallest sizes: whether all of it runs, a minute
+	$(BIN)/python -m pytest -n 2 --dist load tests/gpu
 
 build/bench/perf_analyzer/tool/perf_analyzer: $(VENV)/.installed
 	$(BIN)/python tests/bench/perf_analyzer.py --fetch

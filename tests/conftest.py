@@ -35,11 +35,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where test files run at once, the longest begin first: none is left over when the others are done.
 LONGEST = (
-    "server/test_gpu_check.py",
     "server/test_pipeline.py",
     "unit/test_export_osediff.py",
     "server/test_gateway.py",
-    "unit/test_gpu_check.py",
     "server/test_placement.py",
     "unit/test_gpu_graphs.py",
     "server/test_qwen.py",
