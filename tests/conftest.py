@@ -33,22 +33,32 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WO
 # A shell starts background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where test files run at once, the longest begin first: none is left over when the others are done.
+# Where test files run at once, the longest begin first, so that none is left over when the others are done;
+# and by turns such as keep a core busy and such as kill, freeze and wait.
 LONGEST = (
     "server/test_pipeline.py",
     "unit/test_export_osediff.py",
-    "server/test_gateway.py",
-    "server/test_placement.py",
-    "unit/test_gpu_graphs.py",
-    "server/test_qwen.py",
-    "unit/test_qwen.py",
-    "server/test_client.py",
-    "server/test_client_memory.py",
     "server/test_client_trouble.py",
+    "unit/test_gpu_graphs.py",
+    "server/test_admission.py",
+    "server/test_client.py",
+    "server/test_qwen.py",
     "server/test_serve.py",
+    "unit/test_qwen.py",
+    "server/test_client_memory.py",
+    "server/test_cluster.py",
     "unit/test_export_tagger.py",
     "browser/test_live.py",
+    "server/test_dataset.py",
+    "server/test_client_stream.py",
     "unit/test_gateway.py",
+    "server/test_poison.py",
+    "server/test_report.py",
+    "server/test_object_store.py",
+    "unit/test_small_training.py",
+    "browser/test_report.py",
+    "unit/test_qwen_decode.py",
+    "server/test_onnxruntime_backend.py",
 )
 # Each of these is one worker's: they share the small preset's server, or the tagger's export.
 TOGETHER = {

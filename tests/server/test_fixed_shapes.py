@@ -56,9 +56,7 @@ def server(tiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lo
     for name in ("osediff", *NETWORKS["osediff"].required):
         (folder / name).mkdir()
         (folder / name / "1").symlink_to((tiled / name / "1").resolve())
-        (folder / name / "config.pbtxt").write_text(
-            (tiled / name / "config.pbtxt").read_text()
-        )
+        (folder / name / "config.pbtxt").write_text((tiled / name / "config.pbtxt").read_text())
         if name != "osediff":
             set_engine(folder / name, SHAPED, "fp32", expected.get(name, ()))
             set_instances(folder / name, 1)  # sessions are counted

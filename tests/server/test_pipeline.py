@@ -35,6 +35,7 @@ OUTPUTS = (
     "INTERPOLATED_SR",
 )
 Tensors = dict[str, np.ndarray]
+SMALLEST = {"CROP_SIZE": np.array([64], np.int32), "NUM_INTERPOLATIONS": np.array([1], np.int32)}
 
 
 class Plain:
@@ -152,7 +153,7 @@ def test_encoded_panoramas_give_the_same_group(
     plain: Plain, panoramas: tuple[np.ndarray, np.ndarray]
 ) -> None:
     files = [cv2.imencode(".png", cv2.cvtColor(p, cv2.COLOR_RGB2BGR))[1] for p in panoramas]
-    inputs = group_inputs(panoramas, THRESHOLD=threshold(0.7))
+    inputs = group_inputs(panoramas, THRESHOLD=threshold(0.7)) | SMALLEST
     encoded = {k: v for k, v in inputs.items() if not k.startswith("PANORAMA")}
     encoded |= {f"ENCODED_{i}": np.array([f.tobytes()], np.object_) for i, f in enumerate(files, 1)}
     raw = plain.infer("panorama", inputs, OUTPUTS)
@@ -180,8 +181,7 @@ def alone(
 ) -> Iterator[dict[str, Future[Tensors]]]:
     """One request for each output, at once, so that their images share batches."""
     client = Plain(tritonclient.grpc, server.grpc_url)
-    one = {"CROP_SIZE": np.array([64], np.int32), "NUM_INTERPOLATIONS": np.array([1], np.int32)}
-    inputs = group_inputs(panoramas, THRESHOLD=threshold(0)) | one
+    inputs = group_inputs(panoramas, THRESHOLD=threshold(0)) | SMALLEST
     with ThreadPoolExecutor(len(OUTPUTS)) as pool:
         yield {n: pool.submit(client.infer, "panorama", inputs, (n,)) for n in OUTPUTS}
     client.connection.close()

@@ -31,7 +31,9 @@ NO_TAGGER = "osediff: no tagger was exported"
 @pytest.fixture(scope="module")
 def untagged_repository(quick_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small preset, made to heed prompts: trained on few, it hardly does."""
-    folder = Path(shutil.copytree(quick_repository, tmp_path_factory.mktemp("untagged") / "repository"))
+    folder = Path(
+        shutil.copytree(quick_repository, tmp_path_factory.mktemp("untagged") / "repository")
+    )
     path = folder / "osediff_text_encoder" / "1" / "model.onnx"
     model = onnx.load(path)
     (output,) = model.graph.output
