@@ -9,10 +9,11 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from panotriton import __version__
 from panotriton.client.aio import AsyncClient
@@ -43,6 +44,9 @@ INPUT, SERVER = "input", "server"
 _CACHE_BYTES = 2 << 30  # of panoramas that came from an object store
 _BUSY_WAIT_S, _LONGEST_BUSY_WAIT_S = 0.5, 30.0
 _LOADING_WAIT_S, _LOADING_TRIES = 0.5, 60
+
+
+T = TypeVar("T")
 
 
 class Board(Protocol):
@@ -113,7 +117,7 @@ class Maker:
         """
         pair = self._plan.pair(index)
         if known := await asyncio.to_thread(self._sink.find, pair):
-            return await asyncio.to_thread(self._recorded, pair, known, 0.0)
+            return await _to_the_end(self._recorded, pair, known, 0.0)
         try:
             bases = _bases(pair)
             paths = [
@@ -121,7 +125,7 @@ class Maker:
                 for name, digest in zip(pair.panoramas, pair.digests, strict=True)
             ]
         except InvalidInput as error:
-            return await asyncio.to_thread(self._failed, pair, str(error), INPUT, attempts)
+            return await _to_the_end(self._failed, pair, str(error), INPUT, attempts)
         tried = _Tried(self._patience_s)
         while True:
             ticket = random.getrandbits(62) if attempts else None
@@ -130,15 +134,13 @@ class Maker:
                 group, seconds = await self._try(lease, pair, paths)
             except _Trouble as trouble:
                 if trouble.counts:
-                    attempts = await asyncio.to_thread(self._attempted, pair, lease, trouble.error)
+                    attempts = await _to_the_end(self._attempted, pair, lease, trouble.error)
                 words = self._named(str(trouble.error), pair, paths)
                 if trouble.ends:
-                    return await asyncio.to_thread(
-                        self._failed, pair, words, trouble.whose, attempts
-                    )
+                    return await _to_the_end(self._failed, pair, words, trouble.whose, attempts)
                 if attempts >= MAX_ATTEMPTS:
                     words = f"{attempts} attempts failed, the last by {lease.address}: {words}"
-                    return await asyncio.to_thread(self._failed, pair, words, SERVER, attempts)
+                    return await _to_the_end(self._failed, pair, words, SERVER, attempts)
                 await tried.pause(trouble)
                 continue
             about = self._about(lease.address, pair)
@@ -150,12 +152,7 @@ class Maker:
         def write() -> Outcome:
             return self._recorded(pair, self._sink.write(pair, group, bases, about), seconds)
 
-        writing = asyncio.create_task(asyncio.to_thread(write))
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await writing  # a thread can't be stopped, and must not write once the run has ended
-            raise
+        return await _to_the_end(write)
 
     async def _try(self, lease: Lease, pair: Pair, paths: list[Path]) -> tuple[Group, float]:
         """One request; tells the board what came of it. Raises _Trouble."""
@@ -240,6 +237,17 @@ class Maker:
         for path, name in zip(paths, pair.panoramas, strict=True):
             words = words.replace(str(path), name).replace(brief(path), brief(name))
         return words
+
+
+async def _to_the_end(function: Callable[..., T], *arguments: Any) -> T:
+    """In a thread, which can't be stopped, and must not write once the run has ended: cancelled, it is
+    waited for."""
+    working = asyncio.create_task(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.gather(working, return_exceptions=True)
+        raise
 
 
 class _Trouble(Exception):
