@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,8 @@ def test_the_end_waits_for_what_is_being_written_and_nothing_is_made_after_it(
     pool._run(directory.end()).result(10)
     assert maker.file.read_text() == "written"
     assert making.cancelled() or making.done()
-    pool({"index": 2, "attempts": 0})
+    with pytest.raises(CancelledError):
+        pool._run(pool._make(2, 0)).result(10)
     assert maker.asked == [1]
 
 

@@ -259,8 +259,8 @@ class _Worker:
         except PanotritonError as error:  # the run's, not the pair's
             error.__cause__ = error.__context__ = None  # gRPC's errors do not travel
             return {**asdict(Outcome(index)), "fatal": pickle.dumps(error)}
-        except CancelledError:  # the run is over, and nobody reads this
-            outcome = Outcome(index)
+        except CancelledError:  # the run is over: an answer would wake up Ray Data, which is being ended
+            threading.Event().wait()
         return {**asdict(outcome), "fatal": b""}
 
     async def _make(self, index: int, attempts: int) -> Outcome:
