@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("ray")
 
-from panotriton.groups import cluster
-from panotriton.groups.maker import Outcome, _to_the_end
+from panotriton.groups import pool
+from panotriton.groups.maker import Outcome, to_the_end
 from panotriton.groups.plan import Plan
 from panotriton.groups.replicas import Servers
 
@@ -30,8 +30,8 @@ class Handle:
         return SimpleNamespace(remote=getattr(self._actor, name))
 
 
-class Maker:
-    """Writes for a while, in a thread."""
+class Slow:
+    """A maker that writes for a while, in a thread."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -46,58 +46,58 @@ class Maker:
             self.file.write_text("written")
             return Outcome(index)
 
-        return await _to_the_end(write)
+        return await to_the_end(write)
 
 
 @pytest.fixture
 def worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[cluster._Worker, cluster._Directory, Maker]]:
+) -> Iterator[tuple[pool.Worker, pool.Directory, Slow]]:
     """A worker of the pool that knows the directory."""
-    monkeypatch.setattr(cluster, "_GONE_S", 3.0)
+    monkeypatch.setattr(pool, "_GONE_S", 3.0)
     context = SimpleNamespace(get_actor_id=lambda: "actor")
-    monkeypatch.setattr(cluster._ray(), "get_runtime_context", lambda: context)
+    monkeypatch.setattr(pool.import_ray(), "get_runtime_context", lambda: context)
     servers = Servers(["127.0.0.1:1"])
-    directory = cluster._Directory(servers, {})
+    directory = pool.Directory(servers, {})
     plan = Plan([], [], 0, {}, {}, str(tmp_path), "folder", {}, False)
-    worker = cluster._Worker(plan, servers, Handle(directory), 1.0)
-    maker = worker._maker = Maker(tmp_path / "group")
+    worker = pool.Worker(plan, servers, Handle(directory), 1.0)
+    maker = worker._maker = Slow(tmp_path / "group")
     yield worker, directory, maker
     worker._loop.call_soon_threadsafe(worker._loop.stop)
 
 
 def test_the_end_waits_for_what_is_being_written_and_nothing_is_made_after_it(
-    worker: tuple[cluster._Worker, cluster._Directory, Maker],
+    worker: tuple[pool.Worker, pool.Directory, Slow],
 ) -> None:
-    pool, directory, maker = worker
-    making = pool._run(pool._make(1, 0))
+    one, directory, maker = worker
+    making = one._run(one._make(1, 0))
     while not maker.file.exists():
         time.sleep(0.01)
-    pool._run(directory.end()).result(10)
+    one._run(directory.end()).result(10)
     assert maker.file.read_text() == "written"
     assert making.cancelled() or making.done()
     with pytest.raises(CancelledError):
-        pool._run(pool._make(2, 0)).result(10)
+        one._run(one._make(2, 0)).result(10)
     assert maker.asked == [1]
 
 
 def test_the_end_does_not_wait_for_a_worker_that_has_died(
-    worker: tuple[cluster._Worker, cluster._Directory, Maker],
+    worker: tuple[pool.Worker, pool.Directory, Slow],
 ) -> None:
-    pool, directory, _ = worker
-    pool._run(directory.join("dead")).result(10)
+    one, directory, _ = worker
+    one._run(directory.join("dead")).result(10)
     began = time.monotonic()
-    pool._run(directory.end()).result(10)
+    one._run(directory.end()).result(10)
     assert time.monotonic() - began < 8
 
 
 def test_one_that_is_started_again_after_the_end_makes_nothing(
-    worker: tuple[cluster._Worker, cluster._Directory, Maker],
+    worker: tuple[pool.Worker, pool.Directory, Slow],
 ) -> None:
-    pool, directory, _ = worker
-    pool._run(directory.end()).result(10)
-    assert pool._run(directory.join("actor")).result(10)
+    one, directory, _ = worker
+    one._run(directory.end()).result(10)
+    assert one._run(directory.join("actor")).result(10)
     assert (
-        asyncio.run_coroutine_threadsafe(directory.until_over("actor"), pool._loop).result(10)
+        asyncio.run_coroutine_threadsafe(directory.until_over("actor"), one._loop).result(10)
         is None
     )

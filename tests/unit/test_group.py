@@ -8,12 +8,12 @@ from panotriton.pipeline.group import (
     check_cameras,
     crop_between,
     crop_pairs,
-    filter_intervals,
     interpolate_cameras,
     interpolate_views,
     make_pairs,
     make_spheres,
 )
+from panotriton.pipeline.quality import filter_intervals
 
 RNG = np.random.default_rng(0)
 PANORAMAS = [RNG.integers(0, 256, (80, 160, 3), np.uint8) for _ in range(2)]

@@ -20,7 +20,8 @@ from PIL import Image as PILImage
 from PIL import ImageCms, ImageOps
 
 from panotriton.errors import InvalidImage
-from panotriton.pipeline.images import check_encoded, check_images, decode_image
+from panotriton.pipeline.checks import check_images
+from panotriton.pipeline.images import check_encoded, decode_image
 from tests.pictures import PROFILES, deep_png, deep_tiff, exif, saved
 
 RNG = np.random.default_rng(7)

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from panotriton.errors import InvalidImage, brief
+from panotriton.pipeline.checks import check_panorama
 from panotriton.pipeline.contract import MAX_FILE_BYTES, MIN_SIDE_PX
 from panotriton.pipeline.images import (
     check_encoded,
-    check_panorama,
     decode_image,
     picture_pixels,
 )

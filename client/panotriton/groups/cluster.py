@@ -9,36 +9,26 @@ a row went through.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import pickle
 import sys
-import threading
-import time
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import CancelledError, Future
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from panotriton.errors import InvalidInput, PanotritonError
 from panotriton.groups.dataset import Rows
-from panotriton.groups.maker import Maker, Outcome
+from panotriton.groups.maker import Outcome
 from panotriton.groups.plan import Plan
-from panotriton.groups.replicas import Lease, Replicas, Servers
+from panotriton.groups.pool import Directory, Worker, asked, causes, import_ray
+from panotriton.groups.replicas import Servers
 
 __all__ = ["ClusterEngine"]
 
 _MOST_ROWS = 50_000  # of one execution of Ray Data
 _MARGIN = 1.1  # by how much more pairs are begun than a target seems to need
-_BEAT_S = 10.0
 _OBJECT_STORE_BYTES = 256 << 20  # of a cluster of our own: rows are numbers
-_RETRY_S = 1.0
-_GONE_S = 2.5 * _BEAT_S  # of a worker that is not heard any more
-_POLL_S = 0.05
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -61,7 +51,7 @@ class ClusterEngine:
     say: Callable[[str], None] = lambda line: None
 
     def __enter__(self) -> ClusterEngine:
-        self._ray = _ray()
+        self._ray = import_ray()
         if not sys.stderr.isatty():  # where people watch, Ray shows how its pool fares
             logging.getLogger("ray.data").setLevel(logging.WARNING)
         options: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False}
@@ -77,7 +67,7 @@ class ClusterEngine:
         arguments = {"patience_s": self.patience_s, **self.replicas}
         actor = self._ray.remote(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000
-        )(_Directory)
+        )(Directory)
         self._directory = actor.remote(self.servers, arguments)
         return self
 
@@ -85,7 +75,7 @@ class ClusterEngine:
         self._ray.shutdown()
 
     async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
-        with _causes():
+        with causes():
             found: dict[str, str] = await self._directory.weights.remote(wanted)
         return found
 
@@ -109,7 +99,7 @@ class ClusterEngine:
                 if fatal := row.pop("fatal"):
                     raise pickle.loads(fatal)  # noqa: S301 of our own workers
                 if take(Outcome(**row)):
-                    await _asked(
+                    await asked(
                         self._directory.end.remote
                     )  # others are at work on what is not needed
                     return
@@ -141,7 +131,7 @@ class ClusterEngine:
                 target_num_rows_per_block=1
             )  # so that every worker takes the next when it can
             .map(
-                _Worker,
+                Worker,
                 fn_constructor_args=(plan, self.servers, self._directory, self.patience_s),
                 compute=pool,
                 num_cpus=cpus,
@@ -165,190 +155,3 @@ class ClusterEngine:
 
 class ClusterFailed(PanotritonError):
     """Ray gave the run up."""
-
-
-class _Directory:
-    """`Replicas` as an actor. A new one, after its node has died, learns again which servers there are."""
-
-    def __init__(self, servers: Servers, arguments: dict[str, Any]) -> None:
-        self._said: list[str] = []
-        self._replicas = Replicas(servers, say=self._said.append, **arguments)
-        self._watch: asyncio.Task[None] | None = None
-        self._over = asyncio.Event()
-        self._at_work: dict[str, float] = {}  # by actor, when it was last heard
-
-    def _watched(self) -> Replicas:
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._replicas.watch())
-        return self._replicas
-
-    async def weights(self, wanted: Mapping[str, str] | None) -> dict[str, str]:
-        return await self._watched().weights(wanted)
-
-    async def room(self) -> int:
-        return self._watched().room
-
-    async def said(self) -> list[str]:
-        said, self._said[:] = list(self._said), []
-        return said
-
-    async def beat(self, worker: str, actor: str) -> None:
-        self._watched().beat(worker)
-        if actor in self._at_work:
-            self._at_work[actor] = time.monotonic()
-
-    async def join(self, actor: str) -> bool:
-        """A worker begins, in place of the one that died where the actor was started again; whether the run
-        is over."""
-        self._at_work[actor] = time.monotonic()
-        return self._over.is_set()
-
-    async def until_over(self, actor: str) -> None:
-        self._at_work[actor] = (
-            time.monotonic()
-        )  # this may be another directory than the one it joined
-        await self._over.wait()
-
-    async def leave(self, actor: str) -> None:
-        """It writes nothing any more."""
-        self._at_work.pop(actor, None)
-
-    async def end(self) -> None:
-        """The run is over: return once every worker has left, or is gone."""
-        self._over.set()
-        while any(time.monotonic() - heard < _GONE_S for heard in self._at_work.values()):
-            await asyncio.sleep(_POLL_S)
-
-    async def acquire(self, worker: str, weights: Mapping[str, str], ticket: int | None) -> Lease:
-        replicas = self._watched()
-        replicas.agree(weights)
-        return await replicas.acquire(ticket, worker)
-
-    async def release(
-        self,
-        worker: str,
-        lease: Lease,
-        outcome: str,
-        seconds: float,
-        error: PanotritonError | None,
-    ) -> None:
-        await self._watched().release(lease, outcome, seconds, error, worker)
-
-
-class _Worker:
-    """An actor of the pool. Its calls run in threads, their work in one event loop."""
-
-    def __init__(self, plan: Plan, servers: Servers, directory: Any, patience_s: float) -> None:
-        actor = _ray().get_runtime_context().get_actor_id()
-        self._board = _Board(directory, plan.weights, actor)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._maker = Maker(plan, servers, self._board, patience_s)
-        self._making: set[asyncio.Task[Outcome]] = set()
-        self._over = bool(self._run(self._board.join()).result())
-        self._run(self._board.beats())
-        self._run(self._until_over())
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        index = int(row["index"])
-        try:
-            outcome = self._run(self._make(index, int(row["attempts"]))).result()
-        except PanotritonError as error:  # the run's, not the pair's
-            error.__cause__ = error.__context__ = None  # gRPC's errors do not travel
-            return {**asdict(Outcome(index)), "fatal": pickle.dumps(error)}
-        except CancelledError:  # the run is over: an answer would wake up Ray Data, which is being ended
-            threading.Event().wait()
-        return {**asdict(outcome), "fatal": b""}
-
-    async def _make(self, index: int, attempts: int) -> Outcome:
-        if self._over:
-            raise asyncio.CancelledError
-        making = asyncio.create_task(self._maker.make(index, attempts))
-        self._making.add(making)
-        making.add_done_callback(self._making.discard)
-        return await making
-
-    async def _until_over(self) -> None:
-        await self._board.until_over()
-        self._over = True
-        left = list(self._making)
-        for making in left:
-            making.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        await self._board.leave()
-
-
-class _Board:
-    """A worker's way to the directory, which may be away for a moment, and then another."""
-
-    def __init__(self, directory: Any, weights: Mapping[str, str], actor: str) -> None:
-        self._directory = directory
-        self._actor = actor
-        self._weights = dict(weights)
-        self._worker = uuid.uuid4().hex
-
-    async def beats(self) -> None:
-        while True:
-            await _asked(lambda: self._directory.beat.remote(self._worker, self._actor))
-            await asyncio.sleep(_BEAT_S)
-
-    async def join(self) -> bool:
-        return bool(await _asked(lambda: self._directory.join.remote(self._actor)))
-
-    async def until_over(self) -> None:
-        await _asked(lambda: self._directory.until_over.remote(self._actor))
-
-    async def leave(self) -> None:
-        await _asked(lambda: self._directory.leave.remote(self._actor))
-
-    async def acquire(self, ticket: int | None = None) -> Lease:
-        lease: Lease = await _asked(
-            lambda: self._directory.acquire.remote(self._worker, self._weights, ticket)
-        )
-        return lease
-
-    async def release(
-        self,
-        lease: Lease,
-        outcome: str,
-        seconds: float = 0.0,
-        error: PanotritonError | None = None,
-    ) -> None:
-        plain = type(error)(*error.args) if error else None  # without its cause
-        await _asked(
-            lambda: self._directory.release.remote(self._worker, lease, outcome, seconds, plain)
-        )
-
-
-async def _asked(ask: Callable[[], Awaitable[Any]]) -> Any:
-    """An answer of the directory, from the next one where it dies meanwhile."""
-    exceptions = _ray().exceptions
-    while True:
-        try:
-            with _causes():
-                return await ask()
-        except (exceptions.ActorUnavailableError, exceptions.ActorDiedError):
-            await asyncio.sleep(_RETRY_S)
-
-
-@contextlib.contextmanager
-def _causes() -> Any:
-    """What an actor raised, as it raised it."""
-    try:
-        yield
-    except _ray().exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, PanotritonError) else error) from None
-
-
-def _ray() -> Any:
-    try:
-        import ray  # noqa: PLC0415 an extra's
-        import ray.data  # noqa: PLC0415
-    except ImportError as error:
-        raise InvalidInput(
-            "the engine ray needs Ray: pip install 'panotriton[cluster]', or --engine local"
-        ) from error
-    return ray

@@ -36,7 +36,7 @@ from panotriton.groups.sinks import Record, open_sink
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.results import Group
 
-__all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome", "Panoramas"]
+__all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome", "Panoramas", "to_the_end"]
 
 INPUT, SERVER = "input", "server"
 """Whose trouble it was that a pair gave no group."""
@@ -117,7 +117,7 @@ class Maker:
         """
         pair = self._plan.pair(index)
         if known := await asyncio.to_thread(self._sink.find, pair):
-            return await _to_the_end(self._recorded, pair, known, 0.0)
+            return await to_the_end(self._recorded, pair, known, 0.0)
         try:
             bases = _bases(pair)
             paths = [
@@ -125,7 +125,7 @@ class Maker:
                 for name, digest in zip(pair.panoramas, pair.digests, strict=True)
             ]
         except InvalidInput as error:
-            return await _to_the_end(self._failed, pair, str(error), INPUT, attempts)
+            return await to_the_end(self._failed, pair, str(error), INPUT, attempts)
         tried = _Tried(self._patience_s)
         while True:
             ticket = random.getrandbits(62) if attempts else None
@@ -134,13 +134,13 @@ class Maker:
                 group, seconds = await self._try(lease, pair, paths)
             except _Trouble as trouble:
                 if trouble.counts:
-                    attempts = await _to_the_end(self._attempted, pair, lease, trouble.error)
+                    attempts = await to_the_end(self._attempted, pair, lease, trouble.error)
                 words = self._named(str(trouble.error), pair, paths)
                 if trouble.ends:
-                    return await _to_the_end(self._failed, pair, words, trouble.whose, attempts)
+                    return await to_the_end(self._failed, pair, words, trouble.whose, attempts)
                 if attempts >= MAX_ATTEMPTS:
                     words = f"{attempts} attempts failed, the last by {lease.address}: {words}"
-                    return await _to_the_end(self._failed, pair, words, SERVER, attempts)
+                    return await to_the_end(self._failed, pair, words, SERVER, attempts)
                 await tried.pause(trouble)
                 continue
             about = self._about(lease.address, pair)
@@ -152,7 +152,7 @@ class Maker:
         def write() -> Outcome:
             return self._recorded(pair, self._sink.write(pair, group, bases, about), seconds)
 
-        return await _to_the_end(write)
+        return await to_the_end(write)
 
     async def _try(self, lease: Lease, pair: Pair, paths: list[Path]) -> tuple[Group, float]:
         """One request; tells the board what came of it. Raises _Trouble."""
@@ -239,7 +239,7 @@ class Maker:
         return words
 
 
-async def _to_the_end(function: Callable[..., T], *arguments: Any) -> T:
+async def to_the_end(function: Callable[..., T], *arguments: Any) -> T:
     """In a thread, which can't be stopped, and must not write once the run has ended: cancelled, it is
     waited for."""
     working = asyncio.create_task(asyncio.to_thread(function, *arguments))

@@ -21,16 +21,12 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput, ServerBusy
 from panotriton.models.failures import Unavailable, failed
-from panotriton.pipeline.camera import sample_cameras
 from panotriton.pipeline.contract import (
     DEFAULTS,
     MAX_QWEN_IMAGES,
     TENSORS,
     Options,
-    check_seed,
 )
-from panotriton.pipeline.group import check_cameras
-from panotriton.pipeline.images import check_panorama, decode_image
 from panotriton.pipeline.placement import SETTING, read_placement
 
 if TYPE_CHECKING:
@@ -47,9 +43,7 @@ __all__ = [
     "failed",
     "number",
     "optional",
-    "read_cameras",
     "read_options",
-    "read_panorama",
     "required",
     "respond",
     "respond_async",
@@ -153,34 +147,6 @@ def strings(values: Sequence[str]) -> NDArray[np.object_]:
     return np.array([value.encode() for value in values], dtype=np.object_)
 
 
-def read_cameras(request: Any) -> NDArray[np.float64]:
-    """The cameras (2, 8, 2, 5) that the caller gave or, from a seed, drew."""
-    given = optional(request, "GIVEN_CAMERAS")
-    seed = optional(request, "SEED")
-    _exactly_one("SEED", seed, "GIVEN_CAMERAS", given)
-    if given is not None:
-        check_cameras("GIVEN_CAMERAS", given)
-        return given
-    value = np.asarray(seed).item()
-    check_seed("SEED", value)
-    return sample_cameras(value)
-
-
-def read_panorama(request: Any, suffix: str = "") -> NDArray[np.uint8]:
-    """The panorama (H, W, 3) that the caller sent: pixels as PANORAMA, or a file's bytes as ENCODED.
-
-    suffix: of both names. Raises InvalidInput where both or neither came, InvalidImage for a bad one.
-    """
-    names = f"PANORAMA{suffix}", f"ENCODED{suffix}"
-    pixels, encoded = (optional(request, name) for name in names)
-    _exactly_one(names[0], pixels, names[1], encoded)
-    if encoded is not None:
-        return decode_image(names[1], encoded.item())
-    image = np.asarray(pixels)
-    check_panorama(names[0], image)
-    return image
-
-
 def read_options(request: Any) -> Options:
     """What the caller chose, defaults for the rest; the model's config says which of them it takes."""
     chosen: dict[str, Any] = {}
@@ -188,13 +154,6 @@ def read_options(request: Any) -> Options:
         read = string if isinstance(default, str) else number
         chosen[name] = read(request, TENSORS[name], default)
     return Options(**chosen).check(TENSORS)
-
-
-def _exactly_one(name: str, value: Any, other: str, other_value: Any) -> None:
-    """Raise InvalidInput unless one of two optional tensors was sent, and one alone."""
-    if (value is None) == (other_value is None):
-        both = "neither is" if value is None else "both are"
-        raise InvalidInput(f"{name} or {other}: {both} given; send exactly one of them")
 
 
 async def execute(request: Any, **options: Any) -> Any:

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InvalidInput, quoted
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera, Sphere, lerp_arrays
+from panotriton.pipeline.checks import check_panorama
 from panotriton.pipeline.contract import CROP_SIZES, DEFAULTS, INTERVALS, TENSORS, Options
-from panotriton.pipeline.images import check_panorama
 
 __all__ = [
     "check_cameras",
     "crop_between",
     "crop_pairs",
-    "filter_intervals",
     "interpolate_cameras",
     "interpolate_views",
     "make_pairs",
@@ -83,25 +82,6 @@ def crop_pairs(spheres: Sequence[Sphere], cameras: F64) -> U8:
         views = [halves[k, :, side] for k in range(INTERVALS) for side in range(2)]
         sphere.crops(_cameras(cameras[p]), views, threads=_THREADS)
     return pairs
-
-
-def filter_intervals(
-    scores: NDArray[np.float32], threshold: float = DEFAULTS.threshold
-) -> NDArray[np.int32]:
-    """Interval ids (1…8) whose lowest score over both panoramas reaches the threshold.
-
-    scores: (16,) as `make_pairs` orders them. NaN is "no score": an interval is judged by its valid
-    scores alone and dropped where it has none.
-    """
-    if scores.shape != (2 * INTERVALS,):
-        raise InvalidInput(
-            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one per pair"
-        )
-    Options(threshold=threshold).check(TENSORS)
-    by_panorama = scores.reshape(2, INTERVALS)
-    lowest = np.fmin(by_panorama[0], by_panorama[1])  # NaN only where both are
-    # float32 scores against a float32 threshold: 0.7 must reach 0.7.
-    return np.flatnonzero(lowest >= np.float32(threshold)).astype(np.int32) + 1
 
 
 def interpolate_cameras(

@@ -1,7 +1,7 @@
-"""What counts as an image, how large it may be, and how an encoded one becomes pixels.
+"""How an encoded image becomes pixels: RGB uint8, (H, W, 3).
 
-An image is RGB uint8, (H, W, 3). Sizes are checked before memory is taken for the pixels. A file becomes
-what people see when they open it: upright, and in sRGB.
+Sizes are checked before memory is taken for the pixels. A file becomes what people see when they open it:
+upright, and in sRGB.
 
 - Formats: AVIF, BMP, TIFF, JPEG, PNG, WebP; of several pictures in one file the first.
 - 16 bits a channel become 8 by round(v / 257). Other depths over 8 are refused.
@@ -21,7 +21,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -32,14 +31,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from panotriton.errors import InvalidImage, brief
+from panotriton.pipeline.checks import check_size
 from panotriton.pipeline.contract import MAX_PIXELS, MIN_SIDE_PX
 
 __all__ = [
     "FORMATS",
     "SUFFIXES",
     "check_encoded",
-    "check_images",
-    "check_panorama",
     "decode_image",
     "images_in",
     "picture_pixels",
@@ -117,62 +115,6 @@ def images_in(folder: Path) -> list[Path]:
     )
 
 
-def check_panorama(
-    name: str,
-    image: NDArray[Any],
-    min_side_px: int = MIN_SIDE_PX,
-    max_aspect: float = math.inf,
-) -> None:
-    """Raise InvalidImage unless `image` is (H, W, 3) uint8 RGB with sides ≥ 64 px and ≤ 134 MP.
-
-    max_aspect: the longer side through the shorter one.
-    """
-    _check_layout(name, image, ndim=3)
-    _check_size(name, image.shape[1], image.shape[0], min_side_px, max_aspect)
-
-
-def check_images(
-    name: str, images: NDArray[Any], min_side_px: int = 1, max_aspect: float = math.inf
-) -> None:
-    """Raise InvalidImage unless `images` is (N, H, W, 3) uint8 RGB; N may be 0."""
-    _check_layout(name, images, ndim=4)
-    _check_size(name, images.shape[2], images.shape[1], min_side_px, max_aspect)
-
-
-def _check_layout(name: str, image: NDArray[Any], ndim: int) -> None:
-    layout = "(H, W, 3)" if ndim == 3 else "(N, H, W, 3)"
-    if image.dtype != np.uint8:
-        raise InvalidImage(
-            f"{name} is {image.dtype}; expected uint8 RGB {layout} in 0…255: scale and convert it first"
-        )
-    if image.ndim != ndim:
-        raise InvalidImage(
-            f"{name} has shape {image.shape}; expected {layout}: add or drop an axis"
-        )
-    if image.shape[-1] != 3:
-        raise InvalidImage(
-            f"{name} has {image.shape[-1]} channels in shape {image.shape}; expected 3, RGB, last: "
-            "drop alpha with image[..., :3] or repeat a grey channel"
-        )
-
-
-def _check_size(name: str, width: int, height: int, min_side_px: int, max_aspect: float) -> None:
-    if min(width, height) < min_side_px:
-        raise InvalidImage(
-            f"{name} is {width}×{height} px; expected at least {min_side_px} px a side: enlarge it first"
-        )
-    if width * height > MAX_PIXELS:
-        raise InvalidImage(
-            f"{name} is {width}×{height} px, {width * height / 1e6:.0f} megapixels; "
-            f"expected at most {MAX_PIXELS / 1e6:.0f}: downsize it first"
-        )
-    if max(width, height) > max_aspect * min(width, height):
-        raise InvalidImage(
-            f"{name} is {width}×{height} px; expected one side at most {max_aspect:g} times the other: "
-            "cut it first"
-        )
-
-
 def decode_image(
     name: str, data: bytes, min_side_px: int = MIN_SIDE_PX, max_aspect: float = math.inf
 ) -> U8:
@@ -203,7 +145,7 @@ def picture_pixels(
             f"{brief(name)} is a picture of mode {image.mode}; expected {', '.join(_PICTURES)} or "
             f"I;16: {fix} first"
         )
-    _check_size(brief(name), *image.size, min_side_px, max_aspect)
+    check_size(brief(name), *image.size, min_side_px, max_aspect)
     try:
         with _quiet(), _unmapped(image):
             return _shown(image, is_deep)
@@ -246,7 +188,7 @@ def _opened(
     with _quiet():  # also what is made of a failure, by Pillow's means
         try:
             with PILImage.open(io.BytesIO(data), formats=_PLUGINS) as image:
-                _check_size(name, *image.size, min_side_px, max_aspect)
+                check_size(name, *image.size, min_side_px, max_aspect)
                 yield image, _bits(name, image)
         except InvalidImage:
             raise
@@ -272,7 +214,7 @@ def _too_large(name: str, data: bytes) -> InvalidImage:
             PILImage.OPEN[plugin][0](io.BytesIO(data), "") as image,
         ):
             try:
-                _check_size(name, *image.size, 1, math.inf)
+                check_size(name, *image.size, 1, math.inf)
             except InvalidImage as error:
                 return error
     return InvalidImage(

@@ -10,6 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+from numpy.typing import NDArray
+
+from panotriton.errors import InvalidInput
+from panotriton.pipeline.contract import DEFAULTS, INTERVALS, TENSORS, Options
+
 __all__ = [
     "LEVELS",
     "LEVEL_SKELETON",
@@ -19,6 +25,7 @@ __all__ = [
     "Quality",
     "expected_level",
     "expected_number",
+    "filter_intervals",
     "finite_or_none",
     "parse_reply",
     "through_line",
@@ -116,3 +123,22 @@ def _value(line: str) -> float:
         return math.nan
     number = float(value)
     return number if 0.0 <= number <= 1.0 else math.nan
+
+
+def filter_intervals(
+    scores: NDArray[np.float32], threshold: float = DEFAULTS.threshold
+) -> NDArray[np.int32]:
+    """Interval ids (1…8) whose lowest score over both panoramas reaches the threshold.
+
+    scores: (16,) as `make_pairs` orders them. NaN is "no score": an interval is judged by its valid
+    scores alone and dropped where it has none.
+    """
+    if scores.shape != (2 * INTERVALS,):
+        raise InvalidInput(
+            f"SCORE has shape {scores.shape}; expected ({2 * INTERVALS},), one per pair"
+        )
+    Options(threshold=threshold).check(TENSORS)
+    by_panorama = scores.reshape(2, INTERVALS)
+    lowest = np.fmin(by_panorama[0], by_panorama[1])  # NaN only where both are
+    # float32 scores against a float32 threshold: 0.7 must reach 0.7.
+    return np.flatnonzero(lowest >= np.float32(threshold)).astype(np.int32) + 1

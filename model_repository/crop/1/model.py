@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 
 from panotriton.errors import InvalidInput
-from panotriton.models.requests import read_options, read_panorama, required, respond
+from panotriton.models.panoramas import read_panorama
+from panotriton.models.requests import read_options, required, respond
 from panotriton.pipeline.camera import Camera, Sphere
 from panotriton.pipeline.contract import MAX_CAMERAS
 

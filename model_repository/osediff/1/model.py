@@ -5,8 +5,8 @@ import triton_python_backend_utils as pb_utils
 
 from panotriton.models.requests import calls_until, read_options, required, respond_async, strings
 from panotriton.models.super_resolution import SuperResolver
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MIN_SR_SIDE_PX
-from panotriton.pipeline.images import check_images
 
 
 class TritonPythonModel:

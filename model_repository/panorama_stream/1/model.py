@@ -10,19 +10,17 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from panotriton.errors import InvalidInput, ServerBusy
+from panotriton.models.panoramas import read_cameras, read_panorama
 from panotriton.models.requests import (
     Cancelled,
     answers,
     calls_until,
-    read_cameras,
     read_options,
-    read_panorama,
     strings,
 )
 from panotriton.models.super_resolution import Places, SuperResolver, run_all
 from panotriton.pipeline.contract import INTERVALS
-from panotriton.pipeline.group import filter_intervals
-from panotriton.pipeline.quality import finite_or_none
+from panotriton.pipeline.quality import filter_intervals, finite_or_none
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

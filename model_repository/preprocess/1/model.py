@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 
 from panotriton.errors import InvalidInput
-from panotriton.models.requests import read_cameras, read_options, required, respond
+from panotriton.models.panoramas import read_cameras
+from panotriton.models.requests import read_options, required, respond
 from panotriton.pipeline.group import crop_pairs, make_spheres
 
 

@@ -16,9 +16,9 @@ from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
 from panotriton.models.imports import uncollected
 from panotriton.models.requests import answers, attempt, execute, failed, required, strings
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
-from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES
 
 _QUESTION = ("SYSTEM_PROMPT", "READING", "STOP_AFTER", "MAX_NEW_TOKENS")

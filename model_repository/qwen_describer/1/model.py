@@ -5,9 +5,9 @@ from pathlib import Path
 
 from panotriton.errors import InferenceFailed
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import PROMPT
-from panotriton.pipeline.images import check_images
 
 
 class TritonPythonModel:

@@ -6,9 +6,9 @@ import numpy as np
 
 from panotriton.errors import InvalidInput, quoted
 from panotriton.models.requests import ask_qwen, required, respond_async, string, strings
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX, SCORE_TOKENS
 from panotriton.pipeline.files import PROMPT
-from panotriton.pipeline.images import check_images
 from panotriton.pipeline.quality import MODES, parse_reply
 
 

@@ -2,8 +2,8 @@
 
 from panotriton.errors import InvalidInput
 from panotriton.models.requests import read_options, required, respond
-from panotriton.pipeline.group import filter_intervals
-from panotriton.pipeline.images import check_images
+from panotriton.pipeline.checks import check_images
+from panotriton.pipeline.quality import filter_intervals
 
 
 class TritonPythonModel:

@@ -13,8 +13,9 @@ from panotriton.client import calls
 from panotriton.client.calls import Failure
 from panotriton.client.pixels import Images
 from panotriton.errors import InvalidInput
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MAX_QWEN_ASPECT, MAX_QWEN_IMAGES, MIN_QWEN_SIDE_PX
-from panotriton.pipeline.images import check_images, decode_image
+from panotriton.pipeline.images import decode_image
 from panotriton.pipeline.quality import SUB_SCORES, finite_or_none
 from panotriton.pipeline.results import Description, Score
 from panotriton.web.gateway import triton

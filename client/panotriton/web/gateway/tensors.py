@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 
 from panotriton.errors import InvalidImage, InvalidInput
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera
+from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import INTERVALS
-from panotriton.pipeline.images import check_images
 from panotriton.web.gateway.failures import Reply, describe
 
 __all__ = [
