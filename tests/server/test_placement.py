@@ -69,10 +69,11 @@ def front(
         yield running
 
 
-def executions(server: LocalServer, model: str = "osediff_unet") -> int:
+def executions(server: LocalServer) -> int:
+    """Of all its networks: of one request at a time, each may go to a replica of its own, by turns."""
     with triton.InferenceServerClient(server.grpc_url) as client:
-        (stats,) = client.get_inference_statistics(model).model_stats
-        return int(stats.execution_count)
+        stats = client.get_inference_statistics().model_stats
+        return sum(int(model.execution_count) for model in stats)
 
 
 def same(one: Group, other: Group) -> None:
