@@ -399,6 +399,7 @@ class Doomed(paths.PathClient):  # type: ignore[misc, name-defined]
 @pytest.mark.parametrize(("mode", "call"), [("sample_n", 9), ("target_n", 10)])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
     standin_repository: Path,
+    standin: LocalServer,
     folders: list[Path],
     whole_run: Path,
     tmp_path: Path,
@@ -413,9 +414,9 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
     assert [path.parent.name for path in output.glob("*/group_info.json")] == ["group_0001"]
     assert (output / "group_0002" / "error.json").exists()
     first = files(output, 1)
-    with Stage(standin_repository, output, root) as stage:
-        client = paths.PathClient(stage.gateway.urls, BETWEEN, RUN_THRESHOLD)
-        client.run(output, folders, **{mode: goal})
+    again = Running(standin.grpc_url, output, root)
+    paths.PathClient(again.urls, BETWEEN, RUN_THRESHOLD).run(output, folders, **{mode: goal})
+    again.stop(signal.SIGINT)
     done = len(kept(output))
     assert files(output, 1) == first
     assert files(output, done) == files(whole_run, done)
