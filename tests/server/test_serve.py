@@ -187,6 +187,20 @@ def test_a_broken_model_is_named(tmp_path: Path, standin_repository: Path) -> No
         pass
 
 
+def test_models_of_another_version_are_told_to_be_exported_again(
+    tmp_path: Path, standin_repository: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(standin_repository, copy)
+    model = copy / "options" / "1" / "model.py"
+    model.write_text("from panotriton.models.requests import gone\n" + model.read_text())
+    with (
+        pytest.raises(ServerStartError, match="model options: .*gone.*\n.*export it again"),
+        LocalServer(copy, load_models=["options"]),
+    ):
+        pass
+
+
 def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.metadata, "version", lambda name: "2.1.0")
     with pytest.raises(ServerStartError, match=r"numpy 2\.1\.0 .* silently empty: pip install"):

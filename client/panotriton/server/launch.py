@@ -69,6 +69,7 @@ _POLL_S = 0.1
 _DOCKER_WAY = "run it in a container instead: see docker/ in the project"
 _PLAIN_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _TRACEBACK = r"\n\nAt:"
+_OTHER_VERSION = re.compile(r"(?:ImportError|ModuleNotFoundError): .*'panotriton\b")
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.+?)\"?$")
 
 
@@ -457,6 +458,10 @@ class LocalServer:
         # A Python model's traceback follows its message on the same line, escaped; the log has it.
         reasons = [f"model {m[1]}: {m[2].split(_TRACEBACK)[0]}" for m in failures]
         reasons = list(dict.fromkeys(reasons)) or lines[-5:]
+        if any(_OTHER_VERSION.search(reason) for reason in reasons):
+            reasons.append(
+                "the repository's models are of another version of panotriton: export it again"
+            )
         where = f" (log: {self.log_file})" if self.log_file else ""
         return f"tritonserver did not start: {outcome}{where}\n  " + "\n  ".join(reasons)
 
