@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,6 +18,7 @@ from panotriton.models.imports import uncollected
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 from tests.brief import BriefServer
+from tests.repositories import with_settings
 from tests.server import standins
 
 # What tests import while they are collected stays.
@@ -111,11 +110,7 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
-    copy = tmp_path_factory.mktemp("quick") / "repository"
-    shutil.copytree(repository, copy)
-    settings = copy / "osediff" / "1" / "osediff.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"process_size": 128}))
-    return copy
+    return with_settings(repository, tmp_path_factory.mktemp("quick"), process_size=128)
 
 
 @pytest.fixture(scope="session")

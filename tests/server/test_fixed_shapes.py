@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +22,7 @@ from panotriton.server.engines import CPU, CUDA
 from panotriton.server.launch import LocalServer
 from panotriton_export.configs import set_engine, set_instances
 from tests.brief import BriefServer
+from tests.repositories import with_settings
 
 # As for a GPU, backend name included, with an engine that this machine has.
 SHAPED = replace(
@@ -40,11 +39,7 @@ SIZES = ((44, 44), (54, 64), (96, 134), (100, 104), (100, 188))
 @pytest.fixture(scope="module")
 def tiled(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small preset, whose smaller tiles take a ninth of the time."""
-    copy = tmp_path_factory.mktemp("tiled") / "repository"
-    shutil.copytree(repository, copy)
-    settings = copy / "osediff" / "1" / "osediff.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | TILED))
-    return copy
+    return with_settings(repository, tmp_path_factory.mktemp("tiled"), **TILED)
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,7 @@ from PIL import Image as PILImage
 from panotriton.errors import InvalidImage, brief
 from panotriton.pipeline.checks import check_panorama
 from panotriton.pipeline.contract import MAX_FILE_BYTES, MIN_SIDE_PX
-from panotriton.pipeline.images import (
-    check_encoded,
-    decode_image,
-    picture_pixels,
-)
+from panotriton.pipeline.images import check_encoded, decode_image, picture_pixels
 
 __all__ = [
     "ImageLike",

@@ -99,9 +99,8 @@ class ClusterEngine:
                 if fatal := row.pop("fatal"):
                     raise pickle.loads(fatal)  # noqa: S301 of our own workers
                 if take(Outcome(**row)):
-                    await asked(
-                        self._directory.end.remote
-                    )  # others are at work on what is not needed
+                    # Workers are at what is not needed.
+                    await asked(self._directory.end.remote)
                     return
         except self._ray.exceptions.RayError as error:
             raise ClusterFailed(f"the Ray cluster failed: {error}") from error

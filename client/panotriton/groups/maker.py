@@ -144,15 +144,12 @@ class Maker:
                 await tried.pause(trouble)
                 continue
             about = self._about(lease.address, pair)
-            return await self._keep(pair, group, bases, about, seconds)
+            return await to_the_end(self._keep, pair, group, bases, about, seconds)
 
-    async def _keep(
+    def _keep(
         self, pair: Pair, group: Group, bases: tuple[str, str], about: Record, seconds: float
     ) -> Outcome:
-        def write() -> Outcome:
-            return self._recorded(pair, self._sink.write(pair, group, bases, about), seconds)
-
-        return await to_the_end(write)
+        return self._recorded(pair, self._sink.write(pair, group, bases, about), seconds)
 
     async def _try(self, lease: Lease, pair: Pair, paths: list[Path]) -> tuple[Group, float]:
         """One request; tells the board what came of it. Raises _Trouble."""

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import pickle
 import threading
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
@@ -40,7 +39,7 @@ class Directory:
         self._replicas = Replicas(servers, say=self._said.append, **arguments)
         self._watch: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
-        self._at_work: dict[str, float] = {}  # by actor, when it was last heard
+        self._at_work: dict[str, str] = {}  # actor → the worker that it is now
 
     def _watched(self) -> Replicas:
         if self._watch is None:
@@ -57,21 +56,18 @@ class Directory:
         said, self._said[:] = list(self._said), []
         return said
 
-    async def beat(self, worker: str, actor: str) -> None:
+    async def beat(self, worker: str) -> None:
         self._watched().beat(worker)
-        if actor in self._at_work:
-            self._at_work[actor] = time.monotonic()
 
-    async def join(self, actor: str) -> bool:
+    async def join(self, actor: str, worker: str) -> bool:
         """A worker begins, in place of the one that died where the actor was started again; whether the run
         is over."""
-        self._at_work[actor] = time.monotonic()
+        await self.beat(worker)
+        self._at_work[actor] = worker
         return self._over.is_set()
 
-    async def until_over(self, actor: str) -> None:
-        self._at_work[actor] = (
-            time.monotonic()
-        )  # this may be another directory than the one it joined
+    async def until_over(self, actor: str, worker: str) -> None:
+        await self.join(actor, worker)  # this may be another directory than the one that it joined
         await self._over.wait()
 
     async def leave(self, actor: str) -> None:
@@ -81,7 +77,7 @@ class Directory:
     async def end(self) -> None:
         """The run is over: return once every worker has left, or is gone."""
         self._over.set()
-        while any(time.monotonic() - heard < _GONE_S for heard in self._at_work.values()):
+        while any(self._replicas.hears(worker, _GONE_S) for worker in self._at_work.values()):
             await asyncio.sleep(_POLL_S)
 
     async def acquire(self, worker: str, weights: Mapping[str, str], ticket: int | None) -> Lease:
@@ -124,10 +120,10 @@ class Worker:
         except PanotritonError as error:  # the run's, not the pair's
             error.__cause__ = error.__context__ = None  # gRPC's errors do not travel
             return {**asdict(Outcome(index)), "fatal": pickle.dumps(error)}
-        except (
-            CancelledError
-        ):  # the run is over: an answer would wake up Ray Data, which is being ended
+        except CancelledError:
+            # The run is over, and Ray Data is being ended: an answer would wake it up, so none comes.
             threading.Event().wait()
+            raise
         return {**asdict(outcome), "fatal": b""}
 
     async def _make(self, index: int, attempts: int) -> Outcome:
@@ -159,14 +155,14 @@ class _Board:
 
     async def beats(self) -> None:
         while True:
-            await asked(lambda: self._directory.beat.remote(self._worker, self._actor))
+            await asked(lambda: self._directory.beat.remote(self._worker))
             await asyncio.sleep(_BEAT_S)
 
     async def join(self) -> bool:
-        return bool(await asked(lambda: self._directory.join.remote(self._actor)))
+        return bool(await asked(lambda: self._directory.join.remote(self._actor, self._worker)))
 
     async def until_over(self) -> None:
-        await asked(lambda: self._directory.until_over.remote(self._actor))
+        await asked(lambda: self._directory.until_over.remote(self._actor, self._worker))
 
     async def leave(self) -> None:
         await asked(lambda: self._directory.leave.remote(self._actor))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import random
 import socket
 import time
@@ -281,6 +282,10 @@ class Replicas:
     def beat(self, worker: str) -> None:
         """A worker is there."""
         self._beats[worker] = time.monotonic()
+
+    def hears(self, worker: str, within_s: float) -> bool:
+        """Whether it was there a moment ago."""
+        return time.monotonic() - self._beats.get(worker, -math.inf) < within_s
 
     async def acquire(self, ticket: int | None = None, worker: str = "") -> Lease:
         """Wait for a replica that has room. Raises OutOfPatience, or where no server ever answered its error.

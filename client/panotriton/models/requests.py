@@ -21,12 +21,7 @@ from numpy.typing import NDArray
 
 from panotriton.errors import InferenceFailed, InvalidInput, ServerBusy
 from panotriton.models.failures import Unavailable, failed
-from panotriton.pipeline.contract import (
-    DEFAULTS,
-    MAX_QWEN_IMAGES,
-    TENSORS,
-    Options,
-)
+from panotriton.pipeline.contract import DEFAULTS, MAX_QWEN_IMAGES, TENSORS, Options
 from panotriton.pipeline.placement import SETTING, read_placement
 
 if TYPE_CHECKING:

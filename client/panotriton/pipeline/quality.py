@@ -1,4 +1,5 @@
-"""What is asked of the scorer and how its answer is read: six lines of text, strictly, or one number.
+"""What is asked of the scorer, how its answer is read, six lines of text, strictly, or one number, and
+which intervals are kept by it.
 
 Knows no engine: the readings below are of probabilities that an engine has computed.
 """
