@@ -34,7 +34,7 @@ $(VENV)/.installed: $(VENV)/.demo
 setup: $(VENV)/.installed  ## install into .venv
 
 # By content, whatever the dates: a checkout that changes only those exports nothing, one that removes a source does.
-SOURCES := constraints.txt $(sort $(shell find export model_repository client/panotriton/prompts -type f -not -name '*.pyc'))
+SOURCES := constraints.txt $(sort $(shell find export model_repository client/panotriton/prompts client/panotriton/server/engines -type f -not -name '*.pyc'))
 repository/.small: $(VENV)/.demo always
 	@sha256sum $(SOURCES) | cmp --silent - $@ || { $(BIN)/panotriton export --preset small && sha256sum $(SOURCES) > $@; }
 

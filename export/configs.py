@@ -96,7 +96,7 @@ def read_config(model: Path) -> ModelConfig:
 def tiles_a_request(denoiser: ModelConfig) -> int:
     """How many tiles an image sends at once: on a GPU as many as fill the largest batch, without a wait.
 
-    Elsewhere no more than four, since a batch of tiles of several images computes as quickly.
+    Elsewhere no more than four, which those of other images may join.
     """
     most = int(denoiser.max_batch_size)
     on_gpu = any(group.kind == ModelInstanceGroup.KIND_GPU for group in denoiser.instance_group)

@@ -308,7 +308,7 @@ def test_openvino_is_in_the_configs_of_the_networks_that_images_go_through(
         images = name != "text_encoder"
         assert [each.name for each in accelerators] == ["openvino"] * images
         assert config.parameters["openvino_precision"].string_value == "bf16" * images
-    assert batches == {"text_encoder": 8, "vae_encoder": 1, "unet": 4, "vae_decoder": 1}
+    assert batches == {"text_encoder": 8, "vae_encoder": 1, "unet": 1, "vae_decoder": 1}
 
 
 def test_bf16_rounds_the_blocks_and_little_else(

@@ -188,6 +188,7 @@ OPENVINO = Engine(
     operators=frozenset({"MultiHeadAttention"}),
     slack=3,  # 1.4e-4 in fp32 for Stable Diffusion's UNet with random weights
     images_only=True,  # the text encoder, run once a prompt, is not worth another engine's rounding
-    # One image fills a core's caches; a batch of them computes no quicker.
-    batches={"osediff_vae_encoder": 1, "osediff_vae_decoder": 1, "osediff_unet": 4},
+    # One image fills a core's caches: a batch of them computes no quicker, a tenth slower where they are
+    # large, and narrow networks would be compiled for every size of batch.
+    batches={"osediff_vae_encoder": 1, "osediff_unet": 1, "osediff_vae_decoder": 1},
 )
