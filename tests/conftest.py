@@ -15,6 +15,7 @@ import pytest
 
 from panotriton.errors import ServerStartError
 from panotriton.models.imports import uncollected
+from panotriton.pipeline.networks import OSEDIFF
 from panotriton.server.launch import LocalServer
 from panotriton.server.repository import check_exported
 from tests.brief import BriefServer
@@ -109,8 +110,14 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def quick_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Super-resolution works at a quarter of the usual size, so that groups take seconds."""
-    return with_settings(repository, tmp_path_factory.mktemp("quick"), process_size=128)
+    """Super-resolution works at a quarter of the usual size, by one instance of each network, which compile
+    for each size that comes: groups take seconds."""
+    from panotriton_export.configs import set_instances  # noqa: PLC0415, which brings ONNX
+
+    copy = with_settings(repository, tmp_path_factory.mktemp("quick"), process_size=128)
+    for name in (OSEDIFF.encoder, OSEDIFF.denoiser, OSEDIFF.decoder):
+        set_instances(copy / name, 1)
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tests.server.cluster import HARMS, Cluster, replicas, run_harmed, write_pan
 from tests.server.outputs import check_same, result
 
 REAL = Path(__file__).parent.parent / "data" / "panoramas"
-GROUPS = 24
+GROUPS = 16
 OPTIONS = ["--crop-size", "64", "--interpolations", "1", "--upscale", "1", "--seed", "3"]
 
 

@@ -24,7 +24,7 @@ from panotriton.groups.store import open_store
 from tests.replica import Replica
 from tests.server.cluster import replicas, write_panoramas
 
-GROUPS = 7
+GROUPS = 5
 BUCKET = "panoramas"
 
 
