@@ -85,9 +85,9 @@ a group (`Places`). `tests/unit/test_overlap.py` shows it, by a clock that only 
 
 - **Tiles.** An image sends as many in one request as `tiles_a_request` of osediff.json says, which the
   export takes from the denoiser's config: on a GPU its largest batch, so that a pair's 8 tiles are a full
-  one, on a CPU four, which those of other requests join. On a GPU no request waits for others while the
-  network is idle; while it works, they gather. `tiles_in_flight` bounds what of one image is sent and not
-  yet back.
+  one, on a CPU four, which those of other requests join, or with OpenVINO one, since there a batch computes
+  no quicker. On a GPU no request waits for others while the network is idle; while it works, they gather.
+  `tiles_in_flight` bounds what of one image is sent and not yet back.
 - **Threads.** A call to another model holds a thread until it is answered. Those threads are the calls'
   own, 30 a model: with asyncio's, the cores and four, calls in flight would keep images from being resized.
 - **Copies.** Pixels cross as bytes; an answer is read where the server put it; an image that needs no

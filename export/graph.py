@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from panotriton.errors import ExportError
+from panotriton.pipeline.scratch import Scratch
 from panotriton.server.engines import CPU, Engine, Graph, stand_in
 from panotriton_export.gpu_operators import portable, rewrite_for_gpu
 
@@ -111,8 +111,8 @@ def export_component(
     version.mkdir(parents=True, exist_ok=True)
     model = to_onnx(component)
     has_gpu_operators = portable(model)
-    with tempfile.TemporaryDirectory(dir=version, prefix=".exporting-") as folder:
-        path = Path(folder) / "model.onnx"
+    with Scratch(".exporting-", version) as folder:
+        path = folder / "model.onnx"
         save(model, path)
         del model
         here = stand_in(engine)

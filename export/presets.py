@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from panotriton.pipeline.networks import OSEDIFF
+from panotriton.pipeline.scratch import PREFIX, Scratch
 from panotriton_export.configs import find_engine, set_instances
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.random_sd import write_random
@@ -34,8 +34,8 @@ def export_small(
     the precision that is quickest here.
     Their model cards, export/small/*/README.md, say what they are and are not.
     """
-    with tempfile.TemporaryDirectory() as work:
-        checkpoint = write_small_checkpoint(Path(work) / "osediff.pkl")
+    with Scratch(f"{PREFIX}small-") as work:
+        checkpoint = write_small_checkpoint(work / "osediff.pkl")
         base = SMALL / "osediff" / "base"
         export_osediff(
             base,
@@ -60,10 +60,10 @@ def export_full_random(
     options: of `export_osediff`. Takes 6 GB of disk beside the repository meanwhile.
     """
     repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=repository.parent, prefix=".full-random-") as work:
+    with Scratch(".full-random-", repository.parent) as work:
         report("writing random weights, 5.4 GB ...")
-        checkpoint = write_random(Path(work), "sd21")
-        export_osediff(Path(work), checkpoint, repository, report=report, **options)
+        checkpoint = write_random(work, "sd21")
+        export_osediff(work, checkpoint, repository, report=report, **options)
 
 
 def write_small_checkpoint(target: Path, folder: Path = SMALL / "osediff") -> Path:

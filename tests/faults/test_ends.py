@@ -16,7 +16,7 @@ import pytest
 from panotriton.client.client import Client
 from panotriton.client.leftovers import find_leftovers
 from panotriton.errors import PanotritonError
-from panotriton.server.leftovers import WORK_PREFIX
+from panotriton.pipeline.scratch import PREFIX
 from panotriton.server.processes import find_stubs
 from panotriton.server.supervise import EXIT_GAVE_UP
 from tests.faults.conftest import Answer, Serving, group, served, stream
@@ -179,7 +179,7 @@ def test_nothing_stays_when_launcher_and_server_are_killed_at_once(
         regions = list(Path("/dev/shm").glob(f"{name}*"))
         assert regions, "what the doctor is for"
         time.sleep(6)  # it leaves files alone that are younger than 5 s
-        before = set(Path(tempfile.gettempdir()).glob(f"{WORK_PREFIX}*"))
+        before = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}server-*"))
         fixed = subprocess.run(
             [sys.executable, "-m", "panotriton", "doctor", "--fix", "--url", "localhost:1"],
             capture_output=True,

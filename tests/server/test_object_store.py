@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +45,12 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def store(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def store(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     fsspec.config.conf.clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     return boto3.client("s3")
@@ -91,8 +95,10 @@ def run_and_kill(words: list[str], output: str, store: Any) -> list[dict[str, An
     assert not [name for name in before if "failed" in name], [
         store.get_object(Bucket=BUCKET, Key=n)["Body"].read() for n in before if "failed" in n
     ]
+    (copies,) = Path(tempfile.gettempdir()).glob("panotriton-panoramas-*")  # of one that was killed
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not copies.exists()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
     assert {name: etag(store, name) for name in before} == before  # made once
     results: list[dict[str, Any]] = json.loads(open_store(output).read("results.json"))

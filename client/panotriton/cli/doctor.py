@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -20,8 +23,9 @@ from panotriton.client.client import Client
 from panotriton.client.leftovers import dead_regions, find_leftovers
 from panotriton.errors import PanotritonError, ServerStartError
 from panotriton.pipeline.regions import FOLDER
+from panotriton.pipeline.scratch import dead_folders
 from panotriton.server.launch import find_installation
-from panotriton.server.leftovers import dead_folders, orphaned_stubs
+from panotriton.server.leftovers import orphaned_stubs
 
 _COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 _MIN_SHM_BYTES = 1 << 30
@@ -122,9 +126,10 @@ def _stubs(fix: bool) -> list[Finding]:
 
 def _folders(fix: bool) -> list[Finding]:
     found = []
-    for folder in dead_folders():
-        what = f"{folder.path}, left by a server that is gone"
-        found.append(_left("folder", what, fix, folder.remove))
+    for place in sorted({Path(tempfile.gettempdir()), Path("/tmp")}):  # noqa: S108 a server's, where the other has odd letters
+        for folder in dead_folders(parent=place):
+            what = f"{folder}, left by a process that is gone"
+            found.append(_left("folder", what, fix, partial(shutil.rmtree, folder)))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -35,6 +34,7 @@ from panotriton.groups.replicas import Lease, Servers, other_weights
 from panotriton.groups.sinks import Record, open_sink
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.results import Group
+from panotriton.pipeline.scratch import PREFIX, Scratch
 
 __all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome", "Panoramas", "to_the_end"]
 
@@ -310,12 +310,12 @@ class Panoramas:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
         self._copies: OrderedDict[str, tuple[Path, int]] = OrderedDict()
 
     def close(self) -> None:
         if self._folder:
-            self._folder.cleanup()
+            self._folder.close()
 
     def path(self, panorama: str, digest: str | None) -> Path:
         """Raises InvalidInput where it cannot be read, or has changed."""
@@ -335,8 +335,8 @@ class Panoramas:
 
     def _copied(self, panorama: str, data: bytes) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="panotriton-panoramas-")
-        folder = Path(self._folder.name) / hashlib.sha256(panorama.encode()).hexdigest()[:16]
+            self._folder = Scratch(f"{PREFIX}panoramas-")
+        folder = self._folder.path / hashlib.sha256(panorama.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         path = folder / PurePosixPath(panorama).name
         beside = path.with_name(f".{random.getrandbits(48):x}")

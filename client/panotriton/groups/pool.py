@@ -141,6 +141,7 @@ class Worker:
         for making in left:
             making.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+        await self._maker.close()  # Ray kills this process
         await self._board.leave()
 
 

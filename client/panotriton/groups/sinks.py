@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import tarfile
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from panotriton.groups.report import write_report
 from panotriton.groups.store import FolderStore, Store, json_bytes, open_store
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval
+from panotriton.pipeline.scratch import PREFIX, Scratch
 
 __all__ = ["LAYOUTS", "Record", "Sink", "open_sink"]
 
@@ -135,13 +135,14 @@ class UploadSink(Sink):
     def write(
         self, pair: Pair, group: Group, bases: tuple[str, str], about: Mapping[str, Any]
     ) -> Record:
-        with tempfile.TemporaryDirectory() as place:
-            fill_group(group, Path(place), pair.group_id, bases, {"key": pair.key, **about})
-            files = sorted(path for path in Path(place).rglob("*") if path.is_file())
+        with Scratch(f"{PREFIX}group-") as scratch:
+            place = scratch / "group"
+            fill_group(group, place, pair.group_id, bases, {"key": pair.key, **about})
+            files = sorted(path for path in place.rglob("*") if path.is_file())
             size = sum(path.stat().st_size for path in files)
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 list(pool.map(lambda path: self._upload(pair, place, path), files))
-            content = json.loads((Path(place) / layout.INFO).read_text(encoding="utf-8"))
+            content = json.loads((place / layout.INFO).read_text(encoding="utf-8"))
         content["bytes"] = size
         info = f"{_folder(pair.index)}/{layout.INFO}"
         if not self.store.create(info, json_bytes(content)):
@@ -150,7 +151,7 @@ class UploadSink(Sink):
             self.store.write(info, json_bytes(content))  # another run's
         return _record(pair, content, size)
 
-    def _upload(self, pair: Pair, place: str, path: Path) -> None:
+    def _upload(self, pair: Pair, place: Path, path: Path) -> None:
         if path.name != layout.INFO:
             name = f"{_folder(pair.index)}/{path.relative_to(place).as_posix()}"
             self.store.write(name, path.read_bytes())

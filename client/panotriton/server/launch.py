@@ -34,9 +34,10 @@ from typing import IO
 from panotriton.errors import ServerStartError
 from panotriton.pipeline.placement import SETTING
 from panotriton.pipeline.regions import FOLDER
+from panotriton.pipeline.scratch import PREFIX, Scratch
 from panotriton.server.control import KEY_HEADER, ModelControl
 from panotriton.server.engines import ENGINES
-from panotriton.server.leftovers import SHM_PREFIX, WORK_PREFIX, lock_folder
+from panotriton.server.leftovers import SHM_PREFIX
 from panotriton.server.processes import Loading, Stub
 from panotriton.server.repository import placed, served_here
 
@@ -251,8 +252,7 @@ class LocalServer:
         # Nobody else knows it. Who needs control from afar runs the container, where it is a secret.
         self._key = secrets.token_hex(24) if controlled or not is_local(host) else ""
         self._shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
-        self._work: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = -1
+        self._work: Scratch | None = None
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.loaded: set[Stub] = set()
@@ -294,9 +294,9 @@ class LocalServer:
 
     def __enter__(self) -> LocalServer:
         plain = _PLAIN_PATH.fullmatch(tempfile.gettempdir())
-        place = None if plain else "/tmp"  # noqa: S108
-        self._work = tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=place)
-        self._lock = lock_folder(Path(self._work.name))
+        place = None if plain else Path("/tmp")  # noqa: S108
+        # The logs of a dead one are left to whoever asks why: `panotriton doctor` removes it.
+        self._work = Scratch(f"{PREFIX}server-", place, sweep=False)
         try:
             self.start()
         except BaseException:
@@ -356,24 +356,23 @@ class LocalServer:
                 self._log.close()
                 self._log = None
             if self._work is not None:
-                self._work.cleanup()
-                os.close(self._lock)
+                self._work.close()
                 self._work = None
 
     def _start(self) -> None:
         for port in (self.http_port, self.grpc_port, self.metrics_port):
             _check_port(self.host, port)
         installation = self.installation or find_installation()
-        work = Path(self._folder())
+        work = self._scratch()
         self._log = self._log or self._log_path().open("wb")
         self._process = subprocess.Popen(
-            self._command(installation, work),
+            self._command(installation, work.path),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=environment(installation.library_path) | {SETTING: self._placement},
-            cwd=work,  # the stub imports `model` from its working directory first
-            pass_fds=[self._lock],  # and on to the stubs: the folder is theirs as well
+            cwd=work.path,  # the stub imports `model` from its working directory first
+            pass_fds=[work.lock],  # and on to the stubs: the folder is theirs as well
             start_new_session=True,  # Ctrl-C reaches only us; we then end the server in order
         )
 
@@ -466,12 +465,12 @@ class LocalServer:
         return f"tritonserver did not start: {outcome}{where}\n  " + "\n  ".join(reasons)
 
     def _log_path(self) -> Path:
-        return self.log_file if self.log_file is not None else Path(self._folder()) / "server.log"
+        return self.log_file if self.log_file is not None else self._scratch().path / "server.log"
 
-    def _folder(self) -> str:
+    def _scratch(self) -> Scratch:
         if self._work is None:
             raise ServerStartError("the server is not running: use it inside its `with` block")
-        return self._work.name
+        return self._work
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:

@@ -1,0 +1,61 @@
+"""Temporary folders that a process holds by a lock: what a killed one leaves can be told, and is removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from panotriton.pipeline.regions import held
+
+__all__ = ["PREFIX", "Scratch", "dead_folders"]
+
+PREFIX = "panotriton-"
+"""Of those in the system's temporary folder."""
+
+_LOCK = ".lock"
+
+
+class Scratch:
+    """A folder of its own below `parent`, by default the system's for such; `with` removes it.
+
+    prefix: of its name. sweep: remove first what killed processes have left there by the same prefix.
+    lock: the descriptor that holds it; a process that inherits it shares the folder.
+    """
+
+    def __init__(self, prefix: str, parent: Path | None = None, *, sweep: bool = True) -> None:
+        for left in dead_folders(prefix, parent) if sweep else ():
+            shutil.rmtree(left, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        # Locked before it has its name: none is ever seen that nobody holds yet.
+        unnamed = self.path / f"{_LOCK}.new"
+        self.lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unnamed.rename(self.path / _LOCK)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove it; safe to call twice."""
+        if self.lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self.lock)
+            self.lock = -1
+
+
+def dead_folders(prefix: str = PREFIX, parent: Path | None = None) -> list[Path]:
+    """Those below `parent`, by default the system's temporary folder, whose processes are all gone."""
+    where = parent or Path(tempfile.gettempdir())
+    return [each for each in sorted(where.glob(f"{prefix}*")) if not held(each / _LOCK)]
