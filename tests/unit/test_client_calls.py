@@ -38,7 +38,6 @@ from panotriton.errors import (
     ServerUnavailable,
     brief,
 )
-from panotriton.models.osediff import plan_size
 from panotriton.pipeline.camera import Camera
 from panotriton.pipeline.contract import DEFAULTS, Options
 from panotriton.pipeline.events import Done, Scored, View, event_from_tensors
@@ -467,13 +466,6 @@ def test_what_only_a_network_would_refuse_is_refused_at_the_door_by_name() -> No
         InvalidImage, match=r"images\[1\] would be super-resolved at 1280000×512 px"
     ):
         calls.upscale([fine, image(8, 20_000)], **SR)
-
-
-def test_the_door_knows_the_size_that_super_resolution_works_at() -> None:
-    for height, width in np.random.default_rng(1).integers(8, 3000, (200, 2)).tolist():
-        for upscale in range(1, 5):
-            planned = plan_size(height, width, upscale).network
-            assert calls.network_size(height, width, upscale) == planned
 
 
 def test_a_grey_picture_is_sent_as_rgb() -> None:

@@ -52,6 +52,7 @@ from panotriton.pipeline.results import (
     quality,
     warning,
 )
+from panotriton.pipeline.sizes import network_size
 
 __all__ = [
     "Call",
@@ -63,7 +64,6 @@ __all__ = [
     "describe",
     "infer",
     "naming_file",
-    "network_size",
     "process",
     "score",
     "stream",
@@ -272,15 +272,6 @@ def upscale(
         return MAX_SR_PIXELS // math.prod(network_size(height, width, options.upscale))
 
     return _plan(images, read, call, most, return_exceptions)
-
-
-def network_size(height: int, width: int, upscale: int) -> tuple[int, int]:
-    """What super-resolution works at: a small image is enlarged first, to 512 px on its way to `upscale`."""
-    least = 512 // upscale
-    scale = max(1.0, least / min(height, width))
-    sides = (upscale * int(scale * side) for side in (height, width))
-    tall, wide = (side - side % 8 for side in sides)
-    return tall, wide
 
 
 def score(

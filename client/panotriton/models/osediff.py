@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from panotriton.models.one_step import OneStepNetwork, SizePlan
 from panotriton.pipeline.networks import Roles
+from panotriton.pipeline.sizes import enlarged_size, network_size
 
 __all__ = ["Network", "one_step", "plan_size"]
-
-_MULTIPLE_PX = 8
 
 F32 = NDArray[np.float32]
 
@@ -39,21 +38,13 @@ class Network(OneStepNetwork):
 
 def plan_size(height: int, width: int, upscale: int, process_size: int = 512) -> SizePlan:
     """Upstream's size rules: a short side below process_size/upscale is first enlarged to it."""
-    least = process_size // upscale
-    enlarged = (height, width)
-    if min(enlarged) < least:
-        scale = least / min(enlarged)
-        enlarged = (int(scale * height), int(scale * width))
+    enlarged = enlarged_size(height, width, upscale, process_size)
     upscaled = (enlarged[0] * upscale, enlarged[1] * upscale)
-    network = (_round_down(upscaled[0]), _round_down(upscaled[1]))
+    network = network_size(height, width, upscale, process_size)
     small = enlarged != (height, width)
     return SizePlan(
         enlarged, upscaled, network, (upscale * height, upscale * width) if small else network
     )
-
-
-def _round_down(side: int) -> int:
-    return side - side % _MULTIPLE_PX
 
 
 def one_step(latent: F32, noise: F32, alpha_cumprod: float) -> F32:

@@ -1,4 +1,4 @@
-"""Sizes of images that a deployment expects."""
+"""Sizes of images that a deployment expects, and what OSEDiff works at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from panotriton.errors import InvalidInput, quoted
 from panotriton.pipeline.contract import DEFAULTS
 
-__all__ = ["PIPELINE_SIZES", "ImageSize"]
+__all__ = ["PIPELINE_SIZES", "ImageSize", "enlarged_size", "network_size"]
+
+_PROCESS_SIZE = 512
+_MULTIPLE_PX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +36,21 @@ class ImageSize:
 
 PIPELINE_SIZES = (ImageSize(512, 1024), ImageSize(512, 512))
 """A group's: pairs and in-between views."""
+
+
+def enlarged_size(
+    height: int, width: int, upscale: int, process_size: int = _PROCESS_SIZE
+) -> tuple[int, int]:
+    """As upstream does before it upscales: a short side below process_size / upscale becomes that long."""
+    least = process_size // upscale
+    scale = max(1.0, least / min(height, width))
+    return int(scale * height), int(scale * width)
+
+
+def network_size(
+    height: int, width: int, upscale: int, process_size: int = _PROCESS_SIZE
+) -> tuple[int, int]:
+    """What the networks see: the enlarged image, upscaled, its sides rounded down to multiples of 8 px."""
+    sides = (upscale * side for side in enlarged_size(height, width, upscale, process_size))
+    tall, wide = (side - side % _MULTIPLE_PX for side in sides)
+    return tall, wide
