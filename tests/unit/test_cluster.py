@@ -35,6 +35,10 @@ class Slow:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.asked: list[int] = []
+        self.closed = False
+
+    async def close(self) -> None:
+        self.closed = True
 
     async def make(self, index: int, attempts: int) -> Outcome:
         self.asked.append(index)
@@ -79,6 +83,7 @@ def test_the_end_waits_for_what_is_being_written_and_nothing_is_made_after_it(
     with pytest.raises(CancelledError):
         one._run(one._make(2, 0)).result(10)
     assert maker.asked == [1]
+    assert maker.closed  # with its copies of panoramas
 
 
 def test_the_end_does_not_wait_for_a_worker_that_has_died(

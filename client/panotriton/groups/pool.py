@@ -141,8 +141,10 @@ class Worker:
         for making in left:
             making.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._maker.close()  # Ray kills this process
-        await self._board.leave()
+        try:
+            await self._maker.close()  # now, since Ray will kill this process
+        finally:
+            await self._board.leave()
 
 
 class _Board:
