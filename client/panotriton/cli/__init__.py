@@ -7,6 +7,7 @@ import errno
 import io
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
@@ -46,6 +47,7 @@ _OF_NAMES = {
     errno.ENOENT,
     errno.ENOTDIR,
 }
+_FULL = {errno.EDQUOT, errno.ENOSPC}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"panotriton: {_words(error)}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:  # a disk that is full, a folder that went away
-        about = f"{brief(error.filename)}: {error.strerror}" if error.filename else error
+        about = f"{brief(error.filename)}: {error.strerror}" if error.filename else str(error)
+        if error.errno in _FULL:
+            places = {tempfile.gettempdir(), str(getattr(options, "output", "."))}
+            about += f"; free some in {' or '.join(sorted(map(brief, places)))}, or write elsewhere"
         print(f"panotriton: {one_line(about)}", file=sys.stderr)
         return 2 if error.errno in _OF_NAMES else 1
 

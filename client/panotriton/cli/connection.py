@@ -119,7 +119,11 @@ def address(options: argparse.Namespace, console: Console) -> Iterator[tuple[str
         with spinner(console) as progress:
             progress.add_task("starting tritonserver")
             server = stack.enter_context(LocalServer(options.repository))
-        yield getattr(server, f"{options.protocol}_url"), options.protocol  # one for each
+        try:
+            yield getattr(server, f"{options.protocol}_url"), options.protocol  # one for each
+        except KeyboardInterrupt:
+            print("ending tritonserver, some seconds; again: at once", file=sys.stderr, flush=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -150,6 +150,8 @@ def run(options: argparse.Namespace) -> int:
     check_ports(options)
     if options.in_flight < 1:
         raise InvalidInput(f"--in-flight is {options.in_flight}; expected 1 or more")
+    if not options.patience_s >= 0:
+        raise InvalidInput(f"--patience-s is {options.patience_s:g}; expected 0 or more")
     console = console_for(options)
     dataset = _dataset(options)
     if not is_url(options.output):

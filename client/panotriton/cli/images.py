@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -27,8 +26,8 @@ from panotriton.cli.connection import (
     spinner,
 )
 from panotriton.cli.many import Results, ask_each
-from panotriton.cli.places import check_folder, is_folder
-from panotriton.cli.words import shown
+from panotriton.cli.places import check_folder, is_folder, save
+from panotriton.cli.words import number, shown
 from panotriton.client.aio import AsyncClient
 from panotriton.errors import InferenceFailed, InvalidInput, brief, quoted
 from panotriton.groups.agreement import Agreement, compare
@@ -162,6 +161,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _run_upscale(options: argparse.Namespace) -> int:
     targets = dict(zip(options.images, _targets(options.output, _stems(options)), strict=True))
+    _spare(options.images, targets.values())
     check_folder(options.output)
     chosen = pipeline_options(options).chosen()
     arguments = {name: chosen[name] for name in SR_OPTIONS}
@@ -201,6 +201,7 @@ def _run_crop(options: argparse.Namespace) -> int:
 
 
 def _run_score(options: argparse.Namespace) -> int:
+    pipeline_options(options)
     paths = [path for given in options.images for path in _images_in(given)]
     if options.compare:
         return _run_compare(options, paths)
@@ -208,7 +209,7 @@ def _run_score(options: argparse.Namespace) -> int:
     width = max((len(shown(p)) for p in paths if os.path.isfile(p)), default=0)  # noqa: PTH113
 
     def take(path: Path, score: Score) -> None:
-        numbers = [_number(getattr(score, name)) for name in _SCORES]
+        numbers = [number(getattr(score, name)) for name in _SCORES]
         results.add(_row(shown(path), width, numbers), _entry(path, score))
 
     with Results(options, head=Text(_row("image", width, _SCORES), "bold")) as results:
@@ -235,7 +236,6 @@ def _score_each(
 
 
 def _run_compare(options: argparse.Namespace, paths: list[Path]) -> int:
-    pipeline_options(options)
     scores, code = _in_every_mode(options, paths)
     finals = {mode: np.array([s.final for s in found]) for mode, found in scores.items()}
     found = {
@@ -274,7 +274,7 @@ def _agreement_cells(agreement: Agreement) -> list[str]:
         agreement.only_second,
     )
     best = f"{agreement.best_threshold:.3f} ({agreement.best_agreement:.0%} agree)"
-    return [*map(str, counts), _number(agreement.spearman), best]
+    return [*map(str, counts), number(agreement.spearman), best]
 
 
 def _images_in(path: Path) -> list[Path]:
@@ -285,10 +285,6 @@ def _images_in(path: Path) -> list[Path]:
     if not found:
         raise InvalidInput(f"{brief(path)} holds no image ({', '.join(SUFFIXES)})")
     return found
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _run_describe(options: argparse.Namespace) -> int:
@@ -307,8 +303,7 @@ def _run_describe(options: argparse.Namespace) -> int:
 
 def _write(path: Path, result: Upscaled | Cropped) -> tuple[str, dict[str, Any]]:
     """Save the picture; what is printed of it, as a line and as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result.image.save(path)
+    save(result.image, path)
     width, height = result.image.size
     return f"{shown(path)}  {width}×{height}", {"path": str(path), "size": [width, height]}
 
@@ -325,15 +320,28 @@ def _targets(folder: Path, stems: list[str]) -> list[Path]:
     return [folder / f"{stem}.png" for stem in stems]
 
 
+def _spare(images: Iterable[Path], targets: Iterable[Path]) -> None:
+    """Raise InvalidInput where a result would take the place of an image that it is made of."""
+    given = {os.path.realpath(image): image for image in images}
+    for target in targets:
+        if image := given.get(os.path.realpath(target)):
+            raise InvalidInput(
+                f"the result would overwrite {brief(image)} itself; name another folder as --output"
+            )
+
+
 def _entry(path: Path, result: Any) -> dict[str, Any]:
     timings: Timings = result.timings
     return {"image": str(path)} | asdict(result) | {"timings": asdict(timings)}
 
 
 def _camera(text: str) -> Camera:
+    values = text.split(",")
     try:
-        return Camera.from_array([float(value) for value in text.split(",")])
-    except (TypeError, ValueError) as error:
+        if len(values) != len(CAMERA_FIELDS):
+            raise ValueError(f"{len(values)} numbers")
+        return Camera.from_array([float(value) for value in values])
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} is no camera ({error}); expected {','.join(CAMERA_FIELDS)}"
         ) from error

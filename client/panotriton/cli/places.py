@@ -1,4 +1,4 @@
-"""Whether what a command is to write can be written: asked before any work, without leaving anything."""
+"""What a command is to write: asked before any work whether it can be, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from panotriton.errors import InvalidInput, brief
 
-__all__ = ["check_file", "check_folder", "check_ports", "is_folder"]
+__all__ = ["check_file", "check_folder", "check_ports", "is_folder", "save"]
 
 _MAX_PORT = 65535
 
@@ -70,3 +73,14 @@ def _nearest(path: Path) -> Path:
         raise InvalidInput(
             f"{brief(path)} cannot be used ({error.strerror}): name another"
         ) from error
+
+
+def save(image: Image.Image, path: Path, **how: Any) -> None:
+    """Write a picture in the format of `path`'s suffix; what was there stays until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    try:
+        image.save(part, **how)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

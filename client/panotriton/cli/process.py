@@ -32,8 +32,8 @@ from panotriton.cli.connection import (
     warn,
 )
 from panotriton.cli.facts import facts
-from panotriton.cli.places import check_folder
-from panotriton.cli.words import shown
+from panotriton.cli.places import check_folder, save
+from panotriton.cli.words import number, shown
 from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError, brief
 from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
@@ -120,9 +120,8 @@ def _preview(client: Client, options: argparse.Namespace) -> Path:
     sharp = client.upscale(
         pair, upscale=options.upscale, align=options.align, prompt=options.prompt
     )
-    options.output.mkdir(parents=True, exist_ok=True)
     preview: Path = options.output / "preview.jpg"
-    sharp.image.save(preview, quality=92)
+    save(sharp.image, preview, quality=92)
     return preview
 
 
@@ -245,7 +244,7 @@ def _show(console: Console, group: Group, folder: Path, stages: list[StageTime])
 def _intervals(group: Group) -> Table:
     table = Table("interval", "panorama 1", "panorama 2", "", box=None, header_style="bold")
     for first, second in zip(group.pairs[:8], group.pairs[8:], strict=True):
-        scores = [f"{pair.quality.final_score:.2f}" for pair in (first, second)]
+        scores = [number(pair.quality.final_score) for pair in (first, second)]
         kept = "kept" if first.interval in group.kept else "dropped"
         table.add_row(str(first.interval), *scores, kept)
     return table

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
-__all__ = ["Parser", "one_line", "shown"]
+__all__ = ["Parser", "number", "one_line", "shown"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # Over 80 characters without the quotes and stops around them, so that nothing is cut twice.
@@ -29,3 +30,8 @@ def shown(name: object) -> str:
 def one_line(message: object) -> str:
     """A message on one line, each word of it at most 80 characters."""
     return _LONG.sub(lambda found: f"{found[0][:_HEAD]}…{found[0][_HEAD - 79 :]}", shown(message))
+
+
+def number(value: float) -> str:
+    """A score; - where there is none."""
+    return "-" if math.isnan(value) else f"{value:.2f}"

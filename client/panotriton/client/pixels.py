@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,13 @@ def is_file(image: ImageLike) -> bool:
 def file_bytes(path: Any) -> NDArray[np.object_]:
     """A file as a string tensor (1,). Raises InvalidImage where it cannot be read or is over 512 MB."""
     try:
-        size = Path(path).stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InvalidImage(f"{brief(path)} has {size} bytes; expected at most {MAX_FILE_BYTES}")
+        about = Path(path).stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, and has no size
+            raise InvalidImage(f"{brief(path)} is not a file; expected one that holds an image")
+        if about.st_size > MAX_FILE_BYTES:
+            raise InvalidImage(
+                f"{brief(path)} has {about.st_size} bytes; expected at most {MAX_FILE_BYTES}"
+            )
         return np.array([Path(path).read_bytes()], np.object_)
     except OSError as error:
         raise InvalidImage(f"cannot read {brief(path)}: {error.strerror}") from error

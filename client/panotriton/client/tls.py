@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from panotriton.errors import InvalidInput, brief
 
 __all__ = ["Tls"]
 
@@ -14,12 +17,26 @@ __all__ = ["Tls"]
 class Tls:
     """Paths of PEM files. ca: who may have signed the server's certificate (None: the system's list).
 
-    certificate and key are the client's own, for servers that ask for one.
+    certificate and key are the client's own, for servers that ask for one. Raises InvalidInput for files that
+    cannot be read, or are none.
     """
 
     ca: Path | str | None = None
     certificate: Path | str | None = None
     key: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ca", "certificate", "key"):
+            path = getattr(self, name)
+            if path is not None and not os.access(path, os.R_OK):
+                raise InvalidInput(f"{name} {brief(path)} cannot be read; expected a PEM file")
+        try:
+            self.context()
+        except OSError as error:  # ssl's too
+            given = ", ".join(brief(path) for path in (self.ca, self.certificate, self.key) if path)
+            raise InvalidInput(
+                f"{given}: {error}; expected PEM files that belong together"
+            ) from error
 
     def context(self) -> Any:
         """An SSL context with these files, host names checked."""

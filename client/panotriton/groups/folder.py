@@ -22,6 +22,7 @@ from panotriton.groups.store import json_bytes
 from panotriton.pipeline.contract import INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence, warning_field
+from panotriton.pipeline.scratch import Scratch
 
 __all__ = [
     "JPEG_QUALITY",
@@ -86,10 +87,12 @@ def write_group(
     are JPEG. The folder appears when it is complete; one of the same number is replaced.
     """
     folder = layout.group_folder(root, group_id)
-    part = root / f".{folder.name}.{os.getpid()}"
-    result = fill_group(group, part, group_id, bases, about)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with Scratch(".group-", root) as scratch:
+        part = scratch / folder.name
+        result = fill_group(group, part, group_id, bases, about)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
     _add_result(root, result)
     return folder
 

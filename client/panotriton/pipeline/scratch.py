@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -33,7 +34,10 @@ class Scratch:
         # Locked before it has its name: none is ever seen that nobody holds yet.
         unnamed = self.path / f"{_LOCK}.new"
         self.lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks, where none is found dead either
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(self.path / _LOCK)
 
     def __enter__(self) -> Path:

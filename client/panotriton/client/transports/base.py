@@ -36,6 +36,8 @@ __all__ = [
     "check_url",
 ]
 
+_MAX_PORT = 65535
+
 CONNECT_TIMEOUT_S = 10.0
 
 
@@ -96,6 +98,9 @@ def check_url(url: str) -> None:
     """Raise InvalidInput unless `url` is host:port, as both protocols take it."""
     if "://" in url:
         raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
+    host, _, port = url.partition("/")[0].rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
+        raise InvalidInput(f"url is {quoted(url)}; expected host:port as localhost:8001")
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
