@@ -9,11 +9,12 @@ a row went through.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,10 +96,10 @@ class ClusterEngine:
         listening = asyncio.create_task(self._listen())
         outcomes = self._outcomes(plan, todo)
         try:
-            while (row := await asyncio.to_thread(next, outcomes, None)) is not None:
-                if fatal := row.pop("fatal"):
+            while (found := await asyncio.to_thread(lambda: next(outcomes, None))) is not None:
+                if fatal := found.pop("fatal"):
                     raise pickle.loads(fatal)  # noqa: S301 of our own workers
-                if take(Outcome(**row)):
+                if take(Outcome(**found)):
                     # Workers are at what is not needed.
                     await asked(self._directory.end.remote)
                     return
@@ -106,8 +107,12 @@ class ClusterEngine:
             raise ClusterFailed(f"the Ray cluster failed: {error}") from error
         finally:
             listening.cancel()
+            with contextlib.suppress(ValueError):  # interrupted, while a thread waits for the next
+                await asyncio.to_thread(outcomes.close)
 
-    def _outcomes(self, plan: Plan, todo: list[tuple[int, int]]) -> Any:
+    def _outcomes(
+        self, plan: Plan, todo: list[tuple[int, int]]
+    ) -> Generator[dict[str, Any], None, None]:
         """Ray Data's rows of results, as they come."""
         import pyarrow  # noqa: PLC0415 Ray's own
 
@@ -136,7 +141,12 @@ class ClusterEngine:
                 num_cpus=cpus,
             )
         )
-        return iter(dataset.iter_rows())
+        # Not iter_rows, whose threads outlive it: they would ask a Ray that has been shut down, which ends the
+        # process. Closed, this ends what computes for it, and its thread.
+        for bundle in dataset.iter_internal_ref_bundles():
+            for entry in bundle.blocks:
+                block = data.block.BlockAccessor.for_block(self._ray.get(entry.ref))
+                yield from block.iter_rows(public_row_format=True)
 
     def _pool(self) -> tuple[int, float]:
         """How many workers, and what each asks for; a processor is left to Ray's own tasks."""
