@@ -141,7 +141,7 @@ class ClusterEngine:
                 num_cpus=cpus,
             )
         )
-        # Not iter_rows, whose threads outlive it: they would ask a Ray that has been shut down, which ends the
+        # Not iter_rows, whose threads outlive it: they would ask a Ray that has ended, which ends the
         # process. Closed, this ends what computes for it, and its thread.
         for bundle in dataset.iter_internal_ref_bundles():
             for entry in bundle.blocks:
