@@ -83,7 +83,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = {name: text[name] for name in text if name not in ("model_type", "layer_types")}
     ids = {name: small.tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
     ids["tie_word_embeddings"] = True
-    seen = {"depth": 2, "num_heads": 4, "initializer_range": 0.1}
+    seen = {"depth": 3, "num_heads": 4, "initializer_range": 0.1}
     torch.manual_seed(0)
     two = Qwen2VLConfig(
         text_config=text, vision_config=seen | {"embed_dim": 64, "hidden_size": 96}, **ids
@@ -217,7 +217,7 @@ def test_a_tower_for_one_size_stands_in_for_the_models_own(images: list[np.ndarr
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("qwen2_5_vl", (100, 380)), ("qwen2_vl", (140, 84))],
+    [("qwen2_5_vl", (224, 448)), ("qwen2_5_vl", (100, 380)), ("qwen2_vl", (140, 84))],
 )
 def test_the_exported_tower_equals_pytorch(
     folders: dict[str, Path], tmp_path: Path, name: str, size: tuple[int, int]

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a folder that went away
         about = f"{brief(error.filename)}: {error.strerror}" if error.filename else str(error)
         if error.errno in _FULL:
-            places = {tempfile.gettempdir(), str(getattr(options, "output", "."))}
+            places = {tempfile.gettempdir(), str(getattr(options, "output", None) or ".")}
             about += f"; free some in {' or '.join(sorted(map(brief, places)))}, or write elsewhere"
         print(f"panotriton: {one_line(about)}", file=sys.stderr)
         return 2 if error.errno in _OF_NAMES else 1

@@ -26,16 +26,16 @@ class Tls:
     key: Path | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ca", "certificate", "key"):
-            path = getattr(self, name)
-            if path is not None and not os.access(path, os.R_OK):
+        given = {name: path for name, path in vars(self).items() if path is not None}
+        for name, path in given.items():
+            if not os.access(path, os.R_OK):
                 raise InvalidInput(f"{name} {brief(path)} cannot be read; expected a PEM file")
         try:
             self.context()
         except OSError as error:  # ssl's too
-            given = ", ".join(brief(path) for path in (self.ca, self.certificate, self.key) if path)
+            files = ", ".join(map(brief, given.values()))
             raise InvalidInput(
-                f"{given}: {error}; expected PEM files that belong together"
+                f"{files}: {error}; expected PEM files that belong together"
             ) from error
 
     def context(self) -> Any:
