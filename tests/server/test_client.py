@@ -35,6 +35,7 @@ from panotriton.errors import (
 from panotriton.pipeline.results import Timings
 from panotriton.server.launch import LocalServer
 from tests.brief import BriefServer
+from tests.server.proxy import Proxy
 
 RNG = np.random.default_rng(0)
 SMALL: dict[str, Any] = {"crop_size": 64, "interpolations": 2, "seed": 7, "threshold": 0.7}
@@ -459,7 +460,7 @@ async def check_async(url: str, tls: Tls) -> None:
 def test_https_by_both_clients(standin: LocalServer, tmp_path: Path) -> None:
     """tritonserver has no HTTPS of its own: a proxy in front of it ends TLS, here openssl-plain."""
     certificate(tmp_path)
-    with Proxy(standin.http_port, tmp_path) as port:
+    with Proxy(standin.http_port, certificates=tmp_path) as port:
         tls = Tls(ca=tmp_path / "cert.pem")
         with Client(f"localhost:{port}", protocol="http", tls=tls) as client:
             assert client.upscale(noise(8, 8)).image.size == (16, 16)
@@ -474,57 +475,3 @@ def test_https_by_both_clients(standin: LocalServer, tmp_path: Path) -> None:
             pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED|certificate"),
         ):
             client.upscale(noise(8, 8))
-
-
-class Proxy:
-    """Ends TLS and passes bytes on to a port of this machine."""
-
-    def __init__(self, target: int, folder: Path) -> None:
-        self.target = target
-        self.folder = folder
-
-    def __enter__(self) -> int:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-        started = asyncio.run_coroutine_threadsafe(self.start(), self.loop)
-        return started.result(10)
-
-    def __exit__(self, *error: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.stop(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-    async def start(self) -> int:
-        import ssl  # noqa: PLC0415
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.folder / "cert.pem", self.folder / "key.pem")
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=context)
-        return int(self.server.sockets[0].getsockname()[1])
-
-    async def stop(self) -> None:
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.tasks.add(task)
-        there, back = await asyncio.open_connection("127.0.0.1", self.target)
-        try:
-            await asyncio.gather(self.pump(reader, back), self.pump(there, writer))
-        finally:
-            back.close()
-            writer.close()
-
-    @staticmethod
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from panotriton.errors import (
 from panotriton.server.launch import LocalServer
 from tests.brief import BriefServer
 from tests.server.harm import Victim
+from tests.server.proxy import Proxy
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 PANORAMA = np.zeros((64, 128, 3), np.uint8)
@@ -54,9 +56,15 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(params=KINDS)
 def ask(request: pytest.FixtureRequest, victim: Victim) -> Iterator[Ask]:
-    """`upscale` of one small image, by each of the clients."""
-    protocol, _, awaited = request.param.partition(" ")
-    url = victim.grpc_url if protocol == "grpc" else victim.http_url
+    url = victim.grpc_url if request.param.startswith("grpc") else victim.http_url
+    with asking(request.param, url) as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def asking(kind: str, url: str) -> Iterator[Ask]:
+    """`upscale` of one small image, by one of the clients."""
+    protocol, _, awaited = kind.partition(" ")
     client: Any = (AsyncClient if awaited else Client)(url, protocol=protocol, retries=0)
     loop = asyncio.new_event_loop()
 
@@ -98,6 +106,15 @@ def test_a_long_answer_is_waited_for_while_the_server_lives(
     monkeypatch.setattr(conversation.Conversation, "_is", counted)
     assert ask(prompt="slow") == (16, 16)
     assert "is_server_live" in asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_on_the_other_side_of_the_world_is_reached(
+    standin: LocalServer, kind: str
+) -> None:
+    port = standin.grpc_port if kind.startswith("grpc") else standin.http_port
+    with Proxy(port, late_s=1.5) as far, asking(kind, f"127.0.0.1:{far}") as ask:
+        assert ask() == (16, 16)
 
 
 def test_a_stream_of_a_frozen_server_ends(victim: Victim, impatient: None) -> None:

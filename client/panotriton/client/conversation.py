@@ -308,7 +308,8 @@ class Conversation:
                 found = ServerUnavailable(f"{found}: it is frozen, overloaded or cut off")
             raise found from error
 
-    async def _is(self, question: str, within_s: float = CONNECT_TIMEOUT_S) -> bool:
+    async def _is(self, question: str, within_s: float | None = None) -> bool:
+        within_s = within_s or CONNECT_TIMEOUT_S
         within_s = min(within_s, self._timeout_s or within_s)
         try:
             return bool(await self._transport.ask(question, within_s=within_s))
