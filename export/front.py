@@ -10,6 +10,7 @@ from typing import Any
 
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.networks import NETWORKS, fronts
+from panotriton.pipeline.scratch import atomic
 
 __all__ = ["front_folders", "write_settings"]
 
@@ -29,6 +30,5 @@ def write_settings(folder: Path, network: str, settings: Mapping[str, Any]) -> N
     """Write what `panotriton.models.one_step.read_network` reads: settings, and models by role."""
     content = {**settings, "models": asdict(NETWORKS[network])}
     path = folder / settings_file(network)
-    partial = folder / f".{path.name}.partial"
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx import parser
 
 from panotriton.local import open_network
+from panotriton.pipeline.scratch import atomic
 from panotriton.server.engines import CPU, Graph
 from panotriton_export.configs import read_config
 
@@ -92,7 +93,8 @@ def rewrite_for_gpu(path: Path) -> None:
     """Give the operators of a file their names on a GPU; weights beside it stay where they are."""
     model = ir.load(path)
     for_gpu(model)
-    _replace(model, path)
+    with atomic(path) as part:
+        ir.save(model, part)
 
 
 def open_here(model: Path) -> Graph:
@@ -108,9 +110,3 @@ def open_here(model: Path) -> Graph:
         return CPU.open(twin)
     finally:
         twin.unlink(missing_ok=True)
-
-
-def _replace(model: ir.Model, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    ir.save(model, partial)
-    partial.replace(path)

@@ -69,7 +69,7 @@ def write_example(
     }
     group = group_from_tensors(tensors, Timings(total_ms=41300.0))
     bases = (panoramas[0].stem, panoramas[1].stem)
-    return write_group(group, root, group_id, bases, facts | about)
+    return write_group(group, root, bases, facts | about, group_id=group_id)
 
 
 def _pixels(path: Path) -> np.ndarray:

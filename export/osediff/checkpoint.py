@@ -19,6 +19,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from panotriton.pipeline.scratch import atomic
 from panotriton_export.osediff.base import Base, open_base
 from panotriton_export.pickles import CheckpointError, read_pickle
 
@@ -193,9 +194,9 @@ def save_checkpoint(path: Path, unet: Any, vae: Any) -> Path:
     }
     for kind in _UNET_ADAPTERS:
         content[f"unet_lora_{kind}_modules"] = _targets(unet, f"default_{kind}")
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(content, partial)
-    return partial.replace(path)
+    with atomic(path) as part:
+        torch.save(content, part)
+    return path
 
 
 def _targets(network: nn.Module, adapter: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from panotriton.errors import ExportError
+from panotriton.pipeline.scratch import atomic
 from panotriton_export.osediff.base import PROMPT_TOKENS
 
 __all__ = ["write_tokenizer"]
@@ -33,9 +34,8 @@ def write_tokenizer(tokenizer: Any, path: Path) -> None:
     )
     for text in _CHECKED:
         _check_equal(bare, tokenizer, text)
-    partial = path.with_name(f".{path.name}.partial")
-    bare.save(str(partial))
-    partial.replace(path)
+    with atomic(path) as part:
+        bare.save(str(part))
 
 
 def _check_equal(bare: Tokenizer, tokenizer: Any, text: str) -> None:

@@ -58,7 +58,7 @@ def by_ensemble(
     began = time.monotonic_ns()
     group = client.process(*script.GROUP, **request, via=memory)
     ended = time.monotonic_ns()
-    write_group(group, folder, 1, ("sunset", "city"), {})
+    write_group(group, folder, ("sunset", "city"), {}, group_id=1)
     return {
         "seconds": (ended - began) / 1e9,
         "write_s": (time.monotonic_ns() - ended) / 1e9,

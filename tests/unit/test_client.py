@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -295,7 +296,7 @@ def test_a_group_is_assembled_in_order() -> None:
 
 
 def test_a_group_folder_has_the_documented_layout(tmp_path: Path) -> None:
-    folder = write_group(example_group([2, 5]), tmp_path, 1, ("a", "b"), {"seed": 4})
+    folder = write_group(example_group([2, 5]), tmp_path, ("a", "b"), {"seed": 4})
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     stem = "b_yaw05_pair"
     assert {
@@ -326,8 +327,8 @@ def test_a_group_folder_has_the_documented_layout(tmp_path: Path) -> None:
 def test_a_warning_is_kept_with_its_group(tmp_path: Path) -> None:
     group = example_group([])
     warned = dataclasses.replace(group, warning="PROMPT is read up to character 9")
-    for number, one in enumerate((group, warned), start=1):
-        write_group(one, tmp_path, number, ("a", "b"), {})
+    for one in (group, warned):
+        write_group(one, tmp_path, ("a", "b"), {})
     first, second = (
         json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/group_info.json"))
     )
@@ -335,11 +336,25 @@ def test_a_warning_is_kept_with_its_group(tmp_path: Path) -> None:
     assert second["warning"] == "PROMPT is read up to character 9"
 
 
+def test_groups_that_are_written_at_once_are_all_there(tmp_path: Path) -> None:
+    def write(number: int) -> Path:
+        return write_group(example_group([number]), tmp_path, ("a", "b"), {"seed": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = [*pool.map(write, range(1, 9))]
+    assert len({*folders}) == 8
+    seeds = [json.loads((folder / "group_info.json").read_text())["seed"] for folder in folders]
+    assert seeds == [*range(1, 9)]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["group_id"] for entry in results] == [*range(1, 9)]
+    assert sorted(entry["kept"] for entry in results) == [[number] for number in range(1, 9)]
+
+
 def test_results_grow_and_a_group_written_again_is_replaced(tmp_path: Path) -> None:
     assert next_group_id(tmp_path) == 1
-    write_group(example_group([1]), tmp_path, 1, ("a", "a"), {})
-    write_group(example_group([]), tmp_path, 2, ("a", "a"), {})
-    write_group(example_group([3]), tmp_path, 1, ("a", "a"), {})
+    write_group(example_group([1]), tmp_path, ("a", "a"), {})
+    write_group(example_group([]), tmp_path, ("a", "a"), {})
+    write_group(example_group([3]), tmp_path, ("a", "a"), {}, group_id=1)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(entry["group_id"], entry["kept"]) for entry in results] == [(1, [3]), (2, [])]
     assert (tmp_path / "group_0001" / "pairs" / "a_2_yaw01_pair.jpg").is_file()

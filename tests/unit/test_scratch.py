@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from panotriton.pipeline.scratch import Scratch, dead_folders
+import pytest
+
+from panotriton.pipeline.scratch import Scratch, atomic, dead_folders
 
 HOLDER = """
 import sys
@@ -60,3 +62,16 @@ def test_what_nobody_ever_held_is_left_alone(tmp_path: Path) -> None:
     with Scratch("x-", tmp_path):
         assert dead_folders("x-", tmp_path) == []
     assert (tmp_path / "x-mine").is_dir()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 251}.txt"
+    with atomic(path) as part:
+        part.write_text("first")
+        assert part.suffix == ".txt"
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), atomic(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "first"

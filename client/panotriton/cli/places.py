@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from panotriton.errors import InvalidInput, brief
+from panotriton.pipeline.scratch import atomic
 
 __all__ = ["check_file", "check_folder", "check_ports", "is_folder", "save"]
 
@@ -78,9 +79,5 @@ def _nearest(path: Path) -> Path:
 def save(image: Image.Image, path: Path, **how: Any) -> None:
     """Write a picture in the format of `path`'s suffix; what was there stays until it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
-    try:
+    with atomic(path) as part:
         image.save(part, **how)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

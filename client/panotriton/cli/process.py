@@ -36,7 +36,7 @@ from panotriton.cli.places import check_folder, save
 from panotriton.cli.words import number, shown
 from panotriton.client.client import Client
 from panotriton.errors import InvalidInput, PanotritonError, brief
-from panotriton.groups.folder import base_name, next_group_id, process_command, write_group
+from panotriton.groups.folder import base_name, process_command, write_group
 from panotriton.groups.report import write_report
 from panotriton.pipeline.camera import Camera, Sphere, sample_cameras
 from panotriton.pipeline.contract import check_seed
@@ -96,9 +96,8 @@ def run(options: argparse.Namespace) -> int:
             seconds = time.perf_counter() - began
             console.print(f"first pair, {seconds:.1f} s → {shown(path)}", soft_wrap=True)
         group, stages = _process(client, options, chosen, console)
-    group_id = next_group_id(options.output)
     about = _about(options, chosen, group, stages, health)
-    folder = write_group(group, options.output, group_id, bases, about)
+    folder = write_group(group, options.output, bases, about)
     warn(group.warning)
     report = write_report(folder) if options.report else None
     if options.json:

@@ -1,4 +1,4 @@
-"""Groups as folders: `group_0001/` and one growing `results.json`, each file written atomically."""
+"""Groups as folders: `group_0001/` and one growing `results.json`, which appear when they are whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from panotriton.groups.store import json_bytes
 from panotriton.pipeline.contract import INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.quality import finite_or_none
 from panotriton.pipeline.results import Group, Interval, Pair, Sequence, warning_field
-from panotriton.pipeline.scratch import Scratch
+from panotriton.pipeline.scratch import Scratch, alone, atomic
 
 __all__ = [
     "JPEG_QUALITY",
@@ -36,16 +36,15 @@ __all__ = [
     "read_results",
     "result_entry",
     "write_group",
-    "write_json",
 ]
 
 JPEG_QUALITY = 95
 RESULT = ("group_id", "kept", "scores", "intervals")
 """What an entry of results.json has."""
 
-# Of 255, less what the longest name adds: number, view and, while it is written, dot and process.
+# Of 255, less what the longest name adds: number and view.
 _LONGEST = layout.between_view("_1", INTERVALS, MAX_INTERPOLATIONS, sharp=True).rpartition("/")[2]
-_MAX_BASE_BYTES = 255 - len(f".{_LONGEST}.4194304")
+_MAX_BASE_BYTES = 255 - len(_LONGEST)
 
 U8 = NDArray[np.uint8]
 
@@ -78,22 +77,29 @@ def next_group_id(root: Path) -> int:
 
 
 def write_group(
-    group: Group, root: Path, group_id: int, bases: tuple[str, str], about: dict[str, Any]
+    group: Group,
+    root: Path,
+    bases: tuple[str, str],
+    about: dict[str, Any],
+    *,
+    group_id: int | None = None,
 ) -> Path:
     """Write a group below `root` and add it to `root`/results.json; returns its folder.
 
+    group_id: by default the next one, also of those that other processes write there.
     bases: what files of panorama 1 and 2 are named after; made distinct where they are equal.
     about: facts of the run (panoramas, options, versions, weights), kept in group_info.json. Images
     are JPEG. The folder appears when it is complete; one of the same number is replaced.
     """
-    folder = layout.group_folder(root, group_id)
     root.mkdir(parents=True, exist_ok=True)
-    with Scratch(".group-", root) as scratch:
+    with alone(root), Scratch(".group-", root) as scratch:
+        group_id = group_id or next_group_id(root)
+        folder = layout.group_folder(root, group_id)
         part = scratch / folder.name
         result = fill_group(group, part, group_id, bases, about)
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
-    _add_result(root, result)
+        _add_result(root, result)
     return folder
 
 
@@ -108,13 +114,15 @@ def fill_group(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV encodes without the interpreter lock
         list(
             pool.map(
-                lambda item: _replace(folder / item[0], jpeg_bytes(item[1])), _images(group, names)
+                lambda item: (folder / item[0]).write_bytes(jpeg_bytes(item[1])),
+                _images(group, names),
             )
         )
     for path, content in _parameters(group, names):
-        write_json(folder / path, content)
+        (folder / path).write_bytes(json_bytes(content))
     result = result_entry(group, bases, group_id)
-    write_json(folder / layout.INFO, about | warning_field(group.warning) | result)
+    info = about | warning_field(group.warning) | result
+    (folder / layout.INFO).write_bytes(json_bytes(info))
     return result
 
 
@@ -229,12 +237,8 @@ def _views(name: str, interval: int, sequence: Sequence) -> list[dict[str, Any]]
 def _add_result(root: Path, result: dict[str, Any]) -> None:
     others = [entry for entry in read_results(root) if entry["group_id"] != result["group_id"]]
     entries = sorted([*others, result], key=lambda entry: int(entry["group_id"]))
-    write_json(root / layout.RESULTS, entries)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as JSON, atomically."""
-    _replace(path, json_bytes(content))
+    with atomic(root / layout.RESULTS) as part:
+        part.write_bytes(json_bytes(entries))
 
 
 def jpeg_bytes(image: U8) -> bytes:
@@ -244,10 +248,3 @@ def jpeg_bytes(image: U8) -> bytes:
     if not ok:
         raise OSError(f"OpenCV cannot encode an image of shape {image.shape}")
     return bytes(data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -34,7 +34,7 @@ from panotriton.groups.replicas import Lease, Servers, other_weights
 from panotriton.groups.sinks import Record, open_sink
 from panotriton.groups.store import is_url, open_store
 from panotriton.pipeline.results import Group
-from panotriton.pipeline.scratch import PREFIX, Scratch
+from panotriton.pipeline.scratch import PREFIX, Scratch, atomic
 
 __all__ = ["INPUT", "SERVER", "Board", "Maker", "Outcome", "Panoramas", "to_the_end"]
 
@@ -339,9 +339,8 @@ class Panoramas:
         folder = self._folder.path / hashlib.sha256(panorama.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         path = folder / PurePosixPath(panorama).name
-        beside = path.with_name(f".{random.getrandbits(48):x}")
-        beside.write_bytes(data)
-        beside.replace(path)
+        with atomic(path) as part:
+            part.write_bytes(data)
         self._copies[panorama] = (path, len(data))
         while len(self._copies) > 64 and sum(n for _, n in self._copies.values()) > _CACHE_BYTES:
             _, (old, _) = self._copies.popitem(last=False)

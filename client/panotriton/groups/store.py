@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from panotriton.errors import InvalidInput, PanotritonError, StoreError, brief
+from panotriton.pipeline.scratch import Scratch, atomic
 
 __all__ = [
     "FolderStore",
@@ -117,8 +118,8 @@ class FolderStore(Store):
         return (self.folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        with self._beside(name, data) as written:
-            written.replace(self.folder / name)
+        with self._replacing(name) as part:
+            part.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
         path = self.folder / name
@@ -128,9 +129,11 @@ class FolderStore(Store):
         except FileExistsError:
             return False
         except (OSError, AttributeError):  # files without a name are Linux's, and NFS has none
-            with self._beside(name, data) as written:
+            with Scratch(".create-", path.parent, sweep=False) as scratch:
+                part = scratch / "part"
+                part.write_bytes(data)
                 try:
-                    path.hardlink_to(written)  # the one step that refuses an existing name
+                    path.hardlink_to(part)  # the one step that refuses an existing name
                 except FileExistsError:
                     return False
         return True
@@ -149,21 +152,13 @@ class FolderStore(Store):
             path.unlink(missing_ok=True)
 
     def _upload(self, name: str, file: BinaryIO) -> None:
-        with self._beside(name, b"") as written:
-            with written.open("wb") as copy:
-                shutil.copyfileobj(file, copy)
-            written.replace(self.folder / name)
+        with self._replacing(name) as part, part.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
 
-    @contextlib.contextmanager
-    def _beside(self, name: str, data: bytes) -> Iterator[Path]:
+    def _replacing(self, name: str) -> AbstractContextManager[Path]:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-        try:
-            temporary.write_bytes(data)
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        return atomic(path)
 
 
 def _create_unnamed(path: Path, data: bytes) -> None:

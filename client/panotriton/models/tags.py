@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panotriton.pipeline.files import TAGS
+from panotriton.pipeline.scratch import atomic
 
 __all__ = ["TAGGED_PX", "Tags", "tagger_input"]
 
@@ -45,9 +46,8 @@ class Tags:
     def write(self, folder: Path) -> None:
         """Write tags.json, whose presence says that there is a tagger."""
         content = {"names": self.names, "thresholds": [round(float(t), 6) for t in self.thresholds]}
-        partial = folder / f".{TAGS}.partial"
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(folder / TAGS)
+        with atomic(folder / TAGS) as part:
+            part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     def prompt(self, probabilities: F32, user_prompt: str) -> str:
         """`sky, tree, USER PROMPT,`: upstream's form, its commas included, from probabilities (T,)."""

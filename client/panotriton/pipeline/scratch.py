@@ -1,4 +1,7 @@
-"""Temporary folders that a process holds by a lock: what a killed one leaves can be told, and is removed."""
+"""How files come to be whole, or go: in one step, one writer at a time, or in folders held by a lock.
+
+What a killed process leaves in such a folder can be told, and is removed.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import fcntl
 import os
 import shutil
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from panotriton.pipeline.regions import held
 
-__all__ = ["PREFIX", "Scratch", "dead_folders"]
+__all__ = ["PREFIX", "Scratch", "alone", "atomic", "dead_folders"]
 
 PREFIX = "panotriton-"
 """Of those in the system's temporary folder."""
@@ -63,3 +68,29 @@ def dead_folders(prefix: str = PREFIX, parent: Path | None = None) -> list[Path]
     """Those below `parent`, by default the system's temporary folder, whose processes are all gone."""
     where = parent or Path(tempfile.gettempdir())
     return [each for each in sorted(where.glob(f"{prefix}*")) if not held(each / _LOCK)]
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Where to write what then replaces `path` in one step; after an error, what was there is there.
+
+    The name that it yields has the suffix of `path`, for libraries that tell a format by it.
+    """
+    part = path.with_name(f".{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process, or thread, is here for this folder, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

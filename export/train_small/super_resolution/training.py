@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from panotriton.pipeline.scratch import atomic
 from panotriton_export.train_small.super_resolution import data
 from panotriton_export.train_small.super_resolution.adapters import add_adapters
 from panotriton_export.train_small.super_resolution.autoencoder import Decoder, halve, write_vae
@@ -267,9 +268,8 @@ class Run:
             self.stage.swap()
         state = {"stage": self.name, "first": self.first, "step": self.step}
         state |= {"model": self.trained.state_dict(), "training": self.stage.state()}
-        part = self.args.state.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.args.state)
+        with atomic(self.args.state) as part:
+            torch.save(state, part)
 
     def _write(self, folder: Path) -> None:
         if self.name == "adapters":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from panotriton.errors import InvalidInput
 from panotriton.groups.report.footprint import footprint, interval_x
 from panotriton.groups.report.verdict import verdict
+from panotriton.pipeline.scratch import atomic
 
 __all__ = ["OFFLINE", "TEMPLATES", "degrees", "render", "save", "template"]
 
@@ -92,7 +92,7 @@ def _brief(identity: str) -> str:
 
 
 def save(page: str, path: Path) -> Path:
-    """Write beside, then rename: a reader never sees half a page.
+    """Replace `path` by the page.
 
     Raises InvalidInput where there is no folder to write to.
     """
@@ -100,7 +100,6 @@ def save(page: str, path: Path) -> Path:
         raise InvalidInput(
             f"{path.parent} is not a folder; expected one for {path.name}: create it first"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    with atomic(path) as part:
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
