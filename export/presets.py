@@ -44,6 +44,7 @@ def export_small(
             provider=provider,
             precision=find_engine(provider).best_precision(),
             latent_tile=LATENT_TILE,
+            with_code=True,
             report=report,
         )
     if not find_engine(provider).on_gpu:
@@ -63,7 +64,7 @@ def export_full_random(
     with Scratch(".full-random-", repository.parent) as work:
         report("writing random weights, 5.4 GB ...")
         checkpoint = write_random(work, "sd21")
-        export_osediff(work, checkpoint, repository, report=report, **options)
+        export_osediff(work, checkpoint, repository, with_code=True, report=report, **options)
 
 
 def write_small_checkpoint(target: Path, folder: Path = SMALL / "osediff") -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from panotriton.errors import ExportError, InvalidInput, PanotritonError, brief, quoted
 from panotriton.pipeline.files import PROMPT, settings_file
-from panotriton.server.repository import copy_model
+from panotriton.server.repository import copy_model, copy_models
 from panotriton_export.configs import name_weights
 from panotriton_export.weights import WeightsError, check_weights
 
@@ -50,6 +50,7 @@ def export_qwen(
     vision_size: tuple[int, int] | None = None,
     decode: str = "dynamic",
     question: bool = True,
+    with_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> None:
     """Make `repository`'s qwen, qwen_scorer and qwen_describer serve the folder `model`.
@@ -60,7 +61,8 @@ def export_qwen(
     folder's own bound counts; it is the cheapest way to speed, and changes scores. vision_size:
     export the vision tower too, for images of that height and width. decode: dynamic, or static for steps of
     a reply that are compiled on a GPU, see `QwenVL`. question: ask the model one
-    by PyTorch before anything is written, which takes its memory. Raises ExportError for a folder
+    by PyTorch before anything is written, which takes its memory. with_code: then put the code of all models
+    there, too. Raises ExportError for a folder
     that is not a complete Qwen-VL one, or whose answer is none, and for options that do not go
     together; InvalidInput for a prompt file that is no text.
     """
@@ -69,6 +71,8 @@ def export_qwen(
     settings: dict[str, Any] = {"engine": engine, "architecture": check_folder(model, engine)}
     if question and not _quantized(model):
         _ask(model, prompt, max_pixels, _DTYPES[dtype], report)
+    if with_code:
+        copy_models(repository)
     version = repository / "qwen" / "1"
     for name in ("qwen_vision", "qwen_vllm"):  # what an earlier export of another folder left
         shutil.rmtree(repository / name, ignore_errors=True)

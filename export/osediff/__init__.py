@@ -19,7 +19,7 @@ from panotriton.pipeline.files import TOKENIZER
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton.pipeline.sizes import PIPELINE_SIZES, ImageSize
 from panotriton.server.engines import CPU, Engine
-from panotriton.server.repository import copy_model
+from panotriton.server.repository import copy_model, copy_models
 from panotriton_export.configs import (
     find_engine,
     fit_config,
@@ -74,6 +74,7 @@ def export_osediff(
     provider: str = "cpu",
     latent_tile: int = LATENT_TILE,
     sizes: Sequence[ImageSize] = PIPELINE_SIZES,
+    with_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[ParityResult]:
     """Write the osediff models into `repository`; every graph is compared with PyTorch first.
@@ -84,12 +85,15 @@ def export_osediff(
     bf16, with openvino alone, for the factors of the blocks' products: see `OpenVINOGraph`. provider:
     the name of one of `ENGINES`, which the networks' configs ask the server for.
     latent_tile: side of the UNet's tiles, in latents; upstream's 96 suits latents of 8 px. sizes: of
-    images that are to be expected: engines of GPUs have what those need ready at load. One network is in
-    memory at a time, except in the last check. Raises CheckpointError for files that do not fit, and
+    images that are to be expected: engines of GPUs have what those need ready at load. with_code: put the
+    code of all models there, too, once the files are known to be good. One network is in memory at a time,
+    except in the last check. Raises CheckpointError for files that do not fit, and
     ExportError where a graph differs from PyTorch.
     """
     engine = find_engine(provider, precision)
     source = open_checkpoint(base, checkpoint)
+    if with_code:
+        copy_models(repository)
     report(_HEADER)
     results: list[ParityResult] = []
     settings = _settings(source, precision, latent_tile)

@@ -193,12 +193,20 @@ def test_names_are_printed_as_they_are(tmp_path: Path, url: list[str], capsys: C
     assert {path.name for path in (tmp_path / "out").iterdir()} == {Path(n).name for n in ODD}
 
 
-def test_hidden_files_are_no_images(tmp_path: Path, url: list[str], capsys: Capture) -> None:
+@pytest.mark.parametrize("command", [["score"], ["describe"], ["upscale", "-o", "sharp"]])
+def test_a_folder_stands_for_its_images_and_hidden_files_are_none(
+    command: list[str],
+    tmp_path: Path,
+    url: list[str],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("._pa.jpg", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     (tmp_path / "folder.png").mkdir()
     picture(tmp_path / "pa.png")
-    assert main(["score", str(tmp_path), *url, "--json"]) == 0
+    assert main([command[0], ".", *command[1:], *url, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
 
 

@@ -157,6 +157,10 @@ def test_no_long_argument_is_echoed_whole(
         (["score", FILES[0], "--threshold", "7", *NOBODY], "--threshold is 7.0; expected 0 to 1"),
         (["upscale", FILES[0], "-o", "/dev/null/x", *NOBODY], "/dev/null is a file"),
         (["serve", "--http-port", "99999"], "--http-port is 99999; expected 0 to 65535"),
+        (
+            ["serve", "--grpc-port", "8000"],
+            "--http-port and --grpc-port are both 8000; expected a port for each",
+        ),
         (["gateway", "-o", "x", "--preprocess-port", "-1"], "--preprocess-port is -1"),
         (["live", "--port", "99999"], "--port is 99999"),
         (["serve", "--repository", "nope"], "no model repository at nope"),
@@ -185,6 +189,7 @@ def test_what_nothing_can_use_is_refused_in_one_line(
     assert err.startswith("panotriton: ")
     assert err.count("\n") == 1
     assert message in err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_message_keeps_its_short_words_and_is_cut_once() -> None:

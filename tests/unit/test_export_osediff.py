@@ -63,8 +63,8 @@ def exported(
 ) -> tuple[Path, list[ParityResult], list[str]]:
     repository = tmp_path_factory.mktemp("repository")
     lines: list[str] = []
-    copy_models(repository)
-    results = export_osediff(base, base / "osediff.pkl", repository, report=lines.append)
+    pickle = base / "osediff.pkl"
+    results = export_osediff(base, pickle, repository, with_code=True, report=lines.append)
     return repository, results, lines
 
 

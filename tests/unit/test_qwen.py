@@ -354,10 +354,9 @@ def test_a_good_folder_is_pointed_at_and_its_prompt_replaced(folder: Path, tmp_p
     prompt = tmp_path / "mine.txt"
     prompt.write_text("Judge.")
     repository = tmp_path / "repository"
-    (repository / "qwen" / "1").mkdir(parents=True)
-    export_qwen(
-        folder, repository, prompt_file=prompt, max_pixels=100_352, report=lambda line: None
-    )
+    options = {"prompt_file": prompt, "max_pixels": 100_352, "with_code": True}
+    export_qwen(folder, repository, report=lambda line: None, **options)
+    assert (repository / "preprocess" / "1" / "model.py").is_file()
     assert str(folder) in (repository / "qwen" / "1" / "qwen.json").read_text()
     assert (repository / "qwen_scorer" / "1" / "prompt.txt").read_text() == "Judge."
     assert "Describe" in (repository / "qwen_describer" / "1" / "prompt.txt").read_text()

@@ -14,7 +14,6 @@ from panotriton.models.imports import uncollected
 from panotriton.pipeline.networks import OSEDIFF
 from panotriton.pipeline.sizes import ImageSize
 from panotriton.server.engines import ENGINES
-from panotriton.server.repository import copy_models
 
 _EXAMPLES = """\
 examples:
@@ -239,7 +238,7 @@ def _run_osediff(options: argparse.Namespace) -> int:
             presets.export_full_random(options.output, **common, **sizes)
         else:
             paths = (options.base, options.checkpoint, options.output)
-            osediff.export_osediff(*paths, **common, **sizes)
+            osediff.export_osediff(*paths, with_code=True, **common, **sizes)
         if tagger is not None:
             _export_code("tagger").export_tagger(tagger, options.output, **common)
         for model in OSEDIFF.models if options.gpus else ():
@@ -283,6 +282,7 @@ def _run_qwen(options: argparse.Namespace) -> int:
             vision_size=options.export_vision,
             decode=options.decode,
             question=options.question,
+            with_code=True,
             report=_report,
         )
         if options.gpus:
@@ -304,7 +304,6 @@ def _export_code(module: str) -> Any:
 def _timed(options: argparse.Namespace, work: Any) -> int:
     began = time.perf_counter()
     check_folder(options.output)
-    copy_models(options.output)
     work()
     print(f"exported to {options.output} in {time.perf_counter() - began:.0f} s")
     return 0

@@ -63,7 +63,7 @@ def _add_upscale(commands: Any) -> None:
         "super-resolve images",
         "Super-resolve images of any sizes and write each as a PNG of the same name.",
         "  panotriton upscale photo.jpg -o sharp\n"
-        "  panotriton upscale *.jpg -o sharp --upscale 4 --align wavelet\n"
+        "  panotriton upscale photos -o sharp --upscale 4 --align wavelet\n"
         "  panotriton upscale photo.jpg -o sharp --local\n",
     )
     _add_images(parser)
@@ -84,9 +84,7 @@ def _add_score(commands: Any) -> None:
         "  panotriton score out/group_0001/osediff --mode expected\n"
         "  panotriton score out/*/osediff --compare --threshold 0.7\n",
     )
-    parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help=f"{FORMATS}, or a folder of them"
-    )
+    _add_images(parser)
     parser.add_argument(
         "--mode",
         choices=list(MODES),
@@ -115,7 +113,7 @@ def _add_describe(commands: Any) -> None:
         "describe",
         "describe images",
         "Describe images in two or three sentences each.",
-        "  panotriton describe view.png\n  panotriton describe *.png --json\n",
+        "  panotriton describe view.png\n  panotriton describe out/group_0001/osediff --json\n",
     )
     _add_images(parser)
     add_server_arguments(parser)
@@ -150,7 +148,9 @@ def _add_crop(commands: Any) -> None:
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=FORMATS)
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help=f"{FORMATS}, or a folder of them"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +160,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_upscale(options: argparse.Namespace) -> int:
-    targets = dict(zip(options.images, _targets(options.output, _stems(options)), strict=True))
-    _spare(options.images, targets.values())
+    images = _images(options)
+    targets = dict(zip(images, _targets(options.output, [p.stem for p in images]), strict=True))
+    _spare(images, targets.values())
     check_folder(options.output)
     chosen = pipeline_options(options).chosen()
     arguments = {name: chosen[name] for name in SR_OPTIONS}
@@ -178,10 +179,6 @@ def _run_upscale(options: argparse.Namespace) -> int:
 
         ask_each(options, "super-resolving", targets, ask, take, results, at_once=_SR_AT_ONCE)
     return results.code
-
-
-def _stems(options: argparse.Namespace) -> list[str]:
-    return [path.stem for path in options.images]
 
 
 def _run_crop(options: argparse.Namespace) -> int:
@@ -202,7 +199,7 @@ def _run_crop(options: argparse.Namespace) -> int:
 
 def _run_score(options: argparse.Namespace) -> int:
     pipeline_options(options)
-    paths = [path for given in options.images for path in _images_in(given)]
+    paths = _images(options)
     if options.compare:
         return _run_compare(options, paths)
     # Those that cannot be opened get no row.
@@ -277,17 +274,9 @@ def _agreement_cells(agreement: Agreement) -> list[str]:
     return [*map(str, counts), number(agreement.spearman), best]
 
 
-def _images_in(path: Path) -> list[Path]:
-    """The file itself, or a folder's images by name."""
-    if not is_folder(path):
-        return [path]
-    found = images_in(path)
-    if not found:
-        raise InvalidInput(f"{brief(path)} holds no image ({', '.join(SUFFIXES)})")
-    return found
-
-
 def _run_describe(options: argparse.Namespace) -> int:
+    images = _images(options)
+
     def ask(client: AsyncClient, path: Path) -> Awaitable[Any]:
         return client.describe(path)
 
@@ -297,8 +286,22 @@ def _run_describe(options: argparse.Namespace) -> int:
         results.add(f"{shown(path)}: {result.text}", _entry(path, result))
 
     with Results(options) as results:
-        ask_each(options, "describing", options.images, ask, take, results, at_once=_QWEN_AT_ONCE)
+        ask_each(options, "describing", images, ask, take, results, at_once=_QWEN_AT_ONCE)
     return results.code
+
+
+def _images(options: argparse.Namespace) -> list[Path]:
+    """The files that were named, and those of each folder by name."""
+    return [path for given in options.images for path in _images_in(given)]
+
+
+def _images_in(path: Path) -> list[Path]:
+    if not is_folder(path):
+        return [path]
+    found = images_in(path)
+    if not found:
+        raise InvalidInput(f"{brief(path)} holds no image ({', '.join(SUFFIXES)})")
+    return found
 
 
 def _write(path: Path, result: Upscaled | Cropped) -> tuple[str, dict[str, Any]]:

@@ -57,12 +57,19 @@ def is_folder(path: Path) -> bool:
 
 
 def check_ports(options: argparse.Namespace) -> None:
-    """Raise InvalidInput for an option named after a port whose value is none; 0 is one, None is left out."""
+    """Raise InvalidInput unless each option named after a port has one of its own; 0 is any free one."""
+    taken: dict[int, str] = {}
     for name, value in vars(options).items():
-        is_port = name == "port" or name.endswith("_port")
-        if is_port and value is not None and not 0 <= value <= _MAX_PORT:
-            flag = f"--{name.replace('_', '-')}"
+        if value is None or not (name == "port" or name.endswith("_port")):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if not 0 <= value <= _MAX_PORT:
             raise InvalidInput(f"{flag} is {brief(value)}; expected 0 to {_MAX_PORT}")
+        if value and value in taken:
+            raise InvalidInput(
+                f"{taken[value]} and {flag} are both {value}; expected a port for each"
+            )
+        taken[value] = flag
 
 
 def _nearest(path: Path) -> Path:
