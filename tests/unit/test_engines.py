@@ -340,6 +340,21 @@ def test_gpu_providers_take_device_and_options():
     assert engine_of(config) is CPU
 
 
+def test_tensorrts_cache_is_made_or_named(tmp_path):
+    def settings(folder):
+        parameters = {"precision_mode": "FP16", "trt_engine_cache_path": str(folder)}
+        config = accelerated("gpu", {"name": "tensorrt", "parameters": parameters})
+        return Settings.of(config)
+
+    cache = tmp_path / "of" / "engines"
+    with pytest.raises(EngineError, match="TensorrtExecutionProvider is not in"):
+        TENSORRT.opener(tmp_path / "model.onnx", settings(cache))
+    assert cache.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="file/x cannot be made .Not a directory.: name another"):
+        TENSORRT.opener(tmp_path / "model.onnx", settings(tmp_path / "file" / "x"))
+
+
 def test_openvino_counts_for_instances_on_a_cpu():
     config = accelerated("cpu", {"name": "openvino"})
     assert engine_of(config) is OPENVINO

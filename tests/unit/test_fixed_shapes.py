@@ -27,6 +27,7 @@ from panotriton.server.engines import (
     ConfigEntries,
     Engine,
     Settings,
+    memory,
     onnxruntime,
 )
 from panotriton.server.engines.onnxruntime import BoundSession, ShapedSessions
@@ -295,6 +296,53 @@ def test_sessions_are_bounded(affine: Path) -> None:
     for rows in range(1, 13):
         graph.run(["plus"], {"x": np.zeros((rows, 3), np.float32)})
     assert len(graph._sessions) == 8
+
+
+def test_sessions_keep_to_the_share_of_a_gpu(affine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights so large that five fit; as many as are expected are kept in any case."""
+    weights = affine.stat().st_size
+    monkeypatch.setattr(memory, "total_bytes", lambda device: weights * 11)
+    for share, kept in (("0.5", 5), ("0.1", 2), ("1", 8)):
+        told = settings(parameters={"gpu_memory_fraction": share}, report=lambda line: None)
+        graph = CPU.open(affine, told)
+        for rows in range(1, 13):
+            graph.run(["plus"], {"x": np.zeros((rows, 3), np.float32)})
+        assert len(graph._sessions) == kept
+
+
+def test_where_memory_runs_out_other_shapes_make_room(affine: Path) -> None:
+    told: list[str] = []
+    graph = CPU.open(affine, settings(report=told.append))
+    for feeds in graph.zeros():
+        graph.run(["plus"], feeds)
+    (first, second) = graph._sessions._opened.values()
+    words = "Failed to allocate memory for requested buffer of size 8"
+
+    def full(outputs: Any, feeds: Any) -> Any:
+        raise RuntimeError(words)
+
+    second.run = full
+    x = np.ones((4, 3), np.float32)
+    np.testing.assert_array_equal(graph.run(["plus"], {"x": x})[0], 2 * x + 1)
+    assert first not in graph._sessions._opened.values()
+    assert told == ["x 4x3: no memory; closing the sessions of other shapes"]
+    (only,) = graph._sessions._opened.values()
+    only.run = full
+    graph._open_one = lambda sides: only
+    with pytest.raises(RuntimeError, match=words):
+        graph.run(["plus"], {"x": x})
+    only.run, words = full, "another fault"
+    with pytest.raises(RuntimeError, match=words):
+        graph.run(["plus"], {"x": x})
+    assert len(graph._sessions) == 1  # for which nothing was closed
+
+
+def test_memory_of_fixed_shapes_is_taken_once(affine: Path) -> None:
+    """A plan made in the first run would take all of it again in the second."""
+    assert onnxruntime.session_options(Settings()).enable_mem_pattern
+    assert not onnxruntime.session_options(settings()).enable_mem_pattern
+    chosen = settings(parameters={"enable_mem_pattern": "1"})
+    assert onnxruntime.session_options(chosen).enable_mem_pattern
 
 
 def test_bound_buffers_give_the_same_and_are_not_overwritten(affine: Path) -> None:

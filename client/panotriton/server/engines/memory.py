@@ -5,36 +5,55 @@ from __future__ import annotations
 import ctypes
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from panotriton.errors import EngineError
 from panotriton.server.engines.engine import Settings
 
-__all__ = ["FRACTION", "check_share", "total_bytes"]
+__all__ = ["FRACTION", "Share", "check_share", "share", "total_bytes"]
 
 FRACTION = "gpu_memory_fraction"  # parameter of config.pbtxt
+
+
+class Share(NamedTuple):
+    """fraction: of the GPU's `total` bytes; weights: bytes of one session's."""
+
+    fraction: float
+    total: int
+    weights: int
+
+    @property
+    def sessions(self) -> int:
+        """How many there is room for. Without what they compute in, which depends on the GPU's libraries."""
+        return int(self.fraction * self.total / self.weights)
+
+
+def share(path: Path, settings: Settings) -> Share | None:
+    """None without the parameter, or where the driver does not say what the GPU has. Raises EngineError."""
+    text = settings.parameters.get(FRACTION)
+    if text is None:
+        return None
+    fraction = _fraction(text)
+    total = total_bytes(int(settings.device))
+    if total is None:
+        return None
+    weights = sum(each.stat().st_size for each in (path, *path.parent.glob(f"{path.name}.data")))
+    return Share(fraction, total, weights)
 
 
 def check_share(path: Path, settings: Settings) -> None:
     """Refuse a graph whose weights, once for each expected shape, are more than its share of the GPU.
 
-    What activations take besides depends on the GPU's libraries, and is not known here. Without the
-    parameter, or where the driver does not say what the GPU has, nothing is refused. Raises EngineError.
+    Raises EngineError.
     """
-    text = settings.parameters.get(FRACTION)
-    if text is None:
-        return
-    fraction = _fraction(text)
-    total = total_bytes(int(settings.device))
-    if total is None:
-        return
-    weights = sum(each.stat().st_size for each in (path, *path.parent.glob(f"{path.name}.data")))
+    found = share(path, settings)
     sessions = max(1, len(settings.shapes.expected)) if settings.shapes else 1
-    if sessions * weights > fraction * total:
+    if found is not None and sessions > found.sessions:
         raise EngineError(
-            f"{sessions} sessions of {_gb(weights)} of weights each, one for each expected shape, need "
-            f"{_gb(sessions * weights)}; GPU {settings.device} has {_gb(total)}, of which this network may "
-            f"take {fraction:.0%}, {_gb(fraction * total)}: export with fewer --shapes, or raise {FRACTION} "
-            "in its config.pbtxt"
+            f"{sessions} sessions of {_gb(found.weights)} of weights each, one for each expected shape, need "
+            f"{_gb(sessions * found.weights)}; GPU {settings.device} has {_gb(found.total)}, of which this "
+            f"network may take {found.fraction:.0%}, {_gb(found.fraction * found.total)}: export with fewer "
+            f"--shapes, or raise {FRACTION} in its config.pbtxt"
         )
 
 

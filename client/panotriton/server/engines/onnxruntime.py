@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from panotriton.errors import EngineError
 from panotriton.server.engines.engine import ConfigEntries, Engine, Settings
-from panotriton.server.engines.memory import check_share
+from panotriton.server.engines.memory import check_share, share
 from panotriton.server.engines.per_shape import PerShape
 from panotriton.server.engines.shapes import EXPECTED, Shapes, text_of
 
@@ -71,6 +71,10 @@ _TENSORRT_CACHE = {
     "trt_engine_cache_path": "/var/cache/panotriton/tensorrt",
 }
 _KEPT_SESSIONS = 8
+# Of an arena, of cuDNN, of cuBLAS, of the driver; none has a type of its own in Python.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
 _GRAPHS = "cuda_graphs"  # parameter: a run is recorded once for each shape and replayed
 _NUMPY = {"float": "float32", "double": "float64"}  # onnxruntime's names where numpy's are others
 
@@ -130,13 +134,18 @@ class ShapedSessions:
     """A graph with a session of its own for each shape of its inputs, the last used; for one thread.
 
     Since 1.20, onnxruntime's convolutions on a GPU plan anew whenever the shape differs from that of the
-    call before, for 0.1 to 3 s. Each session holds the weights once more: its Python API shares none on a
-    device, and on the CPU none that was packed for it. So many are kept as shapes are expected, 8 at least.
-    describing: a session for any shape, only asked what the graph is. open_one: opens for shapes.
+    call before, for 0.1 to 3 s. Each session holds the weights once more, and what it computes in. `room` are
+    kept, as many as shapes are expected at least; where memory runs out all the same, those of other shapes
+    go. describing: a session for any shape, only asked what the graph is. open_one: opens for shapes.
     """
 
     def __init__(
-        self, describing: Any, open_one: Callable[[Mapping[str, int]], Session], settings: Settings
+        self,
+        describing: Any,
+        open_one: Callable[[Mapping[str, int]], Session],
+        settings: Settings,
+        providers: Sequence[str],
+        room: int,
     ) -> None:
         self._inputs, self._outputs, self._defaults = (
             [SimpleNamespace(name=each.name, type=each.type, shape=each.shape) for each in side]
@@ -146,16 +155,23 @@ class ShapedSessions:
                 describing.get_overridable_initializers(),
             )
         )
-        self._providers = list(describing.get_providers())
+        self._providers = list(providers)
         self._open_one = open_one
         self._report = settings.report
         expected = settings.shapes.expected if settings.shapes else ()
         self._expected = {tuple(sorted(each.items())) for each in expected}
-        self._sessions = PerShape(self._open, max(_KEPT_SESSIONS, len(self._expected)))
+        self._sessions = PerShape(self._open, max(room, len(self._expected), 1))
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The named outputs, as arrays of their own."""
         key = tuple(sorted((name, array.shape) for name, array in feeds.items()))
+        try:
+            return self._sessions[key].run(outputs, feeds)
+        except Exception as error:  # onnxruntime's have no common class
+            if not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            self._report(f"{text_of([dict(key)])}: no memory; closing the sessions of other shapes")
+            self._sessions.clear()
         return self._sessions[key].run(outputs, feeds)
 
     def zeros(self) -> list[dict[str, NDArray[Any]]]:
@@ -219,7 +235,12 @@ def open_session(
         return Session(_session(path, session_options(settings), providers), run_options(settings))
     plain = session_options(replace(settings, graph_level=_NOT_OPTIMISED))
     open_one = partial(_open_shape, path, settings, providers)
-    return ShapedSessions(_session(path, plain, providers), open_one, settings)
+    found = share(path, settings)
+    room = _KEPT_SESSIONS if found is None else min(_KEPT_SESSIONS, found.sessions)
+    # TensorRT would build an engine to describe the graph; CUDA, which follows it, knows the operators, too.
+    describing = providers[-2:]
+    names = [name for name, _ in providers]
+    return ShapedSessions(_session(path, plain, describing), open_one, settings, names, room)
 
 
 def _session(path: Path, options: Any, providers: Sequence[Provider]) -> Any:
@@ -282,7 +303,10 @@ def session_options(settings: Settings) -> Any:
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = settings.inter_op_threads
     options.enable_cpu_mem_arena = settings.choice("enable_mem_arena", _SWITCH, "1")
-    options.enable_mem_pattern = settings.choice("enable_mem_pattern", _SWITCH, "1")
+    # With fixed shapes the second run would take all its memory at once, and keep what the first took piece
+    # by piece.
+    pattern = "1" if settings.shapes is None else "0"
+    options.enable_mem_pattern = settings.choice("enable_mem_pattern", _SWITCH, pattern)
     # A thread that spins between runs takes a core from other networks.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     allocator = "session.use_device_allocator_for_initializers"
@@ -347,7 +371,20 @@ def _open_by_cuda(path: Path, settings: Settings) -> Session | ShapedSessions:
 
 
 def _open_by_tensorrt(path: Path, settings: Settings) -> Session | ShapedSessions:
+    _make_cache(settings)
     return _open_on_gpu(path, settings, tensorrt_providers(settings))
+
+
+def _make_cache(settings: Settings) -> None:
+    """onnxruntime makes no folders above the cache's own. Raises EngineError where there can be none."""
+    folder = settings.accelerators.get(TENSORRT.accelerator, {}).get("trt_engine_cache_path")
+    try:
+        Path(folder or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineError(
+            f"trt_engine_cache_path {folder} cannot be made ({error.strerror}): name another in the "
+            "network's config.pbtxt, of a folder that the server may write to"
+        ) from error
 
 
 def _expected(shapes: Sequence[Shapes]) -> ConfigEntries:

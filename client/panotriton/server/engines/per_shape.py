@@ -26,6 +26,10 @@ class PerShape(Generic[Key, Opened]):
     def __len__(self) -> int:
         return len(self._opened)
 
+    def clear(self) -> None:
+        """Close them all."""
+        self._opened.clear()
+
     def __getitem__(self, key: Key) -> Opened:
         if key not in self._opened:
             while len(self._opened) >= self._limit:  # before: both at once may not fit
