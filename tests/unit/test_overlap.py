@@ -303,7 +303,7 @@ def test_calls_in_flight_wait_beside_each_other_and_take_no_thread_from_the_arit
 
     class Request:
         def __init__(self, **given: Any) -> None:
-            pass
+            assert given["preferred_memory"] == ("host", 0)
 
         def exec(self) -> Any:
             together.wait()
@@ -311,6 +311,8 @@ def test_calls_in_flight_wait_beside_each_other_and_take_no_thread_from_the_arit
 
     server = ModuleType("triton_python_backend_utils")
     server.InferenceRequest = Request  # type: ignore[attr-defined]
+    server.TRITONSERVER_MEMORY_CPU = "host"  # type: ignore[attr-defined]
+    server.PreferredMemory = lambda *where: where  # type: ignore[attr-defined]
     server.Logger = SimpleNamespace(log_warn=print)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, server.__name__, server)
     monkeypatch.delitem(sys.modules, "panotriton.models.requests", raising=False)

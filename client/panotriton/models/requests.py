@@ -39,6 +39,7 @@ __all__ = [
     "number",
     "optional",
     "read_options",
+    "request_to",
     "required",
     "respond",
     "respond_async",
@@ -151,6 +152,19 @@ def read_options(request: Any) -> Options:
     return Options(**chosen).check(TENSORS)
 
 
+def request_to(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Any:
+    """An InferenceRequest to another model. Whatever that runs on, the answer comes to the host's memory.
+
+    From a network of Triton's own backends on a GPU it would stay there, where NumPy cannot read it.
+    """
+    return pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=list(outputs),
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(v)) for name, v in inputs.items()],
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+    )
+
+
 async def execute(request: Any, **options: Any) -> Any:
     """`request.exec`, while others go on; options: its own."""
     return await asyncio.get_running_loop().run_in_executor(
@@ -167,12 +181,7 @@ async def call(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) ->
     """
     if (replicas := _elsewhere().get(model)) is not None:
         return await replicas.call(model, inputs, outputs)
-    request = pb_utils.InferenceRequest(
-        model_name=model,
-        requested_output_names=list(outputs),
-        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(v)) for name, v in inputs.items()],
-    )
-    response = await execute(request)
+    response = await execute(request_to(model, inputs, outputs))
     if response.has_error():
         raise failed(model, response.error().message())
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}

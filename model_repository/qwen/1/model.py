@@ -15,7 +15,15 @@ import triton_python_backend_utils as pb_utils
 from panotriton.errors import InferenceFailed, InvalidInput, quoted
 from panotriton.models import qwen_vllm
 from panotriton.models.imports import uncollected
-from panotriton.models.requests import answers, attempt, execute, failed, required, strings
+from panotriton.models.requests import (
+    answers,
+    attempt,
+    execute,
+    failed,
+    request_to,
+    required,
+    strings,
+)
 from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
@@ -87,12 +95,7 @@ class _Torch:
 
 def _see(patches):
     """Image tokens (n, tokens, hidden) of qwen_vision for (n, patches, values) fp32."""
-    request = pb_utils.InferenceRequest(
-        model_name="qwen_vision",
-        requested_output_names=["TOKENS"],
-        inputs=[pb_utils.Tensor("PATCHES", patches)],
-    )
-    response = request.exec()
+    response = request_to("qwen_vision", {"PATCHES": patches}, ["TOKENS"]).exec()
     if response.has_error():
         raise failed("qwen_vision", response.error().message())
     return pb_utils.get_output_tensor_by_name(response, "TOKENS").as_numpy()
@@ -107,8 +110,9 @@ class _Vllm:
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
         questions = qwen_vllm.questions(self._chat, prompt, reading, max_new_tokens)
         pngs = [qwen_vllm.encode(image) for image in images]
-        asked = (self._ask(question, png) for png in pngs for question in questions)
-        replies = await asyncio.gather(*asked)
+        replies = await asyncio.gather(
+            *(self._ask(each, png) for png in pngs for each in questions)
+        )
         each = (replies[i : i + len(questions)] for i in range(0, len(replies), len(questions)))
         return [qwen_vllm.answer(reading, few, stop_after) for few in each]
 
@@ -116,11 +120,7 @@ class _Vllm:
         """text_output, or logprobs' JSON. The backend is decoupled and here answers once."""
         output = "logprobs" if question.next_token else "text_output"
         inputs = qwen_vllm.tensors(question, png, self._chat)
-        request = pb_utils.InferenceRequest(
-            model_name="qwen_vllm",
-            requested_output_names=[output],
-            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
-        )
+        request = request_to("qwen_vllm", inputs, [output])
         for response in await execute(request, decoupled=True):
             if response.has_error():
                 raise failed("qwen_vllm", response.error().message())
