@@ -96,8 +96,9 @@ a group (`Places`). `tests/unit/test_overlap.py` shows it, by a clock that only 
 - **A GPU's memory.** `gpu_memory_fraction` of each config.pbtxt is a model's share: half for the scorer,
   which works on whole batches in a process of its own, a quarter for the denoiser, a quarter for all
   others. What cannot fit is refused at load: of the scorer by weights, keys and activations, of a network
-  by its weights, once for each expected shape. What a network's activations take besides has not been
-  measured.
+  by its weights, once for each expected shape. Of sessions for other shapes as many stay as the share still
+  holds. What a network's activations take besides has not been measured: where memory runs out, the sessions
+  of all other shapes are closed, and the request is computed.
 - **Several GPUs.** Triton starts an instance of each network on every GPU that it sees, each a process with
   its own weights, sessions and share of that GPU's memory. `export … --gpus 0,1` names
   some, in the line `instance_group` of each config. Requests go to whichever is free.

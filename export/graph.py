@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from panotriton.errors import ExportError
 from panotriton.pipeline.scratch import Scratch
-from panotriton.server.engines import CPU, Engine, Graph, stand_in
+from panotriton.server.engines import CPU, Engine, stand_in
 from panotriton_export.gpu_operators import portable, rewrite_for_gpu
 
 __all__ = [
@@ -182,8 +182,15 @@ def _publish(folder: Path, version: Path) -> None:
     (folder / "model.onnx").replace(version / "model.onnx")
 
 
-def compare(component: Component, graph: Graph, slack: float = 1) -> list[ParityResult]:
-    """Run an opened graph on every probe; limits are `slack` times the component's.
+class Runs(Protocol):
+    """What of an opened graph a comparison needs."""
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The named outputs."""
+
+
+def compare(component: Component, graph: Runs, slack: float = 1) -> list[ParityResult]:
+    """Run it on every probe; limits are `slack` times the component's.
 
     Raises ExportError where an output is too far off.
     """
@@ -200,7 +207,7 @@ def compare(component: Component, graph: Graph, slack: float = 1) -> list[Parity
     return results
 
 
-def _compare_picture(component: Component, graph: Graph, picture: Probe) -> ParityResult:
+def _compare_picture(component: Component, graph: Runs, picture: Probe) -> ParityResult:
     """The root of the mean square of the difference, of 255; infinite where an output is not finite."""
     feeds = {name: tensor.numpy() for name, tensor in picture.inputs.items()}
     found = dict(zip(picture.expected, graph.run(list(picture.expected), feeds), strict=True))

@@ -34,6 +34,7 @@ from panotriton_export.graph import (
     ParityResult,
     export_component,
 )
+from panotriton_export.half import compare_in_half
 from panotriton_export.osediff.checkpoint import Checkpoint, open_checkpoint
 from panotriton_export.osediff.fusions import fuse
 from panotriton_export.osediff.reference import (
@@ -146,9 +147,10 @@ def write_network(
     """Write one network, and its config; adds to `results`. The precision that it got."""
     for precision in network.precisions:
         component = network.build(precision)
-        fuse(component.module, network.engine.operators)
         try:
-            compared = export_component(component, repository, network.engine, precision)
+            compared = compare_in_half(component) if precision == "fp16" else []
+            fuse(component.module, network.engine.operators)
+            compared += export_component(component, repository, network.engine, precision)
         except ExportError as error:
             if precision == network.precisions[-1]:
                 raise

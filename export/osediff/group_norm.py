@@ -7,6 +7,8 @@ a GPU's layout pass removes.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -14,21 +16,32 @@ from panotriton_export.gpu_operators import GROUP_NORM, HERE
 
 __all__ = ["fuse_group_norm"]
 
+# Of a group, by onnxruntime's kernel: two to a thread, 256 threads at most.
+_CHANNELS = range(2, 513, 2)
 _ACTIVATED = (("norm1", "nonlinearity"), ("norm2", "nonlinearity"), ("conv_norm_out", "conv_act"))
 
 
 def fuse_group_norm(network: nn.Module) -> None:
-    """Make every group norm of `network` export as one operator; it then only serves for export."""
+    """Make every group norm of `network` export as one operator; it then only serves for export.
+
+    Those stay as they are that a GPU's operator refuses.
+    """
     for module in list(network.modules()):
         for name, activation in _ACTIVATED:
             norm, after = getattr(module, name, None), getattr(module, activation, None)
-            if isinstance(norm, nn.GroupNorm) and isinstance(after, (nn.SiLU, _Done)):
+            if _is_fused(norm) and isinstance(after, (nn.SiLU, _Done)):
                 setattr(module, name, _GroupNorm(norm, activated=True))
                 setattr(module, activation, _Done())
     for module in list(network.modules()):
         for name, norm in list(module.named_children()):
-            if isinstance(norm, nn.GroupNorm):
+            if _is_fused(norm):
                 setattr(module, name, _GroupNorm(norm, activated=False))
+
+
+def _is_fused(module: Any) -> TypeGuard[nn.GroupNorm]:
+    if not isinstance(module, nn.GroupNorm):
+        return False
+    return module.num_channels // module.num_groups in _CHANNELS
 
 
 class _Done(nn.Identity):

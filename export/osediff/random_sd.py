@@ -32,6 +32,7 @@ UNET: dict[Size, dict[str, Any]] = {
         "attention_head_dim": (2, 4),
         "cross_attention_dim": 32,
         "layers_per_block": 1,
+        "norm_num_groups": 8,
     },
     "sd21": {
         "block_out_channels": (320, 640, 1280, 1280),

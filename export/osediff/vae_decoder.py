@@ -37,8 +37,9 @@ class Decoder(nn.Module):
     def forward(self, LATENT: Tensor) -> tuple[Tensor, Tensor]:
         latent = (LATENT / self.scaling_factor).to(self.dtype)
         sample = self.decoder(self.post_quant_conv(latent)).float()  # (B, 3, H, W)
-        levels = (sample.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)  # truncates
-        return levels.permute(0, 2, 3, 1), sample
+        levels = sample.clamp(-1, 1) * 127.5 + 127.5
+        # Truncates; last of all, since TensorRT does not even move bytes.
+        return levels.permute(0, 2, 3, 1).to(torch.uint8), sample
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class Encoder(nn.Module):
         self.to(dtype)
 
     def forward(self, IMAGE: Tensor) -> Tensor:
-        pixels = IMAGE.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+        # Bytes are no type that TensorRT computes in, not even to move them.
+        pixels = IMAGE.float().permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, H, W)
         moments = self.quant_conv(self.encoder(pixels.to(self.dtype)))  # (B, 2C, h, w)
         mode = moments[:, : moments.shape[1] // 2]
         return mode.float() * self.scaling_factor  # type: ignore[no-any-return]

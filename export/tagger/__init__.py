@@ -12,6 +12,7 @@ from panotriton.server.repository import copy_model
 from panotriton_export.configs import find_engine, fit_config, name_weights, set_engine
 from panotriton_export.front import front_folders
 from panotriton_export.graph import ParityResult, export_component
+from panotriton_export.half import compare_in_half
 from panotriton_export.pickles import CheckpointError
 from panotriton_export.tagger.checkpoint import Ram, open_ram
 from panotriton_export.tagger.graph import NAME, tagger_component
@@ -52,7 +53,8 @@ def export_tagger(
     """
     engine = find_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)
-    results = export_component(component, repository, engine, precision)
+    results = compare_in_half(component) if precision == "fp16" else []
+    results += export_component(component, repository, engine, precision)
     copy_model(NAME, repository)
     fit_config(repository / NAME)
     set_engine(repository / NAME, engine, precision)

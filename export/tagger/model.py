@@ -70,7 +70,7 @@ class Tagger(nn.Module):
 
     def _image_tokens(self, image: Tensor) -> Tensor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        pixels = (image.permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, 384, 384)
+        pixels = (image.float().permute(0, 3, 1, 2) / 255 - mean) / std  # (B, 3, 384, 384)
         tokens = self.swin(pixels.to(self.fc.weight.dtype)).last_hidden_state  # (B, 144, C)
         return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # the average stands first
 

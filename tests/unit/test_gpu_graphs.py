@@ -24,6 +24,7 @@ from panotriton.server.repository import copy_models
 from panotriton_export import osediff
 from panotriton_export.gpu_operators import for_gpu, open_here, portable
 from panotriton_export.graph import Component, Probe, export_component, relative_difference
+from panotriton_export.half import InHalf, compare_in_half
 from panotriton_export.osediff import export_osediff
 from panotriton_export.osediff.group_norm import fuse_group_norm
 from panotriton_export.osediff.random_sd import VAE, vae_blocks, write_random
@@ -95,6 +96,17 @@ def test_a_wrong_body_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_operators, "FUNCTION", wrong)
     with pytest.raises(ExportError, match="differ from PyTorch"):
         block(tmp_path, ((1, 16, 5, 7),), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "fused"),
+    [(16, 4, True), (16, 16, False), (24, 8, False), (1024, 2, True), (2048, 2, False)],
+)
+def test_a_norm_that_a_gpu_refuses_stays_as_it_is(channels: int, groups: int, fused: bool) -> None:
+    """An odd number of channels in a group, or more than 512."""
+    network = nn.Sequential(nn.GroupNorm(groups, channels))
+    fuse_group_norm(network)
+    assert isinstance(network[0], nn.GroupNorm) != fused
 
 
 # ------------------------------------------------------------------------------- whole networks
@@ -216,7 +228,8 @@ def test_a_decoder_that_stands_half_precision_gets_it_and_that_is_said(
     repository, lines = exported
     assert "osediff_vae_decoder is served in fp16" in lines
     pictures = [line for line in lines if line.startswith("osediff_vae_decoder rms")]
-    assert len(pictures) == 5
+    assert sum(line.startswith("osediff_vae_decoder rms fp16") for line in pictures) == 5
+    assert len(pictures) == 2 * 5
     settings = json.loads((repository / "osediff" / "1" / "osediff.json").read_text())
     assert settings["decoder_precision"] == "fp16"
     graph = onnx.load(str(repository / "osediff_vae_decoder/1/model.onnx")).graph
@@ -231,14 +244,27 @@ def vae() -> Any:
 
 
 @torch.no_grad()
+def test_halves_are_pytorchs() -> None:
+    """Of a whole decoder, which PyTorch computes in fp16 too, slowly; the errors are as large."""
+    component = vae_decoder_component(vae(), "fp16")
+    stored = InHalf(component)
+    for probe in component.probes:
+        (latent,) = probe.inputs.values()
+        (ours,) = stored.run(["SAMPLE"], {"LATENT": latent.numpy()})
+        _, theirs = component.module(latent)
+        expected = probe.expected["SAMPLE"].numpy()
+        errors = [relative_difference(each, expected) for each in (ours, theirs.numpy())]
+        assert 2e-4 < min(errors) < max(errors) < 1e-2  # fp16 has 11 bits
+        assert relative_difference(ours, theirs.numpy()) < 2 * max(errors)
+    assert len(compare_in_half(component)) == 2 * 2 + 5
+
+
+@torch.no_grad()
 def overflowing(network: Any) -> Any:
-    """Its last block works on values beyond 65504, which the norm after it takes back."""
-    block = network.decoder.up_blocks[-1].resnets[-1]
-    for conv in (block.conv2, *filter(None, [block.conv_shortcut])):
-        conv.weight *= 1e6
-        conv.bias *= 1e6
-    for resnet in network.decoder.up_blocks[-1].resnets[:-1]:
-        resnet.conv2.weight *= 1e6
+    """fp16 holds its weights, and not the values between its first block and the norm after that."""
+    conv = network.decoder.mid_block.resnets[0].conv2
+    conv.weight *= 3e5
+    assert conv.weight.abs().max() < 65504
     return network
 
 

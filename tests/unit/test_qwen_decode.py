@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CompileConfig
 
-from panotriton.models import qwen_cache, qwen_windows
+from panotriton.models import qwen_windows
 from panotriton.models.qwen import QwenVL
-from panotriton.models.qwen_cache import StaticCaches
+from panotriton.models.qwen_cache import LENGTHS, StaticCaches, compile_each_shape
 from tests.unit.test_qwen import PROMPT, ROOT, SMALL, engine, folders, images  # noqa: F401 fixtures
 
 LIMIT = 24
@@ -125,15 +125,16 @@ def test_a_step_is_compiled_once_for_all_calls(images: list[np.ndarray]) -> None
         graphs.append(graph)
         return graph.forward
 
-    everywhere = CompileConfig(backend=backend, dynamic=False, fullgraph=True, mode=None)
+    everywhere = replace(compile_each_shape(), backend=backend, fullgraph=True, mode=None)
     everywhere._compile_all_devices = True
     model.model.generation_config.compile_config = everywhere
     torch._dynamo.reset()
     for chosen in (images[:3], images[1:4], images[:4]):
         assert model.reply(chosen, PROMPT, 12) == plain.reply(chosen, PROMPT, 12)
     assert len(graphs) == 1
-    model.reply(images[:2], PROMPT, 12)  # two rows
-    assert len(graphs) == 2
+    for chosen in (images[:2], images[:1], images[:4], images[:2]):  # 2, 1, 4 and 2 rows
+        assert model.reply(chosen, PROMPT, 12) == plain.reply(chosen, PROMPT, 12)
+    assert len(graphs) == 3
     torch._dynamo.reset()
 
 
@@ -148,23 +149,37 @@ def test_a_gpus_recorded_steps_write_the_same(images: list[np.ndarray]) -> None:
         assert fixed.reply(chosen, PROMPT, LIMIT) == plain.reply(chosen, PROMPT, LIMIT)
 
 
-def test_buffers_of_two_shapes_stay(static: QwenVL) -> None:
+def test_buffers_stay_where_they_are_until_a_longer_reply(static: QwenVL) -> None:
+    """Those of small batches are the first rows of the largest one's."""
     caches = StaticCaches(static.model.config, most=12)
     assert [caches.rows(count) for count in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
-    one = caches.take(4, 300, None)
-    assert caches.take(4, 512, None) is one  # 300 is filled up to it
-    assert one.layers[0].get_max_length() == 512
-    two = caches.take(4, 513, None)
-    assert two is not one
-    assert caches.take(4, 400, None) is one
-    three = caches.take(2, 400, None)
-    assert caches.take(4, 400, None) is one
-    assert caches.take(4, 513, None) is not two
-    assert three is not one
+
+    def taken(rows: int, tokens: int) -> tuple[Any, list[int]]:
+        cache = caches.take(rows, tokens, None)
+        for index, layer in enumerate(cache.layers):
+            one = torch.full((rows, 2, 3, 4), rows + index, dtype=torch.float32)
+            keys, values = cache.update(one, 2 * one, index)
+            assert keys.shape == values.shape == (rows, 2, layer.get_max_length(), 4)
+            assert layer.get_max_length() in (512, 768)
+            assert torch.equal(keys[:, :, :3], one)
+            assert torch.equal(values[:, :, :3], 2 * one)
+            assert not keys[:, :, 3:].any()
+        return cache, [layer.keys.data_ptr() for layer in cache.layers]
+
+    four, places = taken(4, 300)
+    for rows, tokens in ((12, 512), (1, 10), (4, 400), (2, 300), (12, 300)):
+        cache, found = taken(rows, tokens)
+        assert found == places
+        assert (cache is four) == (rows == 4)
+        assert cache.get_seq_length() == 3
+    assert four.layers[0].get_max_length() == 512
+    longer, _ = taken(4, 513)
+    assert longer.layers[0].get_max_length() == 768
+    assert taken(4, 300)[0] is longer
 
 
 def test_what_fixed_buffers_take_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both that stay, at their full length, before the weights are read."""
+    """At their full length, before the weights are read."""
     seen: list[dict[str, Any]] = []
     from panotriton.models import qwen as qwen_module  # noqa: PLC0415
 
@@ -177,8 +192,8 @@ def test_what_fixed_buffers_take_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(MemoryError):
             engine(SMALL, decode=decode)
     assert seen == [
-        {"caches": 1, "further_tokens": 0},
-        {"caches": qwen_cache.KEPT, "further_tokens": qwen_cache.LENGTHS},
+        {"further_tokens": 0},
+        {"further_tokens": LENGTHS},
     ]
 
 

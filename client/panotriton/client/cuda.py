@@ -1,4 +1,7 @@
-"""CUDA shared memory: a region on the GPU that client and server both map; pixels never visit the host.
+"""CUDA shared memory: a region on the GPU that client and server both map.
+
+Pixels never visit the client's host memory. The server's Python models, which receive them first, read them
+from its own.
 
 Needs the server on the same GPU, in another process, with shared pid and ipc namespaces where it
 is in a container, and the `cuda` extra: pip install 'panotriton[cuda]' and torch.

@@ -39,7 +39,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_flash_attn_2_available
 
 from panotriton.errors import InvalidInput
-from panotriton.models.qwen_cache import KEPT, LENGTHS, StaticCaches, read_only, repeated
+from panotriton.models.qwen_cache import (
+    LENGTHS,
+    StaticCaches,
+    compile_each_shape,
+    read_only,
+    repeated,
+)
 from panotriton.models.qwen_memory import check_fits, estimate, free_ram_bytes, stored_parameters
 from panotriton.models.qwen_windows import join_windows
 from panotriton.pipeline.quality import (
@@ -114,7 +120,7 @@ class QwenVL:
         if max_pixels is not None:
             size["longest_edge"] = max_pixels
         on_gpu = torch.device(device).type == "cuda"
-        dtype = choose_dtype(dtype, on_gpu and torch.cuda.is_bf16_supported(), on_gpu)
+        dtype = choose_dtype(dtype, on_gpu and _knows_bf16(device), on_gpu)
         attention = choose_attention(dtype, on_gpu and is_flash_attn_2_available())
         bounds = (max_batch, size["longest_edge"], memory_fraction)
         check_memory(folder, dtype, device, *bounds, static=decode == "static")
@@ -140,6 +146,8 @@ class QwenVL:
         self.prefix_cache = prefix_cache and attention == "sdpa"
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._static = StaticCaches(self.model.config, max_batch) if decode == "static" else None
+        if self._static and on_gpu:
+            self.model.generation_config.compile_config = compile_each_shape()
 
     def try_out(self, prompt: str) -> str:
         """The first words about a small picture. Raises InvalidInput where no real answer comes out."""
@@ -357,6 +365,12 @@ def open_processor(folder: Path) -> Any:
     return processor
 
 
+def _knows_bf16(device: str) -> bool:
+    """Whether that GPU computes in bfloat16 itself: every one can be made to, slowly."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def choose_dtype(dtype: str, bf16_supported: bool, on_gpu: bool) -> str:
     """auto on a GPU: half the memory and its matrix units; bfloat16 keeps float32's range."""
     if dtype != "auto" or not on_gpu:
@@ -396,7 +410,6 @@ def check_memory(
         config.to_dict(),
         stored_parameters(folder),
         stored.itemsize,
-        caches=KEPT if static else 1,
         further_tokens=LENGTHS if static else 0,
     )
     check_fits(needed, max_batch, max_pixels, free, name)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
-__all__ = ["KEPT", "LENGTHS", "StaticCaches", "read_only", "repeated"]
+__all__ = ["LENGTHS", "StaticCaches", "compile_each_shape", "read_only", "repeated"]
 
 LENGTHS = 256
 """Tokens by which fixed buffers differ in length."""
 
-KEPT = 2
-"""Replies of the scorer's length and of the describer's take turns."""
+_SHAPES = 64  # PyTorch gives up after 8
 
 
 def repeated(first: DynamicCache, rows: int) -> DynamicCache:
@@ -54,18 +52,30 @@ class _ReadOnly(DynamicLayer):  # type: ignore[misc]
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
+def compile_each_shape() -> CompileConfig:
+    """How `generate` is to compile a step: left to itself, it would make one graph for batches of any size.
+
+    CUDA graphs are of one size each. Every length that the buffers grow to is another.
+    """
+    torch._dynamo.config.recompile_limit = _SHAPES
+    return CompileConfig(dynamic=False)
+
+
 class StaticCaches:
     """Buffers whose addresses and shapes stay, so that a step of decoding is always the same work.
 
-    A compiled step, and the CUDA graph that records it, are for one shape of batch and buffers. So batches
-    are filled up to powers of two (`rows`) and lengths to multiples of `LENGTHS`; the buffers of the last
-    `KEPT` shapes stay. config: the model's. most: rows of the largest batch.
+    A compiled step, and the CUDA graph that records it, are for one shape of batch and buffers, at one
+    address. So batches are filled up to powers of two (`rows`), smaller ones take the first rows of the
+    largest's buffers, and all are as long as the longest so far: a multiple of `LENGTHS`, which only grows.
+    config: the model's. most: rows of the largest batch.
     """
 
     def __init__(self, config: Any, most: int) -> None:
         self._config = config
         self._most = most
-        self._kept: OrderedDict[tuple[int, int], StaticCache] = OrderedDict()
+        self._length = 0
+        self._by_rows: dict[int, StaticCache] = {}
+        self._buffers: list[_Buffers] = []
 
     def rows(self, count: int) -> int:
         """What a batch of so many images is filled up to."""
@@ -73,15 +83,62 @@ class StaticCaches:
 
     def take(self, rows: int, tokens: int, first: DynamicCache | None) -> StaticCache:
         """Buffers for so many tokens, each row begun with the one of `first`; until the next call."""
-        key = rows, -(-tokens // LENGTHS) * LENGTHS
-        if key not in self._kept:
-            while len(self._kept) >= KEPT:  # before: three may not fit
-                self._kept.popitem(last=False)
-            self._kept[key] = StaticCache(config=self._config, max_cache_len=key[1])
-        self._kept.move_to_end(key)
-        cache = self._kept[key]
+        length = -(-tokens // LENGTHS) * LENGTHS
+        if length > self._length:
+            self._by_rows.clear()  # before: both may not fit
+            self._buffers.clear()
+            self._length = length
+        if rows not in self._by_rows:
+            self._by_rows[rows] = self._made()
+        cache = self._by_rows[rows]
         cache.reset()
         for index, layer in enumerate(first.layers if first else ()):
             sides = (side.expand(rows, -1, -1, -1) for side in (layer.keys, layer.values))
             cache.update(*sides, index)
         return cache
+
+    def _made(self) -> StaticCache:
+        cache = StaticCache(config=self._config, max_cache_len=self._length)
+        self._buffers = self._buffers or [_Buffers() for _ in cache.layers]
+        for index, layer in enumerate(cache.layers):
+            if (
+                type(layer) is StaticLayer
+            ):  # others keep less than the length, in an order of their own
+                cache.layers[index] = _FirstRows(self._length, self._most, self._buffers[index])
+        return cache
+
+
+class _Buffers:
+    """A layer's keys and values, (most, heads, length, width), once their other sides are known."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+class _FirstRows(StaticLayer):  # type: ignore[misc]
+    keys: Tensor
+    values: Tensor
+    cumulative_length: Tensor
+
+    def __init__(self, length: int, most: int, buffers: _Buffers) -> None:
+        super().__init__(max_cache_len=length)
+        self._most = most
+        self._buffers = buffers
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The largest batch's buffers, if they are not there, and the first rows of them."""
+        sides = (side[:1].expand(self._most, -1, -1, -1) for side in (key_states, value_states))
+        whole, rows = self._buffers, len(key_states)
+        if whole.keys is None or whole.values is None:
+            super().lazy_initialization(*sides)
+            whole.keys, whole.values = self.keys, self.values
+        else:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.num_heads = key_states.shape[1]
+            self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+            self.cumulative_length = self.cumulative_length.to(self.device)
+        self.batch_size = rows
+        self.keys, self.values = whole.keys[:rows], whole.values[:rows]
+        for tensor in (self.keys, self.values, self.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True

@@ -45,13 +45,12 @@ def estimate(
     max_batch: int,
     max_pixels: int,
     *,
-    caches: int = 1,
     further_tokens: int = 0,
 ) -> Need:
     """For a folder's config as transformers writes it (with text_config and vision_config).
 
     max_pixels bounds an image once the processor has resized it; value_bytes is 2 for bf16 and fp16,
-    4 for fp32. caches: of a full batch, kept at once, each with room for so many further tokens.
+    4 for fp32. further_tokens: for which a full batch's cache has room besides.
     """
     text, vision = config["text_config"], config["vision_config"]
     patches = math.ceil(max_pixels / vision["patch_size"] ** 2)
@@ -68,7 +67,7 @@ def estimate(
     shown = patches * pixels * (4 + value_bytes)  # as the processor makes them, and cast
     return Need(
         parameters * value_bytes,
-        caches * max_batch * (tokens + further_tokens) * keys * value_bytes,
+        max_batch * (tokens + further_tokens) * keys * value_bytes,
         int(_MARGIN * max_batch * (working + logits + shown)),
     )
 
