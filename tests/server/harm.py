@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -24,11 +23,10 @@ class Victim:
         self._repository = repository
         self._log = log
         self._server = BriefServer(repository, log_file=log, controlled=True)
-        self._starter = ThreadPoolExecutor(1)  # a server ends with the thread that started it
         self._start()
 
     def _start(self) -> None:
-        self._starter.submit(self._server.__enter__).result()
+        self._server.__enter__()
 
     @property
     def grpc_url(self) -> str:
@@ -69,7 +67,6 @@ class Victim:
 
     def close(self) -> None:
         self._end()
-        self._starter.shutdown()
 
     def _end(self) -> None:
         self.go_on()

@@ -12,9 +12,18 @@ class Proxy:
     """Passes bytes on to a port of this machine. certificates: a folder of them, to end TLS with.
 
     late_s: how much later the first bytes of each answer come, as from the other side of the world.
+    bytes_per_s: of a connection, towards the server; 0 for as many as there are.
     """
 
-    def __init__(self, target: int, *, certificates: Path | None = None, late_s: float = 0) -> None:
+    def __init__(
+        self,
+        target: int,
+        *,
+        certificates: Path | None = None,
+        late_s: float = 0,
+        bytes_per_s: int = 0,
+    ) -> None:
+        self.bytes_per_s = bytes_per_s
         self.target = target
         self.certificates = certificates
         self.late_s = late_s
@@ -53,17 +62,24 @@ class Proxy:
         self.tasks.add(task)
         there, back = await asyncio.open_connection("127.0.0.1", self.target)
         try:
-            await asyncio.gather(self.pump(reader, back), self.pump(there, writer, self.late_s))
+            await asyncio.gather(
+                self.pump(reader, back, bytes_per_s=self.bytes_per_s),
+                self.pump(there, writer, late_s=self.late_s),
+            )
         finally:
             back.close()
             writer.close()
 
     @staticmethod
     async def pump(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late_s: float = 0
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        late_s: float = 0,
+        bytes_per_s: int = 0,
     ) -> None:
         await asyncio.sleep(late_s)
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
+            await asyncio.sleep(len(data) / bytes_per_s if bytes_per_s else 0)
         writer.close()

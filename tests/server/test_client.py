@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -416,7 +417,9 @@ def certificate(folder: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_tls_and_authentication_headers(standin_repository: Path, tmp_path: Path) -> None:
+def test_tls_and_authentication_headers(
+    standin_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     certificate(tmp_path)
     guarded = [
         "--grpc-use-ssl=true",
@@ -428,6 +431,19 @@ def test_tls_and_authentication_headers(standin_repository: Path, tmp_path: Path
     tls = Tls(ca=tmp_path / "cert.pem")
     with BriefServer(standin_repository, load_models=OSEDIFF, extra_args=guarded) as server:
         port = server.grpc_url.rpartition(":")[2]
+        joined = tmp_path / "both.pem"
+        joined.write_text((tmp_path / "cert.pem").read_text() + (tmp_path / "key.pem").read_text())
+        open_ = {"triton-grpc-protocol-secret": "open"}
+        with Client(
+            f"localhost:{port}", tls=replace(tls, certificate=joined), headers=open_
+        ) as client:
+            check_access(client, True)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))  # the system's list
+        monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
+        with Client(f"localhost:{port}", tls=True, headers=open_) as client:
+            check_access(client, True)
+        with pytest.raises(InvalidInput, match=r"key\.pem has no certificate; expected both"):
+            Tls(key=tmp_path / "key.pem")
         for options, works in (
             ({"headers": {"triton-grpc-protocol-secret": "open"}}, True),
             ({"headers": {}}, False),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc
 
 from panotriton import AsyncClient, Client
 from panotriton.client import conversation
-from panotriton.client.transports import grpc
+from panotriton.client.transports import grpc, http
 from panotriton.errors import (
     ConnectError,
     InvalidInput,
@@ -71,7 +75,7 @@ def asking(kind: str, url: str) -> Iterator[Ask]:
     def done(answer: Any) -> Any:
         return loop.run_until_complete(answer) if inspect.isawaitable(answer) else answer
 
-    yield lambda **options: done(client.upscale(IMAGE, **options)).image.size
+    yield lambda image=IMAGE, **options: done(client.upscale(image, **options)).image.size
     done(client.close())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
@@ -115,6 +119,107 @@ def test_a_server_on_the_other_side_of_the_world_is_reached(
     port = standin.grpc_port if kind.startswith("grpc") else standin.http_port
     with Proxy(port, late_s=1.5) as far, asking(kind, f"127.0.0.1:{far}") as ask:
         assert ask() == (16, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slow_link_is_no_frozen_server(
+    standin: LocalServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """While 2.4 MB are on their way, for 2.4 s, it is asked whether it lives, and answers at once."""
+    monkeypatch.setattr(conversation, "WATCH_EVERY_S", 0.3)
+    monkeypatch.setattr(conversation, "SILENT_S", 0.6)
+    port = standin.grpc_port if kind.startswith("grpc") else standin.http_port
+    with Proxy(port, bytes_per_s=1_000_000) as slow, asking(kind, f"127.0.0.1:{slow}") as ask:
+        assert ask(image=np.zeros((800, 1000, 3), np.uint8), upscale=1) == (1000, 800)
+
+
+def test_clients_of_one_server_have_connections_of_their_own(standin: LocalServer) -> None:
+    """Behind a balancer they reach several servers; one's tensors do not hold up another's."""
+    process = psutil.Process()
+
+    def connections() -> int:
+        remote = (each.raddr for each in process.net_connections("tcp") if each.raddr)
+        return sum(each.port == standin.grpc_port for each in remote)
+
+    before = connections()
+    with Client(standin.grpc_url) as one, Client(standin.grpc_url) as other:
+        for client in (one, other):
+            assert client.upscale(IMAGE).image.size == (16, 16)
+        assert connections() - before == 2 * 2  # of each one for tensors, one for questions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_proxy_comes_between_processes_of_one_machine(
+    standin: LocalServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    port = standin.grpc_port if kind.startswith("grpc") else standin.http_port
+    with asking(kind, f"localhost:{port}") as ask:
+        assert ask() == (16, 16)
+
+
+FORKING = """
+import multiprocessing, os, sys, threading
+import numpy as np
+from panotriton import Client
+
+def ask(value):
+    pixels = np.full((1, 64, 64, 3), value, np.uint8)
+    for _ in range(20):
+        answer = client.infer("echo", {"IMAGES": pixels}, ["IMAGES_OUT"])["IMAGES_OUT"]
+        assert (answer == value).all(), answer
+
+client = Client(sys.argv[1], protocol=sys.argv[2], retries=0)
+ask(1)
+workers = [multiprocessing.get_context("fork").Process(target=ask, args=(n,)) for n in (2, 3, 4)]
+for worker in workers:
+    worker.start()
+ask(5)
+for worker in workers:
+    worker.join()
+assert [worker.exitcode for worker in workers] == [0, 0, 0]
+ask(6)
+before = len(os.listdir("/proc/self/fd"))
+for n in range(10):
+    thread = threading.Thread(target=ask, args=(n,))
+    thread.start()
+    thread.join()
+assert len(os.listdir("/proc/self/fd")) <= before
+client.close()
+"""
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_forks_and_threads_share_a_client_and_leave_nothing(
+    standin: LocalServer, protocol: str
+) -> None:
+    """As workers of a data loader, and of a web server with a thread a request."""
+    url = standin.grpc_url if protocol == "grpc" else standin.http_url
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, url, protocol],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_connections_that_are_silent_while_the_server_computes_are_kept(
+    standin: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    keep_alive = http.keep_alive
+    monkeypatch.setattr(http, "keep_alive", lambda sock: (keep_alive(sock), kept.append(sock)))
+    for kind in ("http", "http async"):
+        kept.clear()
+        with asking(kind, standin.http_url) as ask:
+            assert ask() == (16, 16)
+            for sock in kept:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+            assert kept
 
 
 def test_a_stream_of_a_frozen_server_ends(victim: Victim, impatient: None) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -105,6 +106,35 @@ def test_a_server_ends_with_the_process_that_started_it(repository: Path) -> Non
         parent.kill()
     psutil.wait_procs([server], timeout=60)
     assert not server.is_running()
+
+
+def test_a_server_outlasts_the_thread_that_started_it(repository: Path) -> None:
+    server = BriefServer(repository, load_models=["decode"])
+    starter = threading.Thread(target=server.__enter__)
+    starter.start()
+    starter.join()
+    time.sleep(0.5)
+    with Client(server.grpc_url) as client:
+        assert client.ready()
+    server.stop()
+
+
+def test_a_server_starts_past_a_proxy_and_again_where_old_files_were_removed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with BriefServer(repository, load_models=["decode"], start_timeout_s=60) as server:
+        (stub,) = Path(f"/proc/{server.pid}/cwd").resolve().glob("backends/python/*stub")
+        stub.unlink()
+        server.kill()
+        server.start()
+        assert server.control.healthy("ready")
+
+
+@pytest.mark.parametrize("host", ["::1", "no.such.host.invalid", "198.51.100.7"])
+def test_an_address_of_none_is_named(repository: Path, host: str) -> None:
+    with pytest.raises(ServerStartError, match=f"cannot listen on {host}: .* expected an IPv4"):
+        LocalServer(repository, host=host)
 
 
 CRASHES = """#!/bin/sh

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +57,14 @@ def test_a_folder_is_its_owners_until_it_is_closed(tmp_path: Path) -> None:
     scratch.close()
     scratch.close()
     assert not scratch.path.exists()
+
+
+def test_a_folder_is_locked_itself_for_cleaners(tmp_path: Path) -> None:
+    with Scratch("x-", tmp_path) as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
 
 
 def test_what_nobody_ever_held_is_left_alone(tmp_path: Path) -> None:

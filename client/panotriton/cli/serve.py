@@ -13,8 +13,9 @@ from typing import Any
 
 from panotriton.cli.places import check_file, check_ports
 from panotriton.errors import InvalidInput, ServerStartError
+from panotriton.pipeline.channel import is_local
 from panotriton.server.health import answer_probes
-from panotriton.server.launch import Installation, LocalServer, find_installation, is_local
+from panotriton.server.launch import Installation, LocalServer, find_installation
 from panotriton.server.repository import (
     ALL_EXPORTED,
     check_exported,

@@ -17,8 +17,8 @@ __all__ = ["Tls"]
 class Tls:
     """Paths of PEM files. ca: who may have signed the server's certificate (None: the system's list).
 
-    certificate and key are the client's own, for servers that ask for one. Raises InvalidInput for files that
-    cannot be read, or are none.
+    certificate and key are the client's own, for servers that ask for one; a certificate's file may hold its
+    key, too. Raises InvalidInput for files that cannot be read, or are none, and for a key alone.
     """
 
     ca: Path | str | None = None
@@ -30,6 +30,8 @@ class Tls:
         for name, path in given.items():
             if not os.access(path, os.R_OK):
                 raise InvalidInput(f"{name} {brief(path)} cannot be read; expected a PEM file")
+        if self.key is not None and self.certificate is None:
+            raise InvalidInput(f"key {brief(self.key)} has no certificate; expected both, or none")
         try:
             self.context()
         except OSError as error:  # ssl's too
@@ -57,10 +59,16 @@ class Tls:
         """As tritonclient's gRPC clients take them."""
         return {
             "ssl": True,
-            "root_certificates": _text(self.ca),
+            "root_certificates": _text(self.ca) or _system_roots(),
             "certificate_chain": _text(self.certificate),
-            "private_key": _text(self.key),
+            "private_key": _text(self.key or self.certificate),
         }
+
+
+def _system_roots() -> str | None:
+    """What OpenSSL goes by; None where that is a folder, or gRPC has been told another: gRPC's own."""
+    told = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH" in os.environ
+    return None if told else ssl.get_default_verify_paths().cafile
 
 
 def _text(path: Path | str | None) -> str | None:

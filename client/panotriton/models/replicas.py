@@ -20,13 +20,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from panotriton.errors import InferenceFailed, ServerBusy
 from panotriton.models.failures import Unavailable, failed
-from panotriton.pipeline.channel import DEATHS, GRPC_CHANNEL, NEVER_SENT, SILENT_S, WATCH_EVERY_S
+from panotriton.pipeline.channel import DEATHS, NEVER_SENT, SILENT_S, WATCH_EVERY_S, channel
 from panotriton.pipeline.placement import SETTING
 
 __all__ = ["Replicas"]
 
-# Pods beside this one: no proxy that the environment names may come between.
-_CHANNEL = [*GRPC_CHANNEL, ("grpc.enable_http_proxy", 0)]
 _LOOK_EVERY_S = 10.0  # for replicas that came or went
 _REST_S = 1.0  # of a replica that failed, doubled each time it does so again
 _MOST_REST_S = 30.0
@@ -128,7 +126,10 @@ class _Replica:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._client = InferenceServerClient(url, channel_args=_CHANNEL)
+        options = channel(url, direct=True)  # pods beside this one
+        self._client = InferenceServerClient(url, channel_args=options)
+        # For what must not wait behind tensors.
+        self._questions = InferenceServerClient(url, channel_args=options)
         self._out: set[asyncio.Task[Tensors]] = set()
         self._asked_s = 0.0
         self._failures = 0
@@ -183,7 +184,7 @@ class _Replica:
         """Wait; pings know only that the machine lives, a server that is stopped answers nobody."""
         while not (await asyncio.wait({answer}, timeout=WATCH_EVERY_S))[0]:
             try:
-                await self._client.is_server_live(client_timeout=SILENT_S)
+                await self._questions.is_server_live(client_timeout=SILENT_S)
             except InferenceServerException as error:
                 if not answer.done():
                     raise _Away(f"no sign of life for {SILENT_S:g} s", lost=True) from error
@@ -191,6 +192,7 @@ class _Replica:
     async def _close_idle(self) -> None:
         if self._left and not self._out - {asyncio.current_task()}:
             await self._client.close()
+            await self._questions.close()
 
 
 def _meaning(model: str, error: InferenceServerException) -> Exception:

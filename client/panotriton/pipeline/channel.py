@@ -9,11 +9,12 @@ import re
 
 __all__ = [
     "DEATHS",
-    "GRPC_CHANNEL",
     "NEVER_SENT",
     "SILENT_S",
     "WATCH_EVERY_S",
+    "channel",
     "in_trouble",
+    "is_local",
     "release",
 ]
 
@@ -37,7 +38,9 @@ _TROUBLE = re.compile(
 # everything. Only beside calls, and two without data in between: a server that is not told to
 # expect more closes the connection on whoever sends them. The rest is for whoever waits: to ask
 # whether it is live.
-GRPC_CHANNEL: list[tuple[str, int]] = [
+_CHANNEL: list[tuple[str, int]] = [
+    # Channels to one server would share a connection, its streams and its buffers.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # Where a server's error is longer than the usual 8 KB, gRPC says that it has no resources left.
@@ -53,6 +56,20 @@ GRPC_CHANNEL: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 2),
 ]
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine's processes reach that address."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def channel(url: str, *, direct: bool = False) -> list[tuple[str, int]]:
+    """Options of a gRPC channel to host:port.
+
+    direct: past any proxy that the environment names, as is every server of this machine.
+    """
+    is_direct = direct or is_local(url.rpartition(":")[0].strip("[]"))
+    return [*_CHANNEL, ("grpc.enable_http_proxy", 0)] if is_direct else _CHANNEL
 
 
 def release(version: str) -> tuple[int, int]:

@@ -44,6 +44,10 @@ class Scratch:
         ):  # a file system without locks, where none is found dead either
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(self.path / _LOCK)
+        # Cleaners of /tmp, such as systemd-tmpfiles, leave a folder alone that is locked itself.
+        self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def __enter__(self) -> Path:
         return self.path
@@ -60,6 +64,7 @@ class Scratch:
         """Remove it; safe to call twice."""
         if self.lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._folder)
             os.close(self.lock)
             self.lock = -1
 

@@ -20,18 +20,19 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from panotriton.errors import ServerStartError
+from panotriton.pipeline.channel import is_local
 from panotriton.pipeline.placement import SETTING
 from panotriton.pipeline.regions import FOLDER
 from panotriton.pipeline.scratch import PREFIX, Scratch
@@ -47,7 +48,6 @@ __all__ = [
     "die_with_parent",
     "environment",
     "find_installation",
-    "is_local",
     "libpython_folder",
     "python_version",
 ]
@@ -365,7 +365,7 @@ class LocalServer:
         installation = self.installation or find_installation()
         work = self._scratch()
         self._log = self._log or self._log_path().open("wb")
-        self._process = subprocess.Popen(
+        self._process = _started(
             self._command(installation, work.path),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -444,11 +444,7 @@ class LocalServer:
     def _ready(self) -> bool:
         # A server that serves on despite a broken model (not strict) is live but never ready.
         probe = "ready" if self._strict else "live"
-        try:
-            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/{probe}", timeout=2):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
+        return self.control.healthy(probe, timeout_s=2)
 
     def _start_failure(self, outcome: str) -> str:
         log = self.log_text()
@@ -484,6 +480,26 @@ def die_with_parent() -> list[str]:
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
+def _started(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start what `die_with_parent` would end with the thread that starts it: from one that stays as long."""
+    if threading.current_thread() is threading.main_thread():
+        return subprocess.Popen(command, **options)
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def start() -> None:
+        try:
+            process = subprocess.Popen(command, **options)
+        except Exception as error:  # raised where it is waited for
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # leaves its end to others
+
+    threading.Thread(target=start, name="tritonserver's starter", daemon=True).start()
+    return started.result()
+
+
 def _shell_word(repository: Path, work: Path) -> Path:
     """The repository, by a link in `work` where the path has spaces, quotes or letters beyond ASCII.
 
@@ -502,18 +518,19 @@ def _build_backends(installation: Installation, work: Path) -> Path:
     if installation.backends is None or installation.stub is None:
         raise ServerStartError(f"{installation.binary} brings its own backends")
     python = work / "backends" / "python"
-    if python.is_dir():
+    if (python / installation.stub.name).is_file():
         return work / "backends"  # started again
+    shutil.rmtree(work / "backends", ignore_errors=True)  # of which somebody removed old files
     python.mkdir(parents=True)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         shutil.copy2(installation.backends / "python" / name, python)
     with (python / "triton_python_backend_utils.py").open("a") as utils:
         utils.write("\n\n" + Path(__file__).with_name("stub_end.py").read_text())
-    shutil.copy2(installation.stub, python)
     onnxruntime = Path(__file__).parent / "backends" / "onnxruntime" / "model.py"
     for name in sorted({engine.backend for engine in ENGINES.values()}):
         (work / "backends" / name).mkdir()
         shutil.copy2(onnxruntime, work / "backends" / name)
+    shutil.copy2(installation.stub, python)  # the last: with it all are there
     return work / "backends"
 
 
@@ -533,11 +550,17 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_ports(host: str, count: int) -> list[int]:
-    """Different ones: each is held until all are found."""
+    """Different ones: each is held until all are found. Raises ServerStartError for an address of none."""
     with contextlib.ExitStack() as held:
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
-            probe.bind((host, 0))
+            try:
+                probe.bind((host, 0))
+            except OSError as error:
+                raise ServerStartError(
+                    f"cannot listen on {host}: {error.strerror}; expected an IPv4 address of this machine, "
+                    "as 127.0.0.1 or 0.0.0.0"
+                ) from error
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
@@ -551,11 +574,6 @@ def _check_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port}: {error.strerror}; stop what listens there or choose "
                 "other ports (--http-port, --grpc-port, --metrics-port)"
             ) from error
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine's processes reach that address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _reachable(host: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableSet
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -137,23 +138,42 @@ class Transport:
         self.url = url
         self.tls = tls if isinstance(tls, Tls) else Tls() if tls else None
         self.headers = {name.lower(): value for name, value in (headers or {}).items()}
-        self._connections: list[Any] = []
+        self._connections: MutableSet[Any] = set()
+        self._kept: dict[str, Any] = {}
+        self._keeping = threading.Lock()
 
     @property
     def connection(self) -> Any:
         """tritonclient's client, made when it is first used: it may belong to the running loop."""
-        return self._connections[0] if self._connections else self.connect()
+        return self._keep("tensors")
+
+    @property
+    def questions(self) -> Any:
+        """Another one, for what is answered at once.
+
+        Behind tensors on a slow link, or where as many requests are out as a proxy lets through at once, the
+        question whether the server lives would wait with what it asks about.
+        """
+        return self._keep("questions")
+
+    def _keep(self, purpose: str) -> Any:
+        with self._keeping:
+            if purpose not in self._kept:
+                self._kept[purpose] = self.connect()
+            return self._kept[purpose]
 
     def connect(self) -> Any:
         """One more connection, closed with the others."""
-        self._connections.append(self._connect())
-        return self._connections[-1]
+        connection = self._connect()
+        self._connections.add(connection)
+        return connection
 
     def _connect(self) -> Any:
         raise NotImplementedError
 
     async def close(self) -> None:
         """Close the connections; safe to call twice."""
+        self._kept.clear()
         while self._connections:
             await resolved(self._connections.pop().close())
 
@@ -182,7 +202,7 @@ class Transport:
     async def ask(self, question: str, *arguments: Any, within_s: float, **named: Any) -> Any:
         """One of tritonclient's small questions, which is answered at once, with JSON."""
         options = self.options(within_s) | named
-        return await resolved(getattr(self.connection, question)(*arguments, **options))
+        return await resolved(getattr(self.questions, question)(*arguments, **options))
 
     def begin(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
@@ -25,7 +24,7 @@ from panotriton.errors import (
     ServerBusy,
     ServerUnavailable,
 )
-from panotriton.pipeline.channel import GRPC_CHANNEL, NEVER_SENT, release
+from panotriton.pipeline.channel import NEVER_SENT, channel, release
 from panotriton.pipeline.events import Done, Event, event_from_tensors
 
 __all__ = ["Asynchronous", "Blocking"]
@@ -76,7 +75,7 @@ class _Grpc(Transport):
 
     def _connect(self) -> Any:
         tls = self.tls.grpc_options() if self.tls else {}
-        return self.library.InferenceServerClient(self.url, channel_args=GRPC_CHANNEL, **tls)
+        return self.library.InferenceServerClient(self.url, channel_args=channel(self.url), **tls)
 
     def options(self, timeout_s: float) -> dict[str, Any]:
         return super().options(timeout_s) | {"client_timeout": timeout_s}
@@ -166,15 +165,7 @@ class _Queued:
 
 
 class Blocking(_Grpc):
-    """One connection for all threads."""
-
-    def __init__(self, *address: Any) -> None:
-        super().__init__(*address)
-        self._shared = self.connect()
-
-    @property
-    def connection(self) -> Any:
-        return self._shared
+    """Connections for all threads."""
 
     def begin(
         self,
@@ -210,8 +201,7 @@ class Blocking(_Grpc):
             # next, for ever.
             requests.put(None)
             connection.close()
-            with contextlib.suppress(ValueError):  # the client was closed before its stream
-                self._connections.remove(connection)
+            self._connections.discard(connection)
 
 
 class Asynchronous(_Grpc):
