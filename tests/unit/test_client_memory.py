@@ -1,5 +1,6 @@
 """Shared memory without a server: what the pool lends, keeps and removes."""
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -14,10 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from panotriton.client import leftovers
+from panotriton.client import leftovers, shared_memory
 from panotriton.client.client import Client
 from panotriton.client.pixels import Images
-from panotriton.client.shared_memory import FOLDER, PREFIX, SharedMemory, Slot, SystemSlot
+from panotriton.client.shared_memory import (
+    FOLDER,
+    PREFIX,
+    AsyncSharedMemory,
+    SharedMemory,
+    Slot,
+    SystemSlot,
+)
 from panotriton.client.twins import run
 from panotriton.errors import SharedMemoryError
 
@@ -34,8 +42,10 @@ def pool(
     views: bool = False,
     wait_s: float = 0.2,
     register: Callable[..., None] = lambda slot: None,
+    let_go: Callable[..., bool] = lambda slot: False,
 ) -> SharedMemory:
-    return SharedMemory(SystemSlot, max_bytes, views, wait_s, register, lambda slot: None)
+    asks = (register, lambda slot: None, let_go)
+    return SharedMemory(SystemSlot, max_bytes, views, wait_s, *asks)
 
 
 def take(memory: SharedMemory, nbytes: int) -> Slot:
@@ -86,6 +96,47 @@ def test_a_slot_that_the_server_may_still_write_to_is_never_used_again() -> None
         assert own_files() == []  # its name goes at once
         assert take(memory, MIB) is not lost
         assert memory.allocated_bytes == 2 * MIB  # but it counts
+
+
+def test_its_room_comes_back_once_the_server_says_that_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_memory, "_RECLAIM_EVERY_S", 0.05)
+    asked: list[Slot] = []
+
+    def ends(slot: Slot) -> bool:
+        asked.append(slot)
+        return len(asked) > 2
+
+    with pool(2 * MIB, wait_s=5, let_go=ends) as memory:
+        lost = take(memory, 2 * MIB)
+        memory._done(lost, reusable=False)
+        slot = take(memory, MIB)
+        assert slot is not lost
+        assert asked == [lost] * 3
+        assert memory.allocated_bytes == MIB
+        memory._done(slot, reusable=True)
+
+
+def test_a_call_that_is_cancelled_while_it_makes_room_keeps_none() -> None:
+    async def main() -> None:
+        async def forever(slot: Slot) -> None:
+            await asyncio.sleep(60)
+
+        async def nothing(slot: Slot) -> None:
+            pass
+
+        memory = AsyncSharedMemory(
+            SystemSlot, 2 * MIB, False, 0.2, nothing, forever, lambda slot: False
+        )
+        memory._done(await memory._take(MIB), reusable=True)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(memory._take(2 * MIB), 0.1)
+        assert memory.allocated_bytes == 0
+        assert own_files() == []
+        await memory.close()
+
+    asyncio.run(main())
 
 
 def test_a_failed_registration_leaves_nothing() -> None:
@@ -154,7 +205,8 @@ LEAVING = """
 import os, sys, time
 from panotriton.client.shared_memory import SharedMemory, SystemSlot
 from panotriton.client.twins import run
-pool = SharedMemory(SystemSlot, 8 << 20, False, 0.1, lambda slot: None, lambda slot: None)
+nothing = lambda slot: None
+pool = SharedMemory(SystemSlot, 8 << 20, False, 0.1, nothing, nothing, nothing)
 slot = run(pool._take(1 << 20))
 print(slot.name, flush=True)
 {end}

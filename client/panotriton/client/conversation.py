@@ -29,7 +29,14 @@ from panotriton.errors import (
     SharedMemoryError,
     quoted,
 )
-from panotriton.pipeline.channel import DEATHS, SILENT_S, WATCH_EVERY_S, in_trouble
+from panotriton.pipeline.channel import (
+    DEATHS,
+    REFUSES_SINCE,
+    SILENT_S,
+    WATCH_EVERY_S,
+    in_trouble,
+    release,
+)
 from panotriton.pipeline.events import Event
 from panotriton.pipeline.files import WEIGHTS
 from panotriton.pipeline.networks import NETWORKS, PIPELINE
@@ -72,6 +79,7 @@ class Conversation:
         self._wants_timings = timings
         self._reached = False  # it answers, as far as we know
         self._known = False  # it has answered
+        self._refuses = False  # to let go of memory that it uses
 
     async def _health(self) -> Health:
         metadata = await self._ask("get_server_metadata")
@@ -151,7 +159,9 @@ class Conversation:
 
     async def _reach(self) -> None:
         if not self._reached:
-            self._transport.meet((await self._ask("get_server_metadata"))["version"])
+            version = (await self._ask("get_server_metadata"))["version"]
+            self._transport.meet(version)
+            self._refuses = release(version) >= REFUSES_SINCE
             self._reached = self._known = True
 
     async def _once(self, call: Call[T], via: Pool | None) -> T:
@@ -342,7 +352,8 @@ class Conversation:
         self, pool: type[P], max_bytes: int, kind: str, views: bool, wait_s: float, device: int
     ) -> P:
         make_slot = _slot_maker(kind, views, device)
-        return pool(make_slot, max_bytes, views, wait_s, self._register, self._unregister)
+        asks = (self._register, self._unregister, self._let_go)
+        return pool(make_slot, max_bytes, views, wait_s, *asks)
 
     async def _register(self, slot: Slot) -> None:
         await self._reach()
@@ -350,6 +361,16 @@ class Conversation:
 
     async def _unregister(self, slot: Slot) -> None:
         await self._memory(f"unregister_{slot.kind}_shared_memory", slot.name)
+
+    async def _let_go(self, slot: Slot) -> bool:
+        """Whether no request of the server uses the slot any more, which then is unregistered."""
+        if not self._refuses:
+            return False
+        try:
+            await self._unregister(slot)
+        except SharedMemoryError:
+            return False
+        return True
 
     async def _memory(self, question: str, *arguments: Any) -> None:
         try:

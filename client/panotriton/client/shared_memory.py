@@ -50,6 +50,7 @@ __all__ = [
 _ALIGNMENT = 64
 _MIB = 1 << 20
 _POLL_S = 0.002
+_RECLAIM_EVERY_S = 0.5
 _LATE_S = 5.0  # for requests that were given up: what is still out then stays registered
 
 
@@ -184,9 +185,12 @@ class Pool:
     """Slots up to `max_bytes`: which are idle, in a call, or kept back. Thread-safe.
 
     A slot whose request was given up is kept back until the server has answered all the same, and then
-    used again. Where the request was cancelled, nobody says when: the slot is never used again, nor
-    unregistered, since the server may still be writing to it. The server's supervision lets go of
-    it, or `panotriton doctor --fix` when its process is gone.
+    used again. Where the request was cancelled, nobody says when: the server may still be writing to it.
+    Once its room is wanted, and on close, the server is asked, from release 2.50 on, which refuses to let go
+    of what it uses. What is left its supervision lets go of, or `panotriton doctor --fix` when its process is
+    gone.
+
+    register, unregister: of a slot, at the server. let_go: whether it has ended what used a slot.
     """
 
     def __init__(
@@ -197,6 +201,7 @@ class Pool:
         wait_s: float,
         register: Callable[[Slot], Any],
         unregister: Callable[[Slot], Any],
+        let_go: Callable[[Slot], Any],
     ) -> None:
         if max_bytes < _MIB:
             raise SharedMemoryError(f"max_bytes is {max_bytes}; expected at least {_MIB}, 1 MiB")
@@ -206,6 +211,8 @@ class Pool:
         self._wait_s = wait_s
         self._register = register
         self._unregister = unregister
+        self._let_go = let_go
+        self._reclaims_s = 0.0
         self._pid = os.getpid()  # a forked child must not remove its parent's regions
         self._changed = threading.Condition()
         self._idle: list[Slot] = []
@@ -237,6 +244,8 @@ class Pool:
         began = time.monotonic()
         while self._in_flight(time.monotonic() - began):
             await resolved(self._pause())
+        self._reclaims_s = 0.0
+        await self._reclaim()
         for slot in self._shut():
             await self._remove(slot)
 
@@ -260,12 +269,31 @@ class Pool:
         while (grant := self._try(nbytes)) is None:
             if time.monotonic() > deadline:
                 raise self._full()
+            await self._reclaim()
             await resolved(self._pause())
-        for slot in grant.evicted:
-            await self._remove(slot)
+        try:
+            for slot in grant.evicted:
+                await self._remove(slot)
+        except BaseException:  # cancelled: what has left the pool is nobody's any more
+            for slot in grant.evicted:
+                slot.close()
+            self._forget(grant.slot)
+            raise
         if grant.is_new:
             await self._prepare(grant.slot)
         return grant.slot
+
+    async def _reclaim(self) -> None:
+        """Take back the room of requests that nobody waits for, once the server has ended them."""
+        if time.monotonic() < self._reclaims_s:
+            return
+        self._reclaims_s = time.monotonic() + _RECLAIM_EVERY_S
+        for slot in list(self._lost):
+            if await resolved(self._let_go(slot)):
+                with self._changed:
+                    self._lost.discard(slot)
+                    self._late.discard(slot)
+                slot.close()
 
     async def _prepare(self, slot: Slot) -> None:
         try:

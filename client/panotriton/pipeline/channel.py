@@ -10,6 +10,7 @@ import re
 __all__ = [
     "DEATHS",
     "NEVER_SENT",
+    "REFUSES_SINCE",
     "SILENT_S",
     "WATCH_EVERY_S",
     "channel",
@@ -24,6 +25,8 @@ SILENT_S = 20.0
 """How long it may take to say so, before the request is given up."""
 DEATHS = 2
 """A request with which so many servers went may be why."""
+REFUSES_SINCE = (2, 50)
+"""An older server ends when it is asked to let go of memory that a request still uses; this one refuses."""
 NEVER_SENT = "failed to connect"
 """gRPC's own words for it."""
 

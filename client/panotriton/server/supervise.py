@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Protocol
 
 from panotriton.errors import ServerStartError
+from panotriton.pipeline.channel import REFUSES_SINCE
 from panotriton.pipeline.regions import FOLDER
 from panotriton.server.control import ControlError, ModelControl
 from panotriton.server.leftovers import abandoned
@@ -42,8 +43,6 @@ _LOAD_FAILS_S = 3.0
 _STUCK_S = 12.0  # in a drain; longer than one execution takes, short of a caller's patience
 _MOST_BACK_OFF_S = 16.0
 _SWEEP_EVERY_S = 10.0
-# An older one ends when it is asked to let go of what a request still uses; this one refuses.
-_REFUSES_SINCE = (2, 50)
 # The server calls a request answered once it has handed the answer to its connection.
 _FLUSH_S = 1.0
 
@@ -407,7 +406,7 @@ class Sweep:
 
     @cached_property
     def _refuses(self) -> bool:
-        return self._control.release() >= _REFUSES_SINCE
+        return self._control.release() >= REFUSES_SINCE
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(ControlError):  # in use: next time
