@@ -17,6 +17,7 @@ from panotriton.errors import ServerStartError
 __all__ = ["serve"]
 
 _BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than the proxies, which else send a request on what is being closed
 
 
 class _Server(uvicorn.Server):
@@ -53,13 +54,21 @@ def serve(
 
 
 def _config(app: FastAPI, grace_s: int) -> uvicorn.Config:
-    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace_s)
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=grace_s,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
 
 
 def _listen(host: str, port: int, option: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        # What it accepts has it, too: callers that vanished without a word are not kept for ever.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ServerStartError(

@@ -1,4 +1,4 @@
-"""How large a request's body may be, how large all of them together, and how long one may take to come."""
+"""How large a request's body may be, and how large all of them together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from panotriton.web.bodies import paced
 from panotriton.web.gateway.failures import failure
 
 __all__ = ["BodyBudget", "BodyLimit"]
 
-_SILENT_S = 60.0
+_SMALL_BYTES = 256 << 10  # paths, which no tensor on its way to another service may hold up
 
 
 class BodyBudget:
@@ -43,7 +44,7 @@ class BodyBudget:
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a body over the limit of its path, and 408 to one that stops.
+    """ASGI middleware that answers 413 to a body over the limit of its path, 408 to one that does not come.
 
     A length that is declared is refused before anything is read, one that is not while it is read.
     """
@@ -65,26 +66,17 @@ class BodyLimit:
             return
         chunked = "transfer-encoding" in headers
         expected = int(declared) if declared.isdecimal() else limit if chunked else 0
-        async with self._budget.reserve(expected):
-            await self._app(scope, _counting(receive, limit), send)
+        async with self._budget.reserve(expected if expected > _SMALL_BYTES else 0):
+            await self._app(scope, _counting(paced(receive), limit), send)
 
 
 def _counting(receive: Receive, limit: int) -> Receive:
     received = 0
-    more = True
 
     async def counted() -> Message:
-        nonlocal received, more
-        if not more:  # what comes now is the caller's leaving, whenever that is
-            return await receive()
-        try:
-            message = await asyncio.wait_for(receive(), _SILENT_S)
-        except asyncio.TimeoutError:
-            raise HTTPException(
-                408, f"the body stopped for {_SILENT_S:g} s; send it again"
-            ) from None
+        nonlocal received
+        message = await receive()
         received += len(message.get("body", b""))
-        more = message.get("more_body", False)
         if received > limit:
             raise HTTPException(413, _too_large(f"more than {limit}", limit))
         return message

@@ -20,6 +20,7 @@ from panotriton.groups.report.page import SLIDER
 from panotriton.pipeline.camera import interval_bounds
 from panotriton.pipeline.contract import DEFAULTS, INTERVALS, MAX_INTERPOLATIONS
 from panotriton.pipeline.images import SUFFIXES
+from panotriton.web.bodies import Paced
 from panotriton.web.live.runs import Runs
 from panotriton.web.live.settings import Settings
 
@@ -42,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="panotriton live", lifespan=lifespan, docs_url=None, redoc_url=None)
     _answer_failures(app)
+    app.add_middleware(Paced)
     if hosts := _hosts(settings.host):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     page = _page(settings)
