@@ -410,6 +410,15 @@ def test_cancelling_a_task_stops_its_work_within_tiles(
     asyncio.run(main())
 
 
+def test_an_answer_beyond_grpc_is_refused_before_any_work(standin: LocalServer) -> None:
+    """A group of 1024 px where all intervals are kept."""
+    with Client(standin.grpc_url) as client:
+        before = client.statistics("decode")["decode"].requests
+        with pytest.raises(InvalidInput, match=r"have 2\.2 GB, and grpc passes on 2\.1: pass prot"):
+            client.process(noise(64, 128), noise(64, 128), crop_size=1024)
+        assert client.statistics("decode")["decode"].requests == before
+
+
 def certificate(folder: Path) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]

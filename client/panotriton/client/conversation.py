@@ -199,6 +199,8 @@ class Conversation:
         places: Any = None,
         late: list[Pending] | None = None,
     ) -> dict[str, Any]:
+        if slot is None:
+            self._check_answer(call)
         inputs = wire.encode(self._transport.library, call.inputs, slot, places)
         outputs = wire.requested(self._transport.library, call.outputs, slot, places)
         timeout_s = self._timeout_s or call.timeout_s
@@ -213,6 +215,16 @@ class Conversation:
             settled = await self._settled(call.model, found)
             raise naming_file(settled, call.files) from error
         return wire.decode(result, call.outputs, slot, places)
+
+    def _check_answer(self, call: Call[Any]) -> None:
+        """Before any work: what is too large for the protocol would be found out when all is computed."""
+        nbytes, most = sum(call.outputs.values()), self._transport.most_bytes
+        if most is not None and nbytes > most:
+            raise InvalidInput(
+                f"the answer of {call.model} may have {nbytes / 1e9:.1f} GB, and {self.protocol} passes on "
+                f"{most / 1e9:.1f}: pass protocol='http' (--protocol http), or via=client.shared_memory(…), or "
+                "ask for less: crop_size, upscale, interpolations"
+            )
 
     async def _watched(
         self, pending: Pending, deadline: float, drop: Callable[[Pending, BaseException], None]

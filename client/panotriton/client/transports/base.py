@@ -129,6 +129,7 @@ class Transport:
     )
     # Status codes → our errors; any other is InferenceFailed.
     errors: ClassVar[Mapping[str, type[PanotritonError]]]
+    most_bytes: ClassVar[int | None] = None  # that an answer can have
     # The status of a full queue and of a server that is gone: only asking whether it lives tells.
     unavailable: ClassVar[str]
 

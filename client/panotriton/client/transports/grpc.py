@@ -54,6 +54,7 @@ class _Grpc(Transport):
         "StatusCode.CANCELLED": ServerUnavailable,  # not by us: whoever cancels waits for no answer
     }
     unavailable = "StatusCode.UNAVAILABLE"
+    most_bytes = (1 << 31) - 1  # protobuf's
 
     def __init__(self, *address: Any) -> None:
         super().__init__(*address)
