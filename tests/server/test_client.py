@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import inspect
 import signal
 import socket
@@ -417,6 +418,25 @@ def test_an_answer_beyond_grpc_is_refused_before_any_work(standin: LocalServer) 
         with pytest.raises(InvalidInput, match=r"have 2\.2 GB, and grpc passes on 2\.1: pass prot"):
             client.process(noise(64, 128), noise(64, 128), crop_size=1024)
         assert client.statistics("decode")["decode"].requests == before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the loop that was left without closing
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_an_awaited_client_outlasts_its_event_loop(standin: LocalServer, protocol: str) -> None:
+    url = standin.grpc_url if protocol == "grpc" else standin.http_url
+    client = AsyncClient(url, protocol=protocol)
+    for _ in range(2):
+        assert asyncio.run(client.upscale(noise(8, 8))).image.size == (16, 16)
+
+    async def main() -> None:
+        assert await client.ready()
+        with pytest.raises(InvalidInput, match="in another event loop, which is still open"):
+            await asyncio.to_thread(lambda: asyncio.run(client.ready()))
+        await client.close()
+
+    asyncio.run(main())
+    gc.collect()
 
 
 def certificate(folder: Path) -> None:

@@ -36,7 +36,7 @@ class AsyncClient(Conversation):
 
     Any number of calls may be in flight. Cancelling a task cancels its request over gRPC to a
     server that bears it, from 2.57 (25.04) on; else only the wait ends. It belongs to the event loop in
-    which it is first used.
+    which it is first used, until that is closed.
     """
 
     _asynchronous = True

@@ -222,8 +222,8 @@ class Conversation:
         if most is not None and nbytes > most:
             raise InvalidInput(
                 f"the answer of {call.model} may have {nbytes / 1e9:.1f} GB, and {self.protocol} passes on "
-                f"{most / 1e9:.1f}: pass protocol='http' (--protocol http), or via=client.shared_memory(…), or "
-                "ask for less: crop_size, upscale, interpolations"
+                f"{most / 1e9:.1f}: pass protocol='http' (--protocol http), or via=client.shared_memory(…), "
+                "or ask for less: crop_size, upscale, interpolations"
             )
 
     async def _watched(

@@ -30,6 +30,7 @@ from panotriton.pipeline.events import Event
 __all__ = [
     "CONNECT_TIMEOUT_S",
     "Awaited",
+    "OfOneLoop",
     "Pending",
     "Transport",
     "Watch",
@@ -159,9 +160,13 @@ class Transport:
 
     def _keep(self, purpose: str) -> Any:
         with self._keeping:
+            self._settle()
             if purpose not in self._kept:
                 self._kept[purpose] = self.connect()
             return self._kept[purpose]
+
+    def _settle(self) -> None:
+        """Let go of connections that cannot be used where this is called."""
 
     def connect(self) -> Any:
         """One more connection, closed with the others."""
@@ -281,3 +286,23 @@ class Transport:
         if isinstance(error, InferenceServerException):
             return error.status(), error.message()
         return None, str(error)
+
+
+class OfOneLoop(Transport):
+    """Whose connections belong to the event loop in which they are first used, until that is closed."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def _settle(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop is not loop:
+            if not self._loop.is_closed():
+                raise InvalidInput(
+                    "this AsyncClient is used in another event loop, which is still open: make one for each"
+                )
+            self._kept.clear()
+            self._connections.clear()
+        self._loop = loop
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

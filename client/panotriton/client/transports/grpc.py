@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import threading
 import time
@@ -13,7 +12,14 @@ import tritonclient.grpc
 import tritonclient.grpc.aio
 from grpc import RpcError  # type: ignore[import-untyped]
 
-from panotriton.client.transports.base import Awaited, Pending, Transport, Watch, Witness
+from panotriton.client.transports.base import (
+    Awaited,
+    OfOneLoop,
+    Pending,
+    Transport,
+    Watch,
+    Witness,
+)
 from panotriton.client.twins import resolved
 from panotriton.errors import (
     ConnectError,
@@ -205,13 +211,10 @@ class Blocking(_Grpc):
             self._connections.discard(connection)
 
 
-class Asynchronous(_Grpc):
-    """One connection for the loop in which it is first used."""
+class Asynchronous(OfOneLoop, _Grpc):
+    """Connections of one event loop."""
 
     library = tritonclient.grpc.aio
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
     def begin(
         self,

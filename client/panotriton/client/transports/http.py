@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import socket
@@ -19,7 +18,13 @@ from aiohttp import ClientConnectorError, ClientError
 from gevent.hub import set_hub
 from geventhttpclient.response import HTTPParseError
 
-from panotriton.client.transports.base import CONNECT_TIMEOUT_S, Awaited, Pending, Transport
+from panotriton.client.transports.base import (
+    CONNECT_TIMEOUT_S,
+    Awaited,
+    OfOneLoop,
+    Pending,
+    Transport,
+)
 from panotriton.client.twins import resolved
 from panotriton.errors import (
     InvalidInput,
@@ -206,11 +211,8 @@ class Blocking(_Http):
             self._local.own = None
 
 
-class Asynchronous(_Http):
-    """One session for the loop in which it is first used."""
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+class Asynchronous(OfOneLoop, _Http):
+    """Sessions of one event loop."""
 
     def _connect(self) -> Any:
         tls = {"ssl": True, "ssl_context": self.tls.context()} if self.tls else {}
