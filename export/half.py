@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from panotriton_export.graph import Component, ParityResult, compare
+from panotriton_export.graph import WEIGHTS, Component, ParityResult, compare
 
 __all__ = ["InHalf", "compare_in_half"]
 
@@ -39,11 +39,13 @@ _COMPUTED_IN_FP32 = frozenset(
 _SLACK = 5  # of the limits, which are for fp16 weights alone
 
 
-def compare_in_half(component: Component) -> list[ParityResult]:
-    """Compare a component of fp16 weights, before its operators are fused, with what it must give.
+def compare_in_half(component: Component, precision: str) -> list[ParityResult]:
+    """Compare a component, before its operators are fused, with what it must give, if its weights are halves.
 
     Raises ExportError where that is too far off, or not finite.
     """
+    if WEIGHTS[precision] != torch.float16:
+        return []
     results = compare(component, InHalf(component), _SLACK)
     return [replace(each, component=f"{each.component} fp16") for each in results]
 

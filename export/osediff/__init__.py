@@ -148,7 +148,7 @@ def write_network(
     for precision in network.precisions:
         component = network.build(precision)
         try:
-            compared = compare_in_half(component) if precision == "fp16" else []
+            compared = compare_in_half(component, precision)
             fuse(component.module, network.engine.operators)
             compared += export_component(component, repository, network.engine, precision)
         except ExportError as error:

@@ -53,7 +53,7 @@ def export_tagger(
     """
     engine = find_engine(provider, precision)
     component = tagger_component(source.ram.load(), precision)
-    results = compare_in_half(component) if precision == "fp16" else []
+    results = compare_in_half(component, precision)
     results += export_component(component, repository, engine, precision)
     copy_model(NAME, repository)
     fit_config(repository / NAME)

@@ -906,7 +906,14 @@ BAD_TENSORS = [
     ),
     (
         npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -1, 3)}"),
-        ["0 bytes; expected 3"],
+        ["(-1, -1, 3); expected sides of 1 or more"],
+    ),
+    (
+        {
+            "json": {"tensor": "", "dtype": "uint8", "layout": "CHW"}
+            | {"shape": [0, 1 << 31, 1 << 31, 1 << 31]}
+        },
+        ["(0, 2147483648, 2147483648, 2147483648); expected sides of 1 or more"],
     ),
     (npy(b"__import__('os').abort()"), [".npy header"]),
     (npy(b"(" * 900), [".npy header"]),

@@ -256,7 +256,7 @@ def test_halves_are_pytorchs() -> None:
         errors = [relative_difference(each, expected) for each in (ours, theirs.numpy())]
         assert 2e-4 < min(errors) < max(errors) < 1e-2  # fp16 has 11 bits
         assert relative_difference(ours, theirs.numpy()) < 2 * max(errors)
-    assert len(compare_in_half(component)) == 2 * 2 + 5
+    assert len(compare_in_half(component, "fp16")) == 2 * 2 + 5
 
 
 @torch.no_grad()

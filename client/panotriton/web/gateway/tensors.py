@@ -236,8 +236,10 @@ def _validated(options: type[O], query: Mapping[str, Any]) -> O:
 
 def _array(data: bytes | memoryview, dtype: str, shape: list[int]) -> NDArray[Any]:
     kind = _DTYPES[dtype]
+    if min(shape, default=0) < 1:  # beside 0, NumPy takes no side that is very large
+        raise InvalidInput(f"tensor has shape {tuple(shape)}; expected sides of 1 or more")
     expected = math.prod(shape) * kind.itemsize
-    if min(shape, default=0) < 0 or len(data) != expected:
+    if len(data) != expected:
         raise InvalidInput(
             f"tensor has {len(data)} bytes; expected {expected} for {dtype} {tuple(shape)}"
         )
