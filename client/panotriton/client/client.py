@@ -38,7 +38,7 @@ class Client(Conversation):
 
     url is "host:port" without a scheme; protocol is "grpc" (port 8001 by custom) or "http" (8000).
     Nothing is sent before the first call. Threads may share a client; over HTTP each has a
-    connection of its own. Use it in a `with` block.
+    connection of its own. So may processes that are forked. Use it in a `with` block.
 
     timeout_s bounds each request; the server is told. By default it follows the work: 300 s, 20 s for
     each megapixel that super-resolution makes and 0.2 s for each token that Qwen may write, which is
