@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from panotriton.cli import main
+from panotriton.cli.connection import warn_of_absence
 from panotriton.errors import brief
 from panotriton.server.launch import LocalServer
 
@@ -253,3 +254,12 @@ def test_a_run_records_such_a_panorama_and_goes_on(
     assert len(json.loads((out / "results.json").read_text())) == 3
     assert "\\udce9" in (out / "dataset.json").read_text(encoding="utf-8")
     assert "\\udce9" in capsys.readouterr().out.encode(errors="backslashreplace").decode()
+
+
+def test_what_starts_without_a_server_says_so(standin: LocalServer, capsys: Capture) -> None:
+    warn_of_absence(standin.grpc_url)
+    assert not capsys.readouterr().err
+    warn_of_absence("127.0.0.1:1")
+    assert capsys.readouterr().err.startswith(
+        "panotriton: warning: no server is ready at 127.0.0.1:1;"
+    )

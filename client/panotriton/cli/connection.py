@@ -136,6 +136,15 @@ def connected(options: argparse.Namespace, console: Console) -> Iterator[Client]
         yield client
 
 
+def warn_of_absence(url: str) -> None:
+    """Say so where no server is ready at that gRPC address, for what starts without one."""
+    with Client(url, timeout_s=1, retries=0) as client:
+        if not client.ready():
+            warn(
+                f"no server is ready at {url}; start one with `panotriton serve`, or name another by --url"
+            )
+
+
 def exit_code(error: PanotritonError) -> int:
     """What a command ends with for that error; the codes are in `panotriton --help`."""
     if isinstance(error, InvalidInput):

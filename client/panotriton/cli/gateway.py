@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from panotriton.cli.connection import add_option
+from panotriton.cli.connection import add_option, warn_of_absence
 from panotriton.cli.places import check_ports
 from panotriton.errors import PanotritonError
 from panotriton.pipeline.contract import MAX_UPSCALE
@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
     )
     ports = {name: getattr(options, f"{name}_port") for name in options.service or _PORTS}
     _log_progress()
+    warn_of_absence(options.url)
     with create_apps(settings) as apps:
         serve({name: apps[name] for name in ports}, options.host, ports, _started)
     print("stopped")

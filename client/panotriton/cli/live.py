@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from panotriton.cli.connection import add_option, address, command, console_for
+from panotriton.cli.connection import (
+    add_option,
+    address,
+    command,
+    console_for,
+    warn_of_absence,
+)
 from panotriton.cli.places import check_ports
 from panotriton.cli.serve import add_repository_argument
 from panotriton.errors import PanotritonError
@@ -62,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
             max_upload_bytes=options.max_upload_mb * _MB,
             max_visitors=options.visitors,
         )
+        warn_of_absence(url)
         serve(create_app(settings), options.host, options.port, _started)
     print("stopped")
     return 0
