@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -106,10 +107,13 @@ def _write_adapters(path: Path, unet: Any, vae: Any, rank: int) -> None:
     add_adapters(unet, rank, of_unet)
     add_adapters(vae, rank, {"default_encoder": of_vae})
     with torch.no_grad():
-        for network in (unet, vae):
-            for name, parameter in network.named_parameters():
-                if "lora_B" in name:  # zero before training: no test would see it merged
-                    parameter.normal_(std=0.05)
+        for layer in (*unet.modules(), *vae.modules()):
+            if isinstance(layer, BaseTunerLayer):
+                # Zero before training: no test would see it merged. Merged, W gains about half of itself; of
+                # the size of W whatever its width, since values that only grow are none that halves hold.
+                std = 0.5 * float(layer.get_base_layer().weight.std())
+                for factor in layer.lora_B.values():
+                    factor.weight.normal_(std=std)
         unet.conv_in.base_layer.weight.add_(0.01)  # trained too
     save_checkpoint(path, unet, vae)
 
