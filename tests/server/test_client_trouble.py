@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import pickle
 import socket
 import subprocess
 import sys
@@ -204,6 +205,18 @@ def test_forks_and_threads_share_a_client_and_leave_nothing(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_client_can_be_sent_to_another_process(standin: LocalServer) -> None:
+    with Client(standin.http_url, protocol="http", timeout_s=50, headers={"X": "y"}) as client:
+        assert client.upscale(IMAGE).image.size == (16, 16)
+        with pickle.loads(pickle.dumps(client)) as other:
+            assert vars(other).keys() == vars(client).keys()
+            assert other._transport.headers == {"x": "y"}
+            assert (other.protocol, other._timeout_s) == ("http", 50)
+            assert other.upscale(IMAGE).image.size == (16, 16)
+    awaited = pickle.loads(pickle.dumps(AsyncClient(standin.grpc_url)))
+    assert asyncio.run(awaited.upscale(IMAGE)).image.size == (16, 16)
 
 
 def test_connections_that_are_silent_while_the_server_computes_are_kept(

@@ -81,6 +81,18 @@ class Conversation:
         self._known = False  # it has answered
         self._refuses = False  # to let go of memory that it uses
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that are spawned, and workers of a cluster: one like it, not yet connected."""
+        options: dict[str, Any] = {
+            "protocol": self.protocol,
+            "timeout_s": self._timeout_s,
+            "retries": self._retries,
+            "timings": self._wants_timings,
+            "tls": self._transport.tls or False,
+            "headers": self._transport.headers,
+        }
+        return partial(type(self), self.url, **options), ()
+
     async def _health(self) -> Health:
         metadata = await self._ask("get_server_metadata")
         live, ready = await self._is("is_server_live"), await self._is("is_server_ready")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableSet
@@ -143,6 +144,8 @@ class Transport:
         self._connections: MutableSet[Any] = set()
         self._kept: dict[str, Any] = {}
         self._keeping = threading.Lock()
+        self._process = os.getpid()
+        self._inherited: list[Any] = []
 
     @property
     def connection(self) -> Any:
@@ -159,11 +162,24 @@ class Transport:
         return self._keep("questions")
 
     def _keep(self, purpose: str) -> Any:
+        if self._process != os.getpid():
+            self._after_fork()
         with self._keeping:
             self._settle()
             if purpose not in self._kept:
                 self._kept[purpose] = self.connect()
             return self._kept[purpose]
+
+    def _after_fork(self) -> None:
+        """Leave the parent's connections alone: what both processes read or send there, neither gets whole.
+
+        Nor are they closed here, which gRPC does not bear.
+        """
+        self._inherited += self._connections
+        self._connections = set()
+        self._kept = {}
+        self._keeping = threading.Lock()  # a thread of the parent's may have held the other
+        self._process = os.getpid()
 
     def _settle(self) -> None:
         """Let go of connections that cannot be used where this is called."""

@@ -67,6 +67,10 @@ class _Grpc(Transport):
         self.may_cancel = False
         self._left: set[Pending] = set()
 
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._left = set()  # which the parent waits for
+
     def meet(self, version: str) -> None:
         self.may_cancel = release(version) >= _CANCELS_SINCE
 
