@@ -176,7 +176,7 @@ class Transport:
         Nor are they closed here, which gRPC does not bear.
         """
         self._inherited += self._connections
-        self._connections = set()
+        self._connections = type(self._connections)()
         self._kept = {}
         self._keeping = threading.Lock()  # a thread of the parent's may have held the other
         self._process = os.getpid()
@@ -195,6 +195,8 @@ class Transport:
 
     async def close(self) -> None:
         """Close the connections; safe to call twice."""
+        if self._process != os.getpid():
+            self._after_fork()
         self._kept.clear()
         while self._connections:
             await resolved(self._connections.pop().close())
@@ -308,6 +310,10 @@ class OfOneLoop(Transport):
     """Whose connections belong to the event loop in which they are first used, until that is closed."""
 
     _loop: asyncio.AbstractEventLoop | None = None
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._loop = None
 
     def _settle(self) -> None:
         loop = asyncio.get_running_loop()
