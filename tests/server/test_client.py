@@ -412,11 +412,13 @@ def test_cancelling_a_task_stops_its_work_within_tiles(
 
 
 def test_an_answer_beyond_grpc_is_refused_before_any_work(standin: LocalServer) -> None:
-    """A group of 1024 px where all intervals are kept."""
+    """A group of 1024 px where all intervals are kept, with what it is made from."""
     with Client(standin.grpc_url) as client:
         before = client.statistics("decode")["decode"].requests
-        with pytest.raises(InvalidInput, match=r"have 2\.2 GB, and grpc passes on 2\.1: pass prot"):
-            client.process(noise(64, 128), noise(64, 128), crop_size=1024)
+        with pytest.raises(InvalidInput, match=r"have 2\.5 GB, and grpc passes on 2\.1: pass prot"):
+            client.process(
+                *[noise(64, 128)] * 2, crop_size=1024, interpolations=8, intermediates=True
+            )
         assert client.statistics("decode")["decode"].requests == before
 
 

@@ -225,6 +225,7 @@ INTERPOLATE = {"SPHERES": SPHERES, "CAMERAS": CAMERAS, "KEPT": np.array([1], np.
 DECODE = {"ENCODED": np.array([cv2.imencode(".jpg", noise(64, 64, 3))[1].tobytes()], np.object_)}
 GOOD = {
     "decode": (DECODE, ("IMAGE",)),
+    "options": ({"CROP_SIZE": np.array([512], np.int32)}, ("CROP_SIZE",)),
     "preprocess": (PREPROCESS, ("PAIRS",)),
     "osediff": (IMAGES, ("IMAGES_SR",)),
     "qwen_scorer": (IMAGES, ("SCORE",)),
@@ -282,6 +283,16 @@ BAD = [
     ("osediff", {"ALIGN": text("ä" * 20_000)}, ["ALIGN is 'ää", "…; expected one of adain"]),
     ("qwen_scorer", {"MODE": text("x" * 20_000)}, ["MODE is 'xx", "…; expected one of generate"]),
     ("osediff", {"PROMPT": np.array([b"\xff"], np.object_)}, ["PROMPT is not UTF-8"]),
+    (
+        "osediff",
+        {"PROMPT": text("x" * 4097)},
+        ["PROMPT has 4097 characters; expected at most 4096"],
+    ),
+    (
+        "options",
+        {"NUM_INTERPOLATIONS": np.array([33], np.int32)},
+        ["528 in-between views of 1024×1024 px", "at most 537 megapixels", "(stream)"],
+    ),
     ("osediff", {"IMAGES": noise(1, 8, 70_000, 3)}, ["IMAGES", "send smaller"]),
     ("qwen_scorer", {"IMAGES": noise(1, 64, 64, 4)}, ["IMAGES", "[-1,-1,-1,3]"]),
     ("qwen_scorer", {"IMAGES": noise(1, 8, 64, 3)}, ["IMAGES is 64×8 px", "at least 28 px"]),

@@ -204,6 +204,13 @@ def test_the_poles_have_no_spokes(pitch: int) -> None:
     assert psnr(turned.astype(float), other[middle]) > 38
 
 
+@pytest.mark.parametrize("shape", [(64, 33_000), (33_000, 64)])
+def test_a_panorama_that_opencv_cannot_sample_whole_is_shrunk(shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), (200, 100, 50), np.uint8)
+    view = Sphere(image, 64, 0).crop(VIEWS[next(iter(VIEWS))])
+    assert np.abs(view.astype(np.int16) - image[0, 0]).max() <= 1
+
+
 @pytest.mark.parametrize("shape", [(100, 100), (65, 301), (200, 64)])
 @pytest.mark.parametrize("sphere_size", [0, 300])
 def test_spheres_of_any_shape_keep_the_colours(shape: tuple[int, int], sphere_size: int) -> None:

@@ -113,6 +113,11 @@ def test_bad_arguments_are_named() -> None:
         interpolate_cameras(cameras, np.array([1], np.int32), -1)
     with pytest.raises(InvalidInput, match=r"KEPT is \[9\]"):
         interpolate_cameras(cameras, np.array([9], np.int32), 1)
+    with pytest.raises(InvalidInput, match="expected up to 8 interval ids from 1 to 8"):
+        interpolate_cameras(cameras, np.ones(3000, np.int32), 1)
+    many = interpolate_cameras(cameras, np.arange(1, 9, dtype=np.int32), 255)
+    with pytest.raises(InvalidInput, match="4080 views of 2048 px .* at most 537 megapixels"):
+        crop_between(make_spheres(PANORAMAS, Options(crop_size=2048)), many)
     with pytest.raises(InvalidInput, match="CROP_SIZE is 32; expected 64 to 2048"):
         make_pairs(PANORAMAS, cameras, crop_size=32)
     cameras[1, 2, 0, 3] = NAN

@@ -88,6 +88,13 @@ def test_no_score_is_ever_made_up(reply: str) -> None:
     assert math.isnan(parse_reply(reply).final_score)
 
 
+def test_a_line_without_a_colon_takes_no_score_back() -> None:
+    quality = parse_reply(
+        "Subject Richness: 0.8\nSubject matter varies.\nFinal Score: 0.7\nFinal score\n"
+    )
+    assert (quality.richness, quality.final_score) == (0.8, 0.7)
+
+
 def test_a_truncated_reply_keeps_what_it_has() -> None:
     quality = parse_reply(GOOD[: GOOD.index("Content")])
     assert quality.clarity == 0.6
@@ -103,6 +110,10 @@ def test_a_truncated_reply_keeps_what_it_has() -> None:
         (GOOD + "\nReason: a\nFinal Score: 0.1\n", GOOD + "\n"),
         ("**final score:** 0.5\nmore", "**final score:** 0.5\n"),
         ("The Final Score is near\n", None),
+        (
+            "Final Score is the mean.\nFinal Score: 0.8\n",
+            "Final Score is the mean.\nFinal Score: 0.8\n",
+        ),
         ("", None),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from panotriton.errors import InferenceFailed
 from panotriton.models import qwen_windows
 from panotriton.models.qwen import QwenVL
 from panotriton.models.qwen_cache import LENGTHS, StaticCaches, compile_each_shape
@@ -274,12 +276,8 @@ def test_windows_of_one_length_are_one_call(
     assert max(calls) > len(images)
 
 
-def test_an_instance_works_on_its_own_gpu_with_its_share_of_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two, as the server starts them for `gpus: [ 0, 1 ]`: what they are told."""
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr("panotriton.models.qwen.QwenVL", lambda folder, **rest: told.append(rest))
+def model_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The repository's qwen/1/model.py, without a server."""
     stub = ModuleType("triton_python_backend_utils")
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     monkeypatch.delitem(sys.modules, "panotriton.models.requests", raising=False)
@@ -290,6 +288,33 @@ def test_an_instance_works_on_its_own_gpu_with_its_share_of_that(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules.pop("panotriton.models.requests")  # it holds the stub
+    return module
+
+
+def test_a_request_that_fails_takes_none_of_its_batch_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Engine:
+        async def answer(self, shown: list[str], *question: str) -> list[tuple[str, str]]:
+            if "bad" in shown:
+                raise InferenceFailed("prompt too long")
+            return [(image, *question) for image in shown]
+
+    model = model_module(monkeypatch).TritonPythonModel()
+    model._engine = Engine()
+    first, bad, last = asyncio.run(model._answers([["a", "b"], ["c", "bad"], ["d"]], ["why"]))
+    assert first == [("a", "why"), ("b", "why")]
+    assert isinstance(bad, InferenceFailed)
+    assert last == [("d", "why")]
+
+
+def test_an_instance_works_on_its_own_gpu_with_its_share_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, as the server starts them for `gpus: [ 0, 1 ]`: what they are told."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("panotriton.models.qwen.QwenVL", lambda folder, **rest: told.append(rest))
+    module = model_module(monkeypatch)
     settings = {"engine": "torch", "weights": "w", "dtype": "auto", "max_pixels": None}
     settings |= {"vision_grid": None, "decode": "static"}
     (tmp_path / "1").mkdir()

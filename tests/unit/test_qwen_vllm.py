@@ -171,6 +171,13 @@ def test_a_number_is_the_expectation_over_the_digits_alone() -> None:
     assert value == pytest.approx(0.25 + 0.75 * (0.75 + 0.045))
 
 
+def test_tokens_that_are_written_alike_are_added() -> None:
+    alike = json.loads(logprobs(n0=0.25, n1=0.5, x=0.25))
+    alike[0]["2"]["decoded_token"] = "0"  # the third
+    _, value = answer("number", [json.dumps(alike).encode(), logprobs(n0=1.0)], "")
+    assert value == pytest.approx(0.5 + 0.5 * 0.045)
+
+
 def test_a_level_counts_by_its_first_token() -> None:
     _, value = answer("levels", [logprobs(_ex=0.3, _good=0.3, _=0.4)], "")
     assert value == pytest.approx((1.0 + 0.75) / 2)

@@ -52,7 +52,7 @@ from panotriton.pipeline.results import (
     quality,
     warning,
 )
-from panotriton.pipeline.sizes import network_size
+from panotriton.pipeline.sizes import check_group, network_size
 
 __all__ = [
     "Call",
@@ -209,7 +209,7 @@ def process(
     cuda: bool = False,
 ) -> Call[Group]:
     """The whole pipeline; every argument is checked before anything is sent."""
-    tensors = options.check().tensors() | _camera_tensors(seed, cameras)
+    tensors = check_group(options.check()).tensors() | _camera_tensors(seed, cameras)
     model, images = _panoramas(panorama_1, panorama_2, cuda)
     pairs, views = 2 * INTERVALS, 2 * INTERVALS * options.interpolations
     crop_bytes = 3 * options.crop_size**2

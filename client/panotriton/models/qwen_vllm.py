@@ -115,7 +115,11 @@ def _likeliest(reply: bytes) -> dict[str, float]:
     positions = json.loads(reply)
     if not positions:
         raise InferenceFailed("vLLM sent no logprobs: the engine's max_logprobs must be 20 or more")
-    return {e["decoded_token"] or "": math.exp(e["logprob"]) for e in positions[0].values()}
+    found: dict[str, float] = {}
+    for each in positions[0].values():  # several tokens may be written alike
+        token = each["decoded_token"] or ""
+        found[token] = found.get(token, 0.0) + math.exp(each["logprob"])
+    return found
 
 
 def _shares(found: Mapping[str, float], candidates: Sequence[str]) -> list[float]:

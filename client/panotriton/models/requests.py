@@ -45,6 +45,7 @@ __all__ = [
     "respond_async",
     "string",
     "strings",
+    "text",
 ]
 
 _MESSAGE = 1000  # characters
@@ -130,10 +131,13 @@ def number(request: Any, name: str, default: float) -> Any:
 def string(request: Any, name: str, default: str) -> str:
     """The one value of an optional [1] string tensor, as UTF-8."""
     values = optional(request, name)
-    if values is None:
-        return default
+    return default if values is None else text(name, values.item())
+
+
+def text(name: str, value: bytes) -> str:
+    """A string of a request; raises InvalidInput where it is no UTF-8."""
     try:
-        return str(values.item().decode())
+        return value.decode()
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{name} is not UTF-8: {error}") from error
 

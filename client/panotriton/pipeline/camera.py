@@ -151,13 +151,16 @@ def crop(
     return Sphere(panorama, size, sphere_size).crop(camera)
 
 
+_MOST_PX = 32_000  # a side: OpenCV's remap takes fewer than 32,767, of which a few are its margins
+
+
 class Sphere:
     """A panorama made ready for any number of size × size crops.
 
     sphere_size: None, or `size`: the panorama is resized to size × size (INTER_AREA) and sampled
     bilinearly, as the contract has it. Any other: it is resized to sphere_size × sphere_size, or with 0 is
-    taken as it is, and sampled without aliasing by the local scale of each view, the seam and the poles as
-    any other place (`mipmap`). That takes some milliseconds a megapixel, once.
+    taken as it is, up to 32,000 px a side, and sampled without aliasing by the local scale of each view, the
+    seam and the poles as any other place (`mipmap`). That takes some milliseconds a megapixel, once.
     """
 
     def __init__(
@@ -170,6 +173,11 @@ class Sphere:
         side = size if sphere_size is None else sphere_size
         if side and panorama.shape[:2] != (side, side):
             panorama = cv2.resize(panorama, (side, side), interpolation=cv2.INTER_AREA)
+        elif max(panorama.shape) > _MOST_PX:
+            shrink = _MOST_PX / max(panorama.shape)
+            panorama = cv2.resize(
+                panorama, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA
+            )
         self.image: Image = panorama
         self.size = size
         self._mipmap = None if side == size else Mipmap(panorama, _largest_footprint(size))

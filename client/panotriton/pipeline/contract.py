@@ -58,6 +58,8 @@ MAX_SPHERE_SIZE = 8192
 """Largest side that a panorama is resized to before crops are cut from it, in px; the least is a crop's."""
 MAX_INTERPOLATIONS = 255
 MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 4096
+"""Of which the text encoder reads the first 77 tokens."""
 
 MAX_PIXELS = 16384 * 8192
 """The largest panorama or batch of images accepted, in pixels."""
@@ -140,6 +142,11 @@ class Options:
             raise InvalidInput(
                 f"{name} is {brief(self.sphere_size)}; expected {CROP_SIZES[0]} to {MAX_SPHERE_SIZE} px, "
                 "or 0 for the panorama's own resolution"
+            )
+        if len(self.prompt) > MAX_PROMPT_CHARACTERS:
+            name = (names or {}).get("prompt", "prompt")
+            raise InvalidInput(
+                f"{name} has {len(self.prompt)} characters; expected at most {MAX_PROMPT_CHARACTERS}"
             )
         if self.align not in ALIGNMENTS:
             name = (names or {}).get("align", "align")

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from panotriton.errors import InvalidInput, quoted
 from panotriton.pipeline.camera import CAMERA_FIELDS, Camera, Sphere, lerp_arrays
 from panotriton.pipeline.checks import check_panorama
-from panotriton.pipeline.contract import CROP_SIZES, DEFAULTS, INTERVALS, TENSORS, Options
+from panotriton.pipeline.contract import (
+    CROP_SIZES,
+    DEFAULTS,
+    INTERVALS,
+    MAX_SR_PIXELS,
+    TENSORS,
+    Options,
+)
 
 __all__ = [
     "check_cameras",
@@ -89,9 +96,10 @@ def interpolate_cameras(
 ) -> F64:
     """The in-between cameras, (K, 2, N, 5): kept interval, panorama, weight i/(N+1) for i = 1…N."""
     Options(interpolations=interpolations).check(TENSORS)
-    if len(kept) and not (kept.min() >= 1 and kept.max() <= INTERVALS):
+    if len(kept) > INTERVALS or not {*kept.tolist()} <= {*range(1, INTERVALS + 1)}:
         raise InvalidInput(
-            f"KEPT is {quoted(kept.tolist())}; expected interval ids from 1 to {INTERVALS}"
+            f"KEPT is {quoted(kept[: INTERVALS + 1].tolist())}; expected up to {INTERVALS} interval ids from "
+            f"1 to {INTERVALS}"
         )
     ends = cameras[:, kept - 1].transpose(1, 0, 2, 3)[:, :, :, None]  # (K, 2, left|right, 1, 5)
     w = (np.arange(1, interpolations + 1) / (interpolations + 1))[:, None]  # (N, 1)
@@ -114,6 +122,11 @@ def crop_between(spheres: Sequence[Sphere], between: F64) -> U8:
     """Views (K·2·N, S, S, 3) of two spheres from cameras (K, 2, N, 5), see `interpolate_cameras`."""
     kept, _, count, _ = between.shape
     size = spheres[0].size
+    if kept * 2 * count * size * size > MAX_SR_PIXELS:
+        raise InvalidInput(
+            f"{kept * 2 * count} views of {size} px were asked for; expected at most "
+            f"{MAX_SR_PIXELS / 1e6:.0f} megapixels: lower NUM_INTERPOLATIONS or CROP_SIZE"
+        )
     views = np.empty((kept, 2, count, size, size, 3), np.uint8)
     for p, sphere in enumerate(spheres):
         flat = [view for interval in views[:, p] for view in interval]

@@ -92,27 +92,34 @@ def parse_reply(reply: str) -> Quality:
 
     The value follows the first colon (ASCII or full-width); brackets and a trailing `Reason…` are
     stripped. Anything that is then not one number from 0 to 1 is no score: a range, a fraction, a
-    percentage or a word never becomes one. Where a line comes twice, the last one counts.
+    percentage or a word never becomes one. A line without a colon says nothing. Where one comes twice,
+    the last one counts.
     """
     scores: dict[str, float] = {}
     for line in reply.splitlines():
         text = line.strip().lstrip("*#-• ").casefold()
         for start, name in _LINES.items():
-            if text.startswith(start):
+            if text.startswith(start) and _has_value(text):
                 scores[name] = _value(text)
     return Quality(**scores)
 
 
 def through_line(text: str, start: str) -> str | None:
-    """`text` up to the end of its first whole line that starts with `start`, in any case; None where
-    there is none yet: the last line may still be being written."""
+    """`text` up to the end of its first whole line that starts with `start`, in any case, and has a value.
+
+    None where there is none yet: the last line may still be being written.
+    """
     end = 0
     for line in text.splitlines(keepends=True):
         end += len(line)
         begun = line.strip(" *#-").casefold().startswith(start.casefold())
-        if begun and line.endswith("\n"):
+        if begun and _has_value(line) and line.endswith("\n"):
             return text[:end]
     return None
+
+
+def _has_value(line: str) -> bool:
+    return ":" in line or "：" in line
 
 
 def _value(line: str) -> float:

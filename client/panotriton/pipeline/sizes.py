@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from panotriton.errors import InvalidInput, quoted
-from panotriton.pipeline.contract import DEFAULTS
+from panotriton.pipeline.contract import DEFAULTS, INTERVALS, MAX_SR_PIXELS, Options
 
-__all__ = ["PIPELINE_SIZES", "ImageSize", "enlarged_size", "network_size"]
+__all__ = ["PIPELINE_SIZES", "ImageSize", "check_group", "enlarged_size", "network_size"]
 
 _PROCESS_SIZE = 512
 _MULTIPLE_PX = 8
@@ -54,3 +54,24 @@ def network_size(
     sides = (upscale * side for side in enlarged_size(height, width, upscale, process_size))
     tall, wide = (side - side % _MULTIPLE_PX for side in sides)
     return tall, wide
+
+
+def check_group(options: Options) -> Options:
+    """Itself; raises InvalidInput for what super-resolution would refuse once all is scored and described.
+
+    Each option may be in range and their product not: pairs and views are a request each, and every interval
+    may be kept.
+    """
+    size, views = options.crop_size, 2 * INTERVALS * options.interpolations
+    for count, what, width in (
+        (2 * INTERVALS, "pairs", 2 * size),
+        (views, "in-between views", size),
+    ):
+        tall, wide = network_size(size, width, options.upscale)
+        if count * tall * wide > MAX_SR_PIXELS:
+            raise InvalidInput(
+                f"a group may have {count} {what} of {wide}×{tall} px, super-resolved; expected at most "
+                f"{MAX_SR_PIXELS / 1e6:.0f} megapixels: lower crop_size, upscale or interpolations, or ask "
+                "for the images one by one (stream)"
+            )
+    return options

@@ -23,12 +23,18 @@ from panotriton.models.requests import (
     request_to,
     required,
     strings,
+    text,
 )
 from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import MAX_NEW_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
 from panotriton.pipeline.files import settings_file
 from panotriton.pipeline.quality import MODES
 
+# Of Qwen-VL's vocabularies: a prompt of theirs would end its own turn, or stand for an image.
+_SPECIAL = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"),
+)
 _QUESTION = ("SYSTEM_PROMPT", "READING", "STOP_AFTER", "MAX_NEW_TOKENS")
 
 
@@ -48,18 +54,27 @@ class TritonPythonModel:
                 together[request[1], None if self._across_requests else index].append(index)
         outcomes = await asyncio.gather(
             *(
-                self._engine.answer([image for i in indices for image in asked[i][0]], *question)
+                self._answers([asked[i][0] for i in indices], question)
                 for (question, _), indices in together.items()
-            ),
-            return_exceptions=True,
+            )
         )
         results = list(asked)
-        for indices, outcome in zip(together.values(), outcomes, strict=True):
-            failed = isinstance(outcome, BaseException)
-            left = iter(() if failed else outcome)
-            for index in indices:
-                results[index] = outcome if failed else [next(left) for _ in asked[index][0]]
+        for indices, found in zip(together.values(), outcomes, strict=True):
+            for index, outcome in zip(indices, found, strict=True):
+                results[index] = outcome
         return answers([_tensors(result) for result in results])
+
+    async def _answers(self, requests, question):
+        """For each request (text, value) per image, or why there is none: that may be one request's fault."""
+        try:
+            found = iter(
+                await self._engine.answer([i for images in requests for i in images], *question)
+            )
+            return [[next(found) for _ in images] for images in requests]
+        except Exception as error:  # whatever an engine raises, also for want of memory
+            if len(requests) == 1:
+                return [error]
+        return [(await self._answers([images], question))[0] for images in requests]
 
 
 class _Torch:
@@ -148,18 +163,18 @@ def _read(request):
                 f"{name} differs between the images of one request; send one per request"
             )
     prompt, reading, stop_after, limit = (value for (value,) in question)
-    if reading.decode() not in MODES.values():
+    prompt, stop_after = text("SYSTEM_PROMPT", prompt), text("STOP_AFTER", stop_after)
+    if special := next((each for each in _SPECIAL if each in prompt), None):
+        raise InvalidInput(
+            f"SYSTEM_PROMPT holds {special}, a token of the chat itself; leave it out"
+        )
+    if reading not in {each.encode() for each in MODES.values()}:
         raise InvalidInput(
             f"READING is {quoted(reading)}; expected one of {', '.join(MODES.values())}"
         )
     if not 1 <= limit <= MAX_NEW_TOKENS:
         raise InvalidInput(f"MAX_NEW_TOKENS is {limit}; expected 1 to {MAX_NEW_TOKENS}")
-    return list(images), (
-        prompt.decode(),
-        reading.decode(),
-        stop_after.decode(),
-        int(limit),
-    )
+    return list(images), (prompt, reading.decode(), stop_after, int(limit))
 
 
 def _tensors(result):

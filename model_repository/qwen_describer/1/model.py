@@ -3,7 +3,7 @@ lost its qwen does, since that is nothing about the images."""
 
 from pathlib import Path
 
-from panotriton.errors import InferenceFailed
+from panotriton.errors import InferenceFailed, ServerBusy
 from panotriton.models.requests import ask_qwen, required, respond_async, strings
 from panotriton.pipeline.checks import check_images
 from panotriton.pipeline.contract import DESCRIPTION_TOKENS, MAX_QWEN_ASPECT, MIN_QWEN_SIDE_PX
@@ -24,7 +24,7 @@ class TritonPythonModel:
         try:
             replies, _ = await ask_qwen(images, self._prompt, max_new_tokens=DESCRIPTION_TOKENS)
             texts, error = [reply.strip() for reply in replies], ""
-        except InferenceFailed as failure:
+        except (InferenceFailed, ServerBusy) as failure:
             texts, error = [""] * len(images), str(failure)
         errors = [error] * len(texts)
         return {"DESCRIPTION": strings(texts), "DESCRIPTION_ERROR": strings(errors)}
