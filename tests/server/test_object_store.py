@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ import duckdb
 import fsspec
 import pytest
 import webdataset
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 
-from panotriton.errors import InvalidInput
+from panotriton.errors import InvalidInput, StoreError
 from panotriton.groups.store import open_store
 from panotriton.pipeline.scratch import PREFIX, dead_folders
 from tests.replica import Replica
@@ -169,6 +171,63 @@ def test_of_two_who_create_one_succeeds(store: Any) -> None:
     assert where.create("a/b.json", b"1")
     assert not where.create("a/b.json", b"2")
     assert where.read("a/b.json") == b"1"
+
+
+def test_names_are_no_patterns(store: Any) -> None:
+    store.create_bucket(Bucket=BUCKET)
+    places = [open_store(f"s3://{BUCKET}/run{which}") for which in ("1", "2", "[12]")]
+    for place in places:
+        for name in ("group_0007/a.json", "group_0007/b/c.json", "group_0008.json"):
+            place.write(name, b"{}")
+    places[2].remove("group_0007")
+    places[2].remove("group_0008.json")
+    places[2].remove("group_0009")
+    assert [sorted(place.list("")) for place in places] == [
+        ["group_0007", "group_0008.json"]
+    ] * 2 + [[]]
+
+
+@pytest.mark.parametrize(
+    ("code", "created"),
+    [("PreconditionFailed", False), ("AccessDenied", None), ("ConditionalRequestConflict", True)],
+)
+def test_only_what_is_there_is_there(
+    store: Any, monkeypatch: pytest.MonkeyPatch, code: str, created: bool | None
+) -> None:
+    """An account's number may hold a 412; where two put at once, one is asked to put again."""
+    store.create_bucket(Bucket=BUCKET)
+    where = open_store(f"s3://{BUCKET}/once")
+    put, answers = where._files.pipe_file, [code]
+    words = f"arn:aws:iam::204412345678:user/me ({code})"
+
+    def answering(*given: Any, **named: Any) -> None:
+        if answers and (created or answers[0] is code):
+            answers.pop() if created else None
+            raise OSError(words) from ClientError({"Error": {"Code": code}}, "PutObject")
+        put(*given, **named)
+
+    monkeypatch.setattr(where._files, "pipe_file", answering)
+    if created is None:
+        with pytest.raises(StoreError, match="204412345678"):
+            where.create("a.json", b"1")
+    else:
+        assert where.create("a.json", b"1") is created
+
+
+def test_an_interrupted_upload_leaves_what_was_there(store: Any) -> None:
+    store.create_bucket(Bucket=BUCKET)
+    where = open_store(f"s3://{BUCKET}/once")
+    where.write("results.json", b"old")
+
+    class Ends(io.BytesIO):
+        def read(self, size: int = -1) -> bytes:
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().read(1000)
+
+    with pytest.raises(KeyboardInterrupt):
+        where._upload("results.json", Ends(bytes(5000)))
+    assert where.read("results.json") == b"old"
 
 
 def test_a_url_with_credentials_is_refused_without_repeating_them() -> None:

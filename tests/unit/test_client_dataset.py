@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from panotriton.errors import ConnectError, InvalidInput
+from panotriton.errors import ConnectError, InvalidInput, StoreError
+from panotriton.groups import maker
 from panotriton.groups.dataset import Dataset
 from panotriton.groups.maker import Panoramas
 from panotriton.groups.plan import find_panoramas, group_seed, pair_order
@@ -46,6 +47,7 @@ def test_panoramas_are_found_in_a_fixed_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     names = [Path(path).name for path in find_panoramas([tmp_path])]
     assert names == ["a.png", "b.JPG", "c.webp"]
+    assert find_panoramas([tmp_path, tmp_path]) == find_panoramas([tmp_path])
     with pytest.raises(InvalidInput, match="is not a folder"):
         find_panoramas([tmp_path / "a.png"])
     shutil.rmtree(tmp_path)
@@ -69,6 +71,50 @@ def test_bad_runs_are_refused(tmp_path: Path, arguments: dict[str, Any], says: s
     paths = sorted(PANORAMAS.glob("*.jpg"))
     with pytest.raises(InvalidInput, match=says):
         Dataset(paths, tmp_path, 1, **arguments)
+
+
+def test_a_seed_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="seed is -1; expected 0 or more"):
+        Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path / "out", -1, sample_n=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_that_no_run_has_made_are_left_alone(tmp_path: Path) -> None:
+    group = tmp_path / "group_0001" / "group_info.json"
+    group.parent.mkdir()
+    group.write_text("{}")
+    dataset = Dataset(sorted(PANORAMAS.glob("*.jpg")), tmp_path, 1, sample_n=1)
+    with pytest.raises(InvalidInput, match="holds group_0001, which no run of a data set has made"):
+        asyncio.run(dataset.run(None))  # no engine is asked
+    assert group.read_text() == "{}"
+
+
+def test_a_share_that_is_away_is_no_panoramas_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maker, "_AWAY_WAITS_S", (0.0, 0.0))
+    share = tmp_path / "share"
+    share.mkdir()
+    for name in ("a.png", "b.png"):
+        (share / name).write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    panoramas = Panoramas()
+    assert panoramas.path(str(share / "a.png"), digest) == share / "a.png"
+    (share / "a.png").unlink()
+    with pytest.raises(InvalidInput, match="cannot read .*a.png: No such file"):
+        panoramas.path(str(share / "a.png"), digest)
+    share.rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="a.png: No such file .* nor anything beside it"):
+            panoramas.path(str(share / "a.png"), digest)
+        share.mkdir(exist_ok=True)  # as where a share is mounted, and is not
+    panoramas.close()
+
+
+def test_a_record_that_a_power_loss_has_emptied_is_named(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(StoreError, match="summary.json is no JSON .*: remove it, and run the same"):
+        open_store(tmp_path).read_json("summary.json")
 
 
 def test_an_option_that_no_group_could_have_is_refused_at_once(tmp_path: Path) -> None:

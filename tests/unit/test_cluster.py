@@ -63,7 +63,7 @@ def worker(
     servers = Servers(["127.0.0.1:1"])
     directory = pool.Directory(servers, {})
     plan = Plan([], [], 0, {}, {}, str(tmp_path), "folder", {}, False)
-    worker = pool.Worker(plan, servers, Handle(directory), 1.0)
+    worker = pool.Worker(plan, servers, Handle(directory), 1.0, str(Path.cwd()))
     maker = worker._maker = Slow(tmp_path / "group")
     yield worker, directory, maker
     worker._loop.call_soon_threadsafe(worker._loop.stop)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import pickle
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -136,7 +137,10 @@ class ClusterEngine:
             )  # so that every worker takes the next when it can
             .map(
                 Worker,
-                fn_constructor_args=(plan, self.servers, self._directory, self.patience_s),
+                fn_constructor_args=(
+                    *(plan, self.servers, self._directory, self.patience_s),
+                    os.getcwd(),  # noqa: PTH109 as a word
+                ),
                 compute=pool,
                 num_cpus=cpus,
             )

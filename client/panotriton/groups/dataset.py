@@ -39,7 +39,7 @@ from panotriton.groups.records import BLOCK, MAX_ATTEMPTS, Memory, Records
 from panotriton.groups.report import write_index, write_report
 from panotriton.groups.sinks import open_sink
 from panotriton.groups.store import FolderStore, json_bytes, json_line
-from panotriton.pipeline.contract import INTERVALS, Options
+from panotriton.pipeline.contract import INTERVALS, Options, check_seed
 
 __all__ = ["RETRY", "Dataset", "Engine", "Rows", "Summary"]
 
@@ -123,6 +123,7 @@ class Dataset:
                 f"retry_failed is {quoted(self.retry_failed)}; expected {', '.join(RETRY)}"
             )
         Options(**self.options).check()
+        check_seed("seed", self.seed)
         self._sink = open_sink(str(self.output), self.layout, pages=self.pages)
         self._store = self._sink.store
         self._records = Records(self._store)
@@ -145,6 +146,12 @@ class Dataset:
             if known:
                 plan = replace(plan, weights=known.get("weights") or {})
                 self._check(known, plan)
+            elif other := next(
+                (n for n in self._store.list("") if layout.group_number(Path(n))), None
+            ):
+                raise InvalidInput(
+                    f"{self.output} holds {other}, which no run of a data set has made: name another output"
+                )
             self._recall()
             if not (known and self._ended()):
                 made_of = plan.weights if known else None

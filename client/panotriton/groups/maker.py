@@ -24,6 +24,7 @@ from panotriton.errors import (
     RequestTimeout,
     ServerBusy,
     ServerUnavailable,
+    StoreError,
     brief,
 )
 from panotriton.groups.balance import BUSY, DONE, LOST, SLOW, UNUSED
@@ -42,6 +43,7 @@ INPUT, SERVER = "input", "server"
 """Whose trouble it was that a pair gave no group."""
 
 _CACHE_BYTES = 2 << 30  # of panoramas that came from an object store
+_AWAY_WAITS_S = (1.0, 2.0, 4.0)  # for a share that is away
 _BUSY_WAIT_S, _LONGEST_BUSY_WAIT_S = 0.5, 30.0
 _LOADING_WAIT_S, _LOADING_TRIES = 0.5, 60
 
@@ -118,16 +120,12 @@ class Maker:
         pair = self._plan.pair(index)
         if known := await asyncio.to_thread(self._sink.find, pair):
             return await to_the_end(self._recorded, pair, known, 0.0)
-        try:
-            bases = _bases(pair)
-            paths = [
-                await asyncio.to_thread(self._panoramas.path, name, digest)
-                for name, digest in zip(pair.panoramas, pair.digests, strict=True)
-            ]
-        except InvalidInput as error:
-            return await to_the_end(self._failed, pair, str(error), INPUT, attempts)
         tried = _Tried(self._patience_s)
         while True:
+            try:  # each time: copies may have made room for others meanwhile
+                bases, paths = _bases(pair), await self._paths(pair)
+            except InvalidInput as error:
+                return await to_the_end(self._failed, pair, str(error), INPUT, attempts)
             ticket = random.getrandbits(62) if attempts else None
             lease = await self._board.acquire(ticket)
             try:
@@ -145,6 +143,12 @@ class Maker:
                 continue
             about = self._about(lease.address, pair)
             return await to_the_end(self._keep, pair, group, bases, about, seconds)
+
+    async def _paths(self, pair: Pair) -> list[Path]:
+        return [
+            await asyncio.to_thread(self._panoramas.path, name, digest)
+            for name, digest in zip(pair.panoramas, pair.digests, strict=True)
+        ]
 
     def _keep(
         self, pair: Pair, group: Group, bases: tuple[str, str], about: Record, seconds: float
@@ -323,7 +327,7 @@ class Panoramas:
             if panorama in self._copies:
                 self._copies.move_to_end(panorama)
                 return self._copies[panorama][0]
-        data = read_panorama(panorama)
+        data = _read_again(panorama) if digest else read_panorama(panorama)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InvalidInput(
                 f"{brief(panorama)} has changed since the run began: put it back, or begin another run"
@@ -346,6 +350,31 @@ class Panoramas:
             _, (old, _) = self._copies.popitem(last=False)
             old.unlink(missing_ok=True)
         return path
+
+
+def _read_again(panorama: str) -> bytes:
+    """One that could be read as the run began. Raises StoreError where not it, but where it lies, is away."""
+    for wait_s in (*_AWAY_WAITS_S, None):
+        try:
+            return read_panorama(panorama)
+        except InvalidInput as error:
+            if is_url(panorama) or _is_there(Path(panorama).parent):
+                raise
+            if wait_s is None:
+                raise StoreError(
+                    f"{error}, nor anything beside it, which could be read as the run began: see to it that "
+                    "the panoramas are there, and run the same command again"
+                ) from error
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether the folder can be read and holds anything: a share that is not mounted leaves an empty one."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _bases(pair: Pair) -> tuple[str, str]:

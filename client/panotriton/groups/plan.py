@@ -135,6 +135,7 @@ def find_panoramas(folders: Sequence[str | Path]) -> list[str]:
     found: list[str] = []
     for folder in folders:
         found += _in_store(str(folder)) if is_url(folder) else _in_folder(Path(folder))
+    found = list(dict.fromkeys(found))  # of a folder that is given twice
     if len(found) < 2:
         raise InvalidInput(
             f"{', '.join(map(brief, folders))}: {len(found)} panoramas found; expected two or more "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pickle
 import threading
 import uuid
@@ -97,9 +98,18 @@ class Directory:
 
 
 class Worker:
-    """An actor of the pool. Its calls run in threads, their work in one event loop."""
+    """An actor of the pool. Its calls run in threads, their work in one event loop.
 
-    def __init__(self, plan: Plan, servers: Servers, directory: Any, patience_s: float) -> None:
+    folder: the run's, which relative paths are from; an actor begins in the folder of its cluster.
+    """
+
+    def __init__(
+        self, plan: Plan, servers: Servers, directory: Any, patience_s: float, folder: str
+    ) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # a machine without it, which relative paths do not reach
+            os.chdir(folder)
         actor = import_ray().get_runtime_context().get_actor_id()
         self._board = _Board(directory, plan.weights, actor)
         self._loop = asyncio.new_event_loop()
@@ -210,6 +220,8 @@ def causes() -> Any:
 
 
 def import_ray() -> Any:
+    # Ray Data's threads would start a cluster of their own once ours has ended.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         import ray  # noqa: PLC0415 an extra's
         import ray.data  # noqa: PLC0415

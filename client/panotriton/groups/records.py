@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from panotriton.errors import StoreError
 from panotriton.groups.store import Store, json_line
 
 __all__ = ["BLOCK", "MAX_ATTEMPTS", "Memory", "Records"]
@@ -29,6 +30,7 @@ MAX_ATTEMPTS = 3
 _FOLDER = "records"
 _FAILED, _ATTEMPT, _CLOSED = ".failed.json", ".attempt-", ".closed.json"
 _AT_ONCE = 32
+_MOST_ATTEMPTS = 1000  # far beyond MAX_ATTEMPTS, with as many processes as there may be
 
 
 @dataclass
@@ -57,10 +59,10 @@ class Records:
 
     def attempted(self, index: int, attempt: Mapping[str, Any]) -> int:
         """Record that a server failed on the pair; how often that has happened now."""
-        number = 1
-        while not self._store.create(f"{_name(index)}{_ATTEMPT}{number}.json", json_line(attempt)):
-            number += 1
-        return number
+        for number in range(1, _MOST_ATTEMPTS):
+            if self._store.create(f"{_name(index)}{_ATTEMPT}{number}.json", json_line(attempt)):
+                return number
+        raise StoreError(f"{_name(index)}: {_MOST_ATTEMPTS} attempts are recorded, which cannot be")
 
     def attempts(self, index: int) -> list[dict[str, Any]]:
         """All of them, in their order."""

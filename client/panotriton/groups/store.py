@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -60,6 +61,12 @@ def json_line(content: Any) -> bytes:
     return (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
+_EXISTS = ("PreconditionFailed", "412")
+_IN_CONFLICT = ("ConditionalRequestConflict", "OperationAborted", "409")
+_CONFLICT_WAITS_S = (0.1, 0.4, 1.6)
+_MAGIC = frozenset("*?[")
+
+
 class Store:
     """Files below one place, by relative names with slashes."""
 
@@ -91,6 +98,11 @@ class Store:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise StoreError(
+                f"{self.place}/{name} is no JSON ({error}), as after a power loss: remove it, and run the "
+                "same command again"
+            ) from error
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
@@ -201,15 +213,21 @@ class ObjectStore(Store):
 
     def create(self, name: str, data: bytes) -> bool:
         with self._named(name):
-            try:
-                self._files.pipe_file(self._path(name), data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if "PreconditionFailed" in f"{error!r} {error.__cause__!r}" or "412" in str(error):
+            for wait_s in (*_CONFLICT_WAITS_S, None):
+                try:
+                    self._files.pipe_file(self._path(name), data, mode="create")
+                except FileExistsError:
                     return False
-                raise
-            return True
+                except OSError as error:
+                    answer = _answer(error)
+                    if answer in _EXISTS:
+                        return False
+                    if answer not in _IN_CONFLICT or wait_s is None:
+                        raise
+                    time.sleep(wait_s)  # another put of that name is not decided yet
+                else:
+                    return True
+            raise AssertionError("the last try returns or raises")
 
     def list(self, folder: str) -> Iterator[str]:
         path = self._path(folder).rstrip("/")
@@ -219,12 +237,27 @@ class ObjectStore(Store):
                     yield name
 
     def remove(self, name: str) -> None:
+        path = self._path(name)
         with self._named(name), contextlib.suppress(FileNotFoundError):
-            self._files.rm(self._path(name), recursive=True)
+            if not _MAGIC.intersection(path):
+                self._files.rm(path, recursive=True)
+                return
+            for found in self._files.find(
+                path
+            ):  # exactly: rm takes brackets and stars for patterns
+                self._files.rm_file(found)
 
     def _upload(self, name: str, file: BinaryIO) -> None:
-        with self._named(name), self._files.open(self._path(name), "wb") as remote:
-            shutil.copyfileobj(file, remote, 1 << 24)
+        with self._named(name):
+            remote = self._files.open(self._path(name), "wb")
+            try:
+                shutil.copyfileobj(file, remote, 1 << 24)
+            except BaseException:  # to close it would keep what has been sent
+                with contextlib.suppress(Exception):
+                    remote.discard()
+                remote.closed = True
+                raise
+            remote.close()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -238,6 +271,17 @@ class ObjectStore(Store):
             raise
         except Exception as error:
             raise StoreError(f"{self.place}/{name}: {type(error).__name__}: {error}") from error
+
+
+def _answer(error: OSError) -> str:
+    """What the store answered: S3's code, or the HTTP status of others."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        if (code := getattr(each, "code", None)) is not None:
+            return str(code)
+    return ""
 
 
 def _file_system(scheme: str) -> Any:

@@ -63,10 +63,10 @@ class Scratch:
     def close(self) -> None:
         """Remove it; safe to call twice."""
         if self.lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._folder)
-            os.close(self.lock)
+            os.close(self.lock)  # before: NFS keeps files that are open, and their folder
             self.lock = -1
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def dead_folders(prefix: str = PREFIX, parent: Path | None = None) -> list[Path]:
