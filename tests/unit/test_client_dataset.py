@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pytest
 
 from panotriton.errors import ConnectError, InvalidInput, StoreError
 from panotriton.groups import maker
+from panotriton.groups import replicas as replicas_module
+from panotriton.groups.balance import DONE
 from panotriton.groups.dataset import Dataset
 from panotriton.groups.maker import Panoramas
-from panotriton.groups.plan import find_panoramas, group_seed, pair_order
-from panotriton.groups.replicas import Replicas, Servers
+from panotriton.groups.plan import Plan, find_panoramas, group_seed, pair_order
+from panotriton.groups.replicas import Lease, Replicas, Servers
 from panotriton.groups.store import open_store
 
 PANORAMAS = Path(__file__).parent.parent / "data" / "panoramas"
@@ -201,6 +204,42 @@ def test_what_died_and_learns_anew_takes_no_other_weights() -> None:
             return address
 
     assert asyncio.run(run()) == servers.urls[1]
+
+
+def test_a_worker_that_has_died_gets_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asked before: what it would be given, others wait for."""
+    monkeypatch.setattr(replicas_module, "_SILENT_S", 0.3)
+    servers = Answers({"one": (0.0, "ours")})
+
+    async def run() -> tuple[Lease, bool, bool]:
+        async with Replicas(servers, per_replica=1).watched() as replicas:
+            await replicas.weights()
+            busy = await replicas.acquire(worker="busy")
+            dead = asyncio.create_task(replicas.acquire(worker="dead"))
+            lives = asyncio.create_task(replicas.acquire(worker="lives"))
+            await asyncio.sleep(0.5)
+            replicas.beat("busy")
+            replicas.beat("lives")
+            await replicas.release(busy, DONE, worker="busy")
+            lease = await asyncio.wait_for(lives, 5)
+            waits = not dead.done()
+            replicas.beat("dead")  # it was only slow
+            await replicas.release(lease, DONE, worker="lives")
+            await asyncio.wait_for(dead, 5)
+            return lease, waits, dead.done()
+
+    lease, waited, served = asyncio.run(run())
+    assert lease.address == "127.0.0.1:1"
+    assert waited
+    assert served
+
+
+def test_a_plan_travels_without_its_order() -> None:
+    plan = Plan([str(n) for n in range(200)], [None] * 200, 1, {}, {}, "out")
+    size = len(pickle.dumps(plan))
+    pair = plan.pair(7)
+    assert len(pickle.dumps(plan)) == size
+    assert pickle.loads(pickle.dumps(plan)).pair(7) == pair
 
 
 def test_copies_from_a_store_are_kept_whoever_asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,7 +351,7 @@ class Dataset:
 
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
-        """Of a folder, hold the lock. In an object store two runs at once waste work, and spoil nothing."""
+        """Of a folder, hold the lock. In an object store two runs that want the same waste work, no more."""
         if not isinstance(self._store, FolderStore):
             yield
             return

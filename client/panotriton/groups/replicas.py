@@ -67,7 +67,7 @@ def addresses(urls: Sequence[str]) -> list[str]:
         host, _, port = url.removeprefix(_DNS).rpartition(":")
         if not (host and port.isdecimal()):
             raise InvalidInput(f"{quoted(url)}: expected dns:///HOST:PORT")
-        with contextlib.suppress(socket.gaierror):
+        with contextlib.suppress(OSError):  # whatever it is, it is asked again
             known = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
             found += [_joined(ip, port) for ip in sorted(known)]
     return list(dict.fromkeys(found))
@@ -298,9 +298,11 @@ class Replicas:
             while True:
                 if self._over:
                     raise self._over
-                address = self._balance.take(time.monotonic(), ticket)
-                if address is not None:
-                    break
+                # Who has died since it asked would keep what it is given.
+                if not worker or self.hears(worker, _SILENT_S):
+                    address = self._balance.take(time.monotonic(), ticket)
+                    if address is not None:
+                        break
                 await self._changed.wait()
         if worker:
             self._held.setdefault(worker, Counter())[address] += 1

@@ -99,6 +99,20 @@ class FolderSink(Sink):
         self, pair: Pair, group: Group, bases: tuple[str, str], about: Mapping[str, Any]
     ) -> Record:
         part = self._aside(pair)
+        try:
+            return self._written(pair, group, bases, about, part)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk above all
+            raise
+
+    def _written(
+        self,
+        pair: Pair,
+        group: Group,
+        bases: tuple[str, str],
+        about: Mapping[str, Any],
+        part: Path,
+    ) -> Record:
         part.mkdir(parents=True)
         result = fill_group(group, part, pair.group_id, bases, {"key": pair.key, **about})
         if self._pages:
