@@ -174,10 +174,19 @@ def recorded(output: Path) -> int:
     )
 
 
+def _some(cluster: Cluster) -> list[psutil.Process]:
+    """Its workers, once there is one: all may have been killed just now."""
+    end = time.monotonic() + 60
+    while not (workers := cluster.workers()):
+        assert time.monotonic() < end, "no worker has been started again"
+        time.sleep(0.05)
+    return workers
+
+
 def _do(what: str, driver: _Driver, cluster: Cluster, server: Replica, rng: random.Random) -> None:
     kill: dict[str, Callable[[], None]] = {
         "driver": driver.kill,
-        "worker": lambda: rng.choice(cluster.workers()).kill(),
+        "worker": lambda: rng.choice(_some(cluster)).kill(),
         "replica": server.kill,
     }
     kill[what]()
