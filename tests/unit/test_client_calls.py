@@ -66,11 +66,11 @@ def test_large_batches_are_split_under_the_servers_limits() -> None:
     sizes = [call.inputs["IMAGES"].shape[0] for call in calls.score(pairs).calls]
     assert sizes == [64, 64, 2]
     blank = np.broadcast_to(np.uint8(0), (2048, 4096, 3))  # 33.5 MP each at twice the size
-    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([blank] * 20, **SR).calls]
-    assert sizes == [16, 4]  # 537 MP per request
+    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([blank] * 24, **SR).calls]
+    assert sizes == [20, 4]  # 671 MP per request
     small = np.broadcast_to(np.uint8(0), (8, 800, 3))  # enlarged to 512×51200 on the way
-    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([small] * 21, **SR).calls]
-    assert sizes == [20, 1]
+    sizes = [call.inputs["IMAGES"].shape[0] for call in calls.upscale([small] * 26, **SR).calls]
+    assert sizes == [25, 1]
 
 
 def test_one_image_is_one_result_and_no_image_is_none() -> None:

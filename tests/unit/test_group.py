@@ -116,7 +116,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(InvalidInput, match="expected up to 8 interval ids from 1 to 8"):
         interpolate_cameras(cameras, np.ones(3000, np.int32), 1)
     many = interpolate_cameras(cameras, np.arange(1, 9, dtype=np.int32), 255)
-    with pytest.raises(InvalidInput, match="4080 views of 2048 px .* at most 537 megapixels"):
+    with pytest.raises(InvalidInput, match="4080 views of 2048 px .* at most 671 megapixels"):
         crop_between(make_spheres(PANORAMAS, Options(crop_size=2048)), many)
     with pytest.raises(InvalidInput, match="CROP_SIZE is 32; expected 64 to 2048"):
         make_pairs(PANORAMAS, cameras, crop_size=32)

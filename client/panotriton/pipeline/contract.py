@@ -63,8 +63,12 @@ MAX_PROMPT_CHARACTERS = 4096
 
 MAX_PIXELS = 16384 * 8192
 """The largest panorama or batch of images accepted, in pixels."""
-MAX_SR_PIXELS = 4 * MAX_PIXELS
-"""What super-resolution makes at most for one request, in pixels, before a last reduction."""
+MAX_SR_PIXELS = 5 * MAX_PIXELS
+"""What super-resolution makes at most for one request, in pixels, before a last reduction.
+
+Room for all the views of a group with the default interpolations, of 512 px by 4 or of 1024 px by 2; their
+bytes are what one gRPC message takes.
+"""
 MAX_FILE_BYTES = 512 << 20
 
 MIN_SIDE_PX = 64
