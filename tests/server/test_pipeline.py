@@ -290,8 +290,8 @@ BAD = [
     ),
     (
         "options",
-        {"NUM_INTERPOLATIONS": np.array([40], np.int32)},
-        ["640 in-between views of 1024×1024 px", "at most 671 megapixels", "(stream)"],
+        {"NUM_INTERPOLATIONS": np.array([41], np.int32)},
+        ["656 in-between views of 1024×1024 px", "at most 671 megapixels", "(stream)"],
     ),
     ("osediff", {"IMAGES": noise(1, 8, 70_000, 3)}, ["IMAGES", "send smaller"]),
     ("qwen_scorer", {"IMAGES": noise(1, 64, 64, 4)}, ["IMAGES", "[-1,-1,-1,3]"]),

@@ -128,8 +128,8 @@ def run(options: argparse.Namespace) -> int:
     )
     ports = {name: getattr(options, f"{name}_port") for name in options.service or _PORTS}
     _log_progress()
-    warn_of_absence(options.url)
     with create_apps(settings) as apps:
+        warn_of_absence(options.url)
         serve({name: apps[name] for name in ports}, options.host, ports, _started)
     print("stopped")
     return 0
