@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from panotriton_export.graph import WEIGHTS, Component, ParityResult, compare
 
@@ -68,21 +68,19 @@ class InHalf:
 
 class _StoredInHalf(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket not in _COMPUTED_IN_FP32:
-            return func(*args, **kwargs)
-        halves: list[Tensor] = []
+        given = (args, kwargs or {})
+        if func.overloadpacket in _COMPUTED_IN_FP32 and any(map(_is_half, tree_leaves(given))):
+            args, kwargs = tree_map_only(Tensor, _widened, given)
+            return tree_map_only(Tensor, _narrowed, func(*args, **kwargs))
+        return func(*args, **given[1])
 
-        def widened(tensor: Tensor) -> Tensor:
-            if tensor.dtype != torch.float16:
-                return tensor
-            halves.append(tensor)
-            return tensor.float()
 
-        result = func(
-            *tree_map_only(Tensor, widened, args), **tree_map_only(Tensor, widened, kwargs)
-        )
-        return tree_map_only(Tensor, _narrowed, result) if halves else result
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float16
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if _is_half(tensor) else tensor
 
 
 def _narrowed(tensor: Tensor) -> Tensor:

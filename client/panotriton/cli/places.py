@@ -11,11 +11,10 @@ from typing import Any
 from PIL import Image
 
 from panotriton.errors import InvalidInput, brief
+from panotriton.pipeline.channel import MAX_PORT
 from panotriton.pipeline.scratch import atomic
 
 __all__ = ["check_file", "check_folder", "check_ports", "is_folder", "save"]
-
-_MAX_PORT = 65535
 
 
 def check_folder(folder: Path) -> None:
@@ -63,8 +62,8 @@ def check_ports(options: argparse.Namespace) -> None:
         if value is None or not (name == "port" or name.endswith("_port")):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if not 0 <= value <= _MAX_PORT:
-            raise InvalidInput(f"{flag} is {brief(value)}; expected 0 to {_MAX_PORT}")
+        if not 0 <= value <= MAX_PORT:
+            raise InvalidInput(f"{flag} is {brief(value)}; expected 0 to {MAX_PORT}")
         if value and value in taken:
             raise InvalidInput(
                 f"{taken[value]} and {flag} are both {value}; expected a port for each"

@@ -274,13 +274,13 @@ class Pool:
         try:
             for slot in grant.evicted:
                 await self._remove(slot)
-        except BaseException:  # cancelled: what has left the pool is nobody's any more
-            for slot in grant.evicted:
-                slot.close()
-            self._forget(grant.slot)
+            if grant.is_new:
+                grant.slot.open()
+                await resolved(self._register(grant.slot))
+        except BaseException:  # cancelled, too: what has left the pool is nobody's any more
+            for slot in (*grant.evicted, grant.slot):
+                self._forget(slot)
             raise
-        if grant.is_new:
-            await self._prepare(grant.slot)
         return grant.slot
 
     async def _reclaim(self) -> None:
@@ -294,14 +294,6 @@ class Pool:
                     self._lost.discard(slot)
                     self._late.discard(slot)
                 slot.close()
-
-    async def _prepare(self, slot: Slot) -> None:
-        try:
-            slot.open()
-            await resolved(self._register(slot))
-        except BaseException:
-            self._forget(slot)
-            raise
 
     async def _remove(self, slot: Slot) -> None:
         with contextlib.suppress(PanotritonError):  # a server that is gone holds no region

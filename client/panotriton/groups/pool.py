@@ -106,9 +106,7 @@ class Worker:
     def __init__(
         self, plan: Plan, servers: Servers, directory: Any, patience_s: float, folder: str
     ) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a machine without it, which relative paths do not reach
+        with contextlib.suppress(OSError):  # relative paths do not reach a machine without it
             os.chdir(folder)
         actor = import_ray().get_runtime_context().get_actor_id()
         self._board = _Board(directory, plan.weights, actor)

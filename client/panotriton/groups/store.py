@@ -242,9 +242,8 @@ class ObjectStore(Store):
             if not _MAGIC.intersection(path):
                 self._files.rm(path, recursive=True)
                 return
-            for found in self._files.find(
-                path
-            ):  # exactly: rm takes brackets and stars for patterns
+            # Exactly: rm takes brackets and stars for patterns.
+            for found in self._files.find(path):
                 self._files.rm_file(found)
 
     def _upload(self, name: str, file: BinaryIO) -> None:

@@ -101,9 +101,7 @@ class StaticCaches:
         cache = StaticCache(config=self._config, max_cache_len=self._length)
         self._buffers = self._buffers or [_Buffers() for _ in cache.layers]
         for index, layer in enumerate(cache.layers):
-            if (
-                type(layer) is StaticLayer
-            ):  # others keep less than the length, in an order of their own
+            if type(layer) is StaticLayer:  # others keep less, in an order of their own
                 cache.layers[index] = _FirstRows(self._length, self._most, self._buffers[index])
         return cache
 

@@ -9,6 +9,7 @@ import re
 
 __all__ = [
     "DEATHS",
+    "MAX_PORT",
     "NEVER_SENT",
     "REFUSES_SINCE",
     "SILENT_S",
@@ -27,6 +28,7 @@ DEATHS = 2
 """A request with which so many servers went may be why."""
 REFUSES_SINCE = (2, 50)
 """An older server ends when it is asked to let go of memory that a request still uses; this one refuses."""
+MAX_PORT = 65535
 NEVER_SENT = "failed to connect"
 """gRPC's own words for it."""
 

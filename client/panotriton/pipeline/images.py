@@ -59,10 +59,7 @@ _OTHERS = (
     (4, b"ftyphei", "HEIC"),
     (4, b"ftyphev", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
-    *(
-        (4, b"ftyp" + brand, "MP4 video")
-        for brand in (b"isom", b"iso2", b"mp4", b"avc1", b"M4V", b"qt")
-    ),
+    (4, b"ftyp", "MP4 video"),
     (0, b"8BPS", "Photoshop"),
     (0, b"v/1\x01", "OpenEXR"),
     (0, b"#?RADIANCE", "Radiance HDR"),
@@ -228,11 +225,11 @@ def _too_large(name: str, data: bytes) -> InvalidImage:
 
 def _unknown(name: str, data: bytes) -> str:
     start = bytes(data[:64]).removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t")
+    if start[4:12] in (b"ftypavif", b"ftypavis"):
+        return f"{name} is a broken image (AVIF that is cut); expected a whole {FORMATS} file: send it again"
     for at, magic, kind in _OTHERS:
         if start[at:].startswith(magic):
             return f"{name} is {kind}, which is not read; expected the content of an {FORMATS} file"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
-        return f"{name} is a broken image (AVIF that is cut); expected a whole {FORMATS} file: send it again"
     if kind := _tiff_samples(data):
         return f"{name} has {kind} pixels; {_DEPTHS}"
     if _is_tga(data):

@@ -39,9 +39,8 @@ class Scratch:
         # Locked before it has its name: none is ever seen that nobody holds yet.
         unnamed = self.path / f"{_LOCK}.new"
         self.lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks, where none is found dead either
+        # On a file system without locks none is found dead, either.
+        with contextlib.suppress(OSError):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(self.path / _LOCK)
         # Cleaners of /tmp, such as systemd-tmpfiles, leave a folder alone that is locked itself.

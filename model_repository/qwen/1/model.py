@@ -125,9 +125,8 @@ class _Vllm:
     async def answer(self, images, prompt, reading, stop_after, max_new_tokens):
         questions = qwen_vllm.questions(self._chat, prompt, reading, max_new_tokens)
         pngs = [qwen_vllm.encode(image) for image in images]
-        replies = await asyncio.gather(
-            *(self._ask(each, png) for png in pngs for each in questions)
-        )
+        asked = (self._ask(question, png) for png in pngs for question in questions)
+        replies = await asyncio.gather(*asked)
         each = (replies[i : i + len(questions)] for i in range(0, len(replies), len(questions)))
         return [qwen_vllm.answer(reading, few, stop_after) for few in each]
 

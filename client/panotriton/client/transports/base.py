@@ -25,7 +25,7 @@ from panotriton.errors import (
     ServerUnavailable,
     quoted,
 )
-from panotriton.pipeline.channel import in_trouble
+from panotriton.pipeline.channel import MAX_PORT, in_trouble
 from panotriton.pipeline.events import Event
 
 __all__ = [
@@ -38,8 +38,6 @@ __all__ = [
     "Witness",
     "check_url",
 ]
-
-_MAX_PORT = 65535
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -102,7 +100,7 @@ def check_url(url: str) -> None:
     if "://" in url:
         raise InvalidInput(f"url is {quoted(url)}; expected host:port without a scheme")
     host, _, port = url.partition("/")[0].rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
+    if not (host and port.isdecimal() and 0 < int(port) <= MAX_PORT):
         raise InvalidInput(f"url is {quoted(url)}; expected host:port as localhost:8001")
 
 
@@ -162,13 +160,16 @@ class Transport:
         return self._keep("questions")
 
     def _keep(self, purpose: str) -> Any:
-        if self._process != os.getpid():
-            self._after_fork()
+        self._meet_fork()
         with self._keeping:
             self._settle()
             if purpose not in self._kept:
                 self._kept[purpose] = self.connect()
             return self._kept[purpose]
+
+    def _meet_fork(self) -> None:
+        if self._process != os.getpid():
+            self._after_fork()
 
     def _after_fork(self) -> None:
         """Leave the parent's connections alone: what both processes read or send there, neither gets whole.
@@ -195,8 +196,7 @@ class Transport:
 
     async def close(self) -> None:
         """Close the connections; safe to call twice."""
-        if self._process != os.getpid():
-            self._after_fork()
+        self._meet_fork()
         self._kept.clear()
         while self._connections:
             await resolved(self._connections.pop().close())

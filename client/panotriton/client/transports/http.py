@@ -66,10 +66,9 @@ def _loop() -> _Loop:
 class _OfThread:
     """A connection, closed where the thread that has it ends, before its loop is."""
 
-    def __init__(self, connection: Any, loop: _Loop) -> None:
+    def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.process = loop.process
-        self._loop = loop
+        self._loop = _loop()
 
     def __del__(self) -> None:
         # At a thread's end gevent has forgotten its loop, and would make another one to close with.
@@ -182,11 +181,15 @@ class Blocking(_Http):
 
     @property
     def connection(self) -> Any:
+        self._meet_fork()
         own = getattr(self._local, "own", None)
-        if own is None or own.process != os.getpid():
-            loop = _loop()
-            own = self._local.own = _OfThread(self.connect(), loop)
+        if own is None:
+            own = self._local.own = _OfThread(self.connect())
         return own.connection
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._local = threading.local()
 
     @property
     def questions(self) -> Any:

@@ -20,6 +20,7 @@ from panotriton.groups import layout
 from panotriton.pipeline.contract import (
     ALIGNMENTS,
     DEFAULTS,
+    MAX_PROMPT_CHARACTERS,
     MAX_UPSCALE,
     MIN_SR_SIDE_PX,
     Alignment,
@@ -48,7 +49,7 @@ _MOST_AT_ONCE = 16  # as many as a group has pairs: full batches of tiles, and r
 class SuperResolutionOptions(TensorOptions):
     align_method: Alignment = "adain"
     upscale: Annotated[int, Field(ge=1, le=MAX_UPSCALE)] = DEFAULTS.upscale
-    prompt: str = Field("", max_length=4096)
+    prompt: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
 
 
 def router(context: Context) -> APIRouter:
