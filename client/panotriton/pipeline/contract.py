@@ -27,6 +27,7 @@ __all__ = [
     "MAX_INTERPOLATIONS",
     "MAX_NEW_TOKENS",
     "MAX_PIXELS",
+    "MAX_PROMPT_CHARACTERS",
     "MAX_QWEN_ASPECT",
     "MAX_QWEN_IMAGES",
     "MAX_SEED",
